@@ -1,0 +1,130 @@
+"""First-order L-infinity attacks for training and quick validation, all as one iteration.
+
+FGSM (Goodfellow et al. 2015), FGSM with random start (Wong et al. 2020), BIM, MI-FGSM (Dong et al. 2018) and PGD (Madry
+et al. 2018) differ only in the number of steps, the step size, the start and the momentum. Each sample of a batch carries
+its own set of those, so a mixed batch costs no more than its gradients. Evaluation uses attack libraries instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Classifier = Callable[[Tensor], Tensor]
+
+
+@dataclass
+class AttackParameters:
+    """Parameters of each sample's attack, tensors of shape (B,) unless said otherwise.
+
+    Args:
+        eps: radius in pixel units ([0, 1], so 8/255 is 0.0314).
+        step_size: step in pixel units.
+        steps: number of gradient steps; 0 leaves the sample clean.
+        momentum: decay of the accumulated gradient (MI-FGSM uses 1, the others 0).
+        start: start point in units of eps, in [-1, 1], shape (B, C, H, W) (0 starts at the clean image).
+        surrogate: index of the classifier that the sample is attacked on.
+    """
+
+    eps: Tensor
+    step_size: Tensor
+    steps: Tensor
+    momentum: Tensor
+    start: Tensor
+    surrogate: Tensor
+
+    @classmethod
+    def from_batch(cls, batch: dict[str, Tensor]) -> AttackParameters:
+        """Collect the parameters that [`AttackMixture.draw`] put into a batch."""
+        return cls(**{field.name: batch[f"attack_{field.name}"] for field in fields(cls)})
+
+
+def perturb(
+    classifiers: Sequence[Classifier], pixel_values: Tensor, labels: Tensor | None, parameters: AttackParameters
+) -> Tensor:
+    """Attack every sample by its own parameters: ascend the cross-entropy inside the eps ball and [0, 1].
+
+    Args:
+        classifiers: frozen surrogates from [0, 1] pixels to logits.
+        pixel_values: (B, C, H, W) in [0, 1].
+        labels: (B,); `None` or negative entries stand for the surrogate's own prediction on the clean image.
+        parameters: see [`AttackParameters`].
+
+    Returns:
+        Attacked images, same shape, detached; `|x_a - x| <= eps` holds for every pixel.
+    """
+    x = pixel_values.detach()
+    eps, step_size, momentum = (
+        value.to(x).view(-1, 1, 1, 1) for value in (parameters.eps, parameters.step_size, parameters.momentum)
+    )
+    attacked = parameters.steps > 0
+    lower, upper = (x - eps).clamp_(min=0), (x + eps).clamp_(max=1)
+    adversarial = torch.where(attacked.view(-1, 1, 1, 1), x + eps * parameters.start.to(x), x)
+    adversarial = torch.minimum(torch.maximum(adversarial, lower), upper)
+    labels = _complete_labels(classifiers, x, labels, parameters.surrogate)
+    direction = torch.zeros_like(x)
+    for step in range(int(parameters.steps.max())):
+        for index, classifier in enumerate(classifiers):
+            rows = ((parameters.steps > step) & (parameters.surrogate == index)).nonzero().squeeze(1)
+            if len(rows) == 0:
+                continue
+            gradient = _input_gradient(classifier, adversarial[rows], labels[rows])
+            norm = gradient.abs().mean(dim=(1, 2, 3), keepdim=True).clamp_min(torch.finfo(gradient.dtype).tiny)
+            direction[rows] = momentum[rows] * direction[rows] + gradient / norm
+            moved = adversarial[rows] + step_size[rows] * direction[rows].sign()
+            adversarial[rows] = torch.minimum(torch.maximum(moved, lower[rows]), upper[rows])
+    return adversarial
+
+
+def pgd(
+    classifier: Classifier,
+    pixel_values: Tensor,
+    labels: Tensor | None,
+    *,
+    eps: float = 8.0,
+    steps: int = 20,
+    step_size: float = 2.0,
+    random_start: bool = True,
+    seed: int = 0,
+) -> Tensor:
+    """PGD with one set of parameters for the whole batch; `eps` and `step_size` in units of 1/255.
+
+    Returns:
+        Attacked images (B, C, H, W) in [0, 1], detached.
+    """
+    size = (len(pixel_values),)
+    generator = torch.Generator().manual_seed(seed)
+    start = (
+        torch.rand(pixel_values.shape, generator=generator) * 2 - 1 if random_start else torch.zeros(pixel_values.shape)
+    )
+    device = pixel_values.device
+    parameters = AttackParameters(
+        eps=torch.full(size, eps / 255, device=device),
+        step_size=torch.full(size, step_size / 255, device=device),
+        steps=torch.full(size, steps, device=device),
+        momentum=torch.zeros(size, device=device),
+        start=start.to(device),
+        surrogate=torch.zeros(size, dtype=torch.long, device=device),
+    )
+    return perturb([classifier], pixel_values, labels, parameters)
+
+
+def _input_gradient(classifier: Classifier, pixel_values: Tensor, labels: Tensor) -> Tensor:
+    with torch.enable_grad():
+        leaf = pixel_values.detach().requires_grad_()
+        loss = F.cross_entropy(classifier(leaf).float(), labels, reduction="sum")
+        return torch.autograd.grad(loss, leaf)[0]
+
+
+@torch.no_grad()
+def _complete_labels(classifiers, pixel_values, labels, surrogate) -> Tensor:
+    labels = torch.full_like(surrogate, -1) if labels is None else labels.clone()
+    for index, classifier in enumerate(classifiers):
+        rows = ((labels < 0) & (surrogate == index)).nonzero().squeeze(1)
+        if len(rows):
+            labels[rows] = classifier(pixel_values[rows]).argmax(dim=-1)
+    return labels

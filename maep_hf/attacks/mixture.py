@@ -1,0 +1,87 @@
+"""The mixture of attacks that training pairs are drawn from (DESIGN: one attack in training leaves holes)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+KINDS = ("clean", "fgsm", "fgsm_rs", "mi_fgsm", "pgd")
+
+
+@dataclass
+class AttackMixture:
+    """Shares of attack kinds and the ranges their parameters are drawn from, one draw a sample.
+
+    Args:
+        clean: share of samples left clean, so that clean accuracy is kept.
+        fgsm, fgsm_rs, mi_fgsm, pgd: shares of the attacks (FGSM, FGSM with random start, momentum FGSM, PGD).
+        eps_min, eps_max: radius drawn uniformly between, in units of 1/255 (DESIGN: up to 1.5x the nominal 8).
+        max_steps: largest number of steps of MI-FGSM and PGD (drawn from 2 and 1).
+        num_surrogates: classifiers that samples are spread over.
+
+    Raises:
+        ValueError: negative shares or none at all, an empty eps range, no steps.
+    """
+
+    clean: float = 0.15
+    fgsm: float = 0.2
+    fgsm_rs: float = 0.15
+    mi_fgsm: float = 0.15
+    pgd: float = 0.35
+    eps_min: float = 2.0
+    eps_max: float = 12.0
+    max_steps: int = 10
+    num_surrogates: int = 1
+
+    def __post_init__(self) -> None:
+        shares = self.shares
+        if min(shares) < 0 or sum(shares) <= 0:
+            raise ValueError(f"attack shares must be >= 0 and not all 0, got {dict(zip(KINDS, shares, strict=True))}")
+        if not 0 < self.eps_min <= self.eps_max:
+            raise ValueError(
+                f"0 < eps_min <= eps_max is needed (units of 1/255), got {self.eps_min} and {self.eps_max}"
+            )
+        if self.eps_max < 1:
+            raise ValueError(
+                f"eps_max={self.eps_max} is below one grey level: eps is typed in units of 1/255, so 8, not 8/255"
+            )
+        if self.max_steps < 2:
+            raise ValueError(f"max_steps={self.max_steps}: at least 2 are needed for the iterated attacks")
+        if self.num_surrogates < 1:
+            raise ValueError("num_surrogates: at least one classifier is needed to attack")
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        return tuple(getattr(self, kind) for kind in KINDS)
+
+    def draw(self, rng: np.random.Generator, image_shape: tuple[int, int, int]) -> dict[str, Tensor]:
+        """One sample's attack, keys as the fields of [`AttackParameters`] with the prefix `attack_`, and `attack_kind`."""
+        shares = np.asarray(self.shares)
+        kind = KINDS[rng.choice(len(KINDS), p=shares / shares.sum())]
+        eps = rng.uniform(self.eps_min, self.eps_max) / 255
+        relative_step = rng.uniform(0.5, 2.0)  # random step size, drawn for every kind to keep the draws aligned
+        steps = int(rng.integers(1, self.max_steps + 1))
+        start = rng.random(image_shape, dtype=np.float32) * 2 - 1
+        surrogate = int(rng.integers(self.num_surrogates))
+        momentum = 0.0
+        if kind == "clean":
+            steps, step_size, start = 0, 0.0, np.zeros_like(start)
+        elif kind == "fgsm":
+            steps, step_size, start = 1, eps, np.zeros_like(start)
+        elif kind == "fgsm_rs":
+            steps, step_size = 1, 1.25 * eps  # Wong et al. 2020
+        elif kind == "mi_fgsm":
+            steps = max(2, steps)
+            step_size, momentum, start = eps / steps, 1.0, np.zeros_like(start)
+        else:  # steps x step size covers the ball at least once whatever was drawn
+            step_size = eps * min(1.0, relative_step * 2 / steps)
+        values = {"eps": eps, "step_size": step_size, "momentum": momentum}
+        drawn = {f"attack_{key}": torch.tensor(value, dtype=torch.float32) for key, value in values.items()}
+        drawn["attack_steps"] = torch.tensor(steps)
+        drawn["attack_surrogate"] = torch.tensor(surrogate)
+        drawn["attack_kind"] = torch.tensor(KINDS.index(kind))
+        drawn["attack_start"] = torch.from_numpy(start)
+        return drawn

@@ -1,0 +1,89 @@
+"""The weights that come with the repository, and loading a purifier by folder or Hub id with errors in one line."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+    from .modeling_maep import MAEPModel
+
+PURIFIER = "maep-tiny-cifar10"
+CLASSIFIER = "resnet20-cifar10"
+
+
+class CheckpointError(ValueError):
+    """A model that cannot be found or is of the wrong kind; the message says which and what to do."""
+
+
+def released_checkpoint(name: str) -> Path:
+    """The folder of a checkpoint that the repository carries under `checkpoints/`.
+
+    Raises:
+        CheckpointError: there is none of that name, as in an installation without the repository.
+    """
+    folder = Path(__file__).resolve().parent.parent / "checkpoints"
+    path = folder / name
+    if not (path / "config.json").is_file():
+        others = sorted(entry.parent.name for entry in folder.glob("*/config.json"))
+        has = f"it has {', '.join(others)}" if others else "it is not part of this installation"
+        raise CheckpointError(
+            f"no released checkpoint {name!r} in {folder} ({has}); run from a clone of the repository, "
+            "or name a model folder or Hub id"
+        )
+    return path
+
+
+def load_purifier(
+    name_or_path: str | os.PathLike | None = None,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+) -> MAEPModel:
+    """Load a purifier in eval mode, its parameters without gradients.
+
+    Args:
+        name_or_path: folder or Hub id; `None` is the released checkpoint `maep-tiny-cifar10`.
+        device: where its weights go.
+        dtype: type of its weights; `None` keeps the stored one.
+
+    Raises:
+        CheckpointError: no such model, or it is not a purifier.
+    """
+    from .modeling_maep import MAEPModel
+
+    source = os.fspath(released_checkpoint(PURIFIER) if name_or_path is None else name_or_path)
+    check_model(source, model_type="maep", kind="a purifier")
+    options = {} if dtype is None else {"dtype": dtype}
+    model = MAEPModel.from_pretrained(source, **options)
+    return model.to(device).eval().requires_grad_(False)
+
+
+def check_model(name_or_path: str | os.PathLike, *, model_type: str | None = None, kind: str = "a model") -> None:
+    """Check that a folder or Hub repository has a model's `config.json`, of `model_type` where that is given.
+
+    Raises:
+        CheckpointError: it has not.
+    """
+    from transformers import PreTrainedConfig
+
+    source = os.fspath(name_or_path)
+    path = Path(source).expanduser()
+    looks_local = path.is_absolute() or source.startswith((".", "~")) or source.count("/") != 1
+    if path.is_file():
+        raise CheckpointError(f"{source} is a file; name the folder that holds config.json and model.safetensors")
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise CheckpointError(f"{source} holds no config.json: it is not the folder of {kind}")
+    if looks_local and not path.is_dir():
+        raise CheckpointError(f"{source}: no such folder, and not a Hub id of the form OWNER/NAME")
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(source)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(f"{source}: no such folder, and not found on the Hub ({reason})") from error
+    found = config.get("model_type")
+    if model_type is not None and found != model_type:
+        raise CheckpointError(f"{source} is not {kind}: its config.json has model_type {found!r}, not {model_type!r}")

@@ -1,0 +1,378 @@
+"""Classifiers that take [0, 1] pixels and return a logits tensor, bare or behind a purifier.
+
+`PixelClassifier` puts a classifier's own resize and normalisation in front of it as differentiable tensor operations,
+so that an attack's eps is in pixels and its gradient reaches them. `PurifiedClassifier` puts a purifier before that.
+Both are plain callables `tensor -> tensor`, as foolbox, RobustBench and AutoAttack expect a model to be.
+"""
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
+
+from . import modeling_cifar_resnet  # noqa: F401  registers the CIFAR ResNet with the Auto classes
+from .preprocessing import (
+    PixelPreprocessing,
+    PreprocessingSpec,
+    check_against_processor,
+    check_pixels,
+    explicit_preprocessing,
+    read_preprocessing,
+)
+
+HUB_ARGUMENTS = (
+    "revision", "token", "cache_dir", "local_files_only", "trust_remote_code", "subfolder", "force_download", "proxies",
+    "code_revision",
+)  # fmt: skip
+
+
+class PixelClassifier(nn.Module):
+    """[0, 1] pixels (B, C, H, W), any H and W, to logits (B, K), differentiable end to end.
+
+    The preprocessing is read from, in this order: `image_processor`; the attribute `image_processor` of the
+    classifier; timm's `pretrained_cfg` (or the older `default_cfg`), of the model or of its configuration; for a
+    transformers model, the image processor saved beside its weights (`config._name_or_path`). Where there is none,
+    the classifier is taken to accept [0, 1] pixels itself; for a transformers model that is a warning.
+
+    The classifier is put into eval mode here: batch statistics and dropout would make every evaluation wrong.
+    Nothing else of it is changed: its parameters keep `requires_grad`, dtype and device.
+
+    Args:
+        classifier: an `AutoModelForImageClassification`, a timm model, any module or callable that takes a (B, C, H,
+            W) batch and returns a tensor (B, K), or an object or mapping with such `logits`.
+        image_processor: a transformers image processor, or a timm `pretrained_cfg`.
+        size: an integer or (height, width) to resize to, whatever the aspect ratio, or a dictionary as image
+            processors have it (height and width, or shortest_edge). Replaces the resize *and* crop that were read.
+        image_mean, image_std: per channel or one number, for [0, 1] pixels: logits = f((pixels - mean) / std).
+        interpolation: "nearest", "bilinear" or "bicubic" (antialiased).
+        do_resize: False: no resize and no crop.
+        always_resize: also resize and crop images that already have the classifier's input size (False: such images
+            go in as they are, as robustness benchmarks do it; a processor that resizes to 256 and crops 224 would
+            otherwise enlarge a 224-pixel image).
+
+    Raises:
+        TypeError: the classifier cannot be called, or is a name; or `image_processor` is not one.
+        ValueError: the preprocessing has no tensor form here, or is not what the image processor itself does.
+    """
+
+    def __init__(
+        self,
+        classifier: nn.Module | Callable[[Tensor], Any],
+        image_processor: Any = None,
+        *,
+        size: int | Sequence[int] | Mapping[str, int] | None = None,
+        image_mean: float | Sequence[float] | None = None,
+        image_std: float | Sequence[float] | None = None,
+        interpolation: str | int | None = None,
+        do_resize: bool | None = None,
+        always_resize: bool = False,
+    ):
+        super().__init__()
+        if isinstance(classifier, str):
+            raise TypeError(f"`classifier` must be a model, got a name; use load_classifier({classifier!r}).")
+        if isinstance(classifier, PixelClassifier | PurifiedClassifier):
+            raise TypeError(f"`classifier` is a {type(classifier).__name__} already; use it as it is.")
+        if not callable(classifier):
+            raise TypeError(f"`classifier` must be a module or a callable, got {type(classifier).__name__}.")
+        self.classifier = classifier
+
+        explicit = {
+            "size": size,
+            "do_resize": do_resize,
+            "image_mean": image_mean,
+            "image_std": image_std,
+            "interpolation": interpolation,
+        }
+        source = find_preprocessing(classifier) if image_processor is None else image_processor
+        spec = PreprocessingSpec()
+        if source is not None:
+            # What explicit arguments replace may be beyond what can be read.
+            geometry = size is None and do_resize is not False
+            spec = read_preprocessing(source, geometry=geometry, interpolation=interpolation)
+        elif isinstance(self.config, PreTrainedConfig) and image_mean is None and image_std is None:
+            warnings.warn(
+                f"No image processor was found for {type(classifier).__name__}: it receives [0, 1] pixels without "
+                "normalisation. Pass `image_processor`, or `image_mean` and `image_std`.",
+                stacklevel=2,
+            )
+        spec = explicit_preprocessing(spec, **explicit)
+        if spec.num_channels is None:
+            spec = replace(spec, num_channels=self._channels())
+        self.preprocessing = PixelPreprocessing(spec, always_resize=always_resize)
+
+        if callable(source) and all(value is None for value in explicit.values()):
+            check_against_processor(self.preprocessing, source)
+        parameter = self._parameter()
+        if parameter is not None:
+            self.preprocessing.to(parameter.device)
+        self.eval()
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """Logits of a batch of images.
+
+        Args:
+            pixel_values: (B, C, H, W) in [0, 1], floating point; moved to the classifier's device and, after the
+                preprocessing in float32, cast to its dtype.
+
+        Returns:
+            (B, K), in float32 whatever the classifier's precision (float64 stays float64). NaN stays NaN.
+
+        Raises:
+            TypeError: not a floating-point tensor, or the classifier returns no logits.
+            ValueError: another shape, or number of channels, than the classifier takes.
+        """
+        parameter = self._parameter()
+        if parameter is not None and isinstance(pixel_values, Tensor):
+            pixel_values = pixel_values.to(parameter.device)
+        inputs = self.preprocessing(pixel_values)
+        if parameter is not None and parameter.is_floating_point():
+            inputs = inputs.to(parameter.dtype)
+        if isinstance(self.classifier, PreTrainedModel):
+            output = self.classifier(**{self.classifier.main_input_name: inputs})
+        else:
+            output = self.classifier(inputs)
+        logits = _logits(output)
+        if logits.ndim != 2 or logits.shape[0] != pixel_values.shape[0]:
+            raise ValueError(
+                f"The classifier must return logits of the shape (B, K), got {tuple(logits.shape)} "
+                f"for {pixel_values.shape[0]} images."
+            )
+        return logits if logits.dtype == torch.float64 else logits.float()
+
+    @property
+    def config(self) -> Any:
+        """The classifier's configuration, or None."""
+        return getattr(self.classifier, "config", None)
+
+    @property
+    def num_labels(self) -> int | None:
+        """The number of classes K, where the classifier says."""
+        for owner, name in ((self.config, "num_labels"), (self.classifier, "num_classes")):
+            if isinstance(getattr(owner, name, None), int):
+                return getattr(owner, name)
+        return None
+
+    @property
+    def id2label(self) -> dict[int, str] | None:
+        """Class names by index, where the classifier has them."""
+        return getattr(self.config, "id2label", None)
+
+    def _parameter(self) -> Tensor | None:
+        """The tensor whose device and dtype the input follows."""
+        if not isinstance(self.classifier, nn.Module):
+            return None
+        return next((p for p in self.classifier.parameters() if p.is_floating_point()), None)
+
+    def _channels(self) -> int | None:
+        for owner, name in ((self.config, "num_channels"), (self.classifier, "in_chans")):
+            if isinstance(getattr(owner, name, None), int):
+                return getattr(owner, name)
+        return None
+
+
+class PurifiedClassifier(nn.Module):
+    """purify -> preprocess -> classify: [0, 1] pixels (B, C, H, W) to logits (B, K), differentiable end to end.
+
+    Purifier and classifier are put into eval mode here and nothing else of them is changed, so gradients also reach
+    their parameters where these require them. To train a purifier through a frozen classifier, freeze the classifier's
+    parameters and call `model.purifier.train()`; `model.train()` would put the classifier into training mode too.
+
+    Args:
+        purifier: a `MAEPModel` (or anything with a method `purify`), also wrapped by PEFT or DistributedDataParallel;
+            any module or callable that maps images to images of the same shape; or None for the bare classifier.
+        classifier: see `PixelClassifier`; may be one already.
+        image_processor: see `PixelClassifier`.
+        purify_kwargs: arguments for every call of the purifier, e.g. `{"overlap": 8}`.
+        **kwargs: passed on to `PixelClassifier`.
+
+    Raises:
+        TypeError: the purifier cannot be called, or options are given for a classifier that is wrapped already.
+    """
+
+    def __init__(
+        self,
+        purifier: nn.Module | Callable[[Tensor], Tensor] | None,
+        classifier: nn.Module | Callable[[Tensor], Any],
+        image_processor: Any = None,
+        *,
+        purify_kwargs: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ):
+        super().__init__()
+        if isinstance(purifier, str):
+            raise TypeError(f"`purifier` must be a model, got a name; use MAEPModel.from_pretrained({purifier!r}).")
+        if purifier is not None and not callable(purifier) and not callable(getattr(purifier, "purify", None)):
+            raise TypeError(
+                f"`purifier` must have a method `purify`, be callable or None, got {type(purifier).__name__}."
+            )
+        if purifier is None and purify_kwargs:
+            raise TypeError("`purify_kwargs` is given, but `purifier` is None.")
+        if isinstance(classifier, PixelClassifier):
+            if image_processor is not None or kwargs:
+                given = [*(["image_processor"] if image_processor is not None else []), *kwargs]
+                raise TypeError(f"`classifier` is a PixelClassifier already: give {', '.join(given)} to that one.")
+        else:
+            classifier = PixelClassifier(classifier, image_processor, **kwargs)
+        self.purifier = purifier
+        self.classifier = classifier
+        self.purify_kwargs = dict(purify_kwargs or {})
+        self.eval()
+
+    def purify(self, pixel_values: Tensor) -> Tensor:
+        """The images as the classifier's preprocessing receives them: (B, C, H, W) in [0, 1], same shape as given.
+
+        Raises:
+            TypeError: not a floating-point tensor, or the purifier returns no tensor.
+            ValueError: another shape, or number of channels, than the purifier takes; or the purifier returns
+                another shape than it was given.
+        """
+        if self.purifier is None:
+            check_pixels(pixel_values)
+            return pixel_values
+        purify = _find_purify(self.purifier)
+        config = getattr(self.purifier, "config", None)
+        num_channels = getattr(config, "num_channels", None)
+        check_pixels(pixel_values, num_channels if isinstance(num_channels, int) else None)
+        output = (purify or self.purifier)(pixel_values, **self.purify_kwargs)
+        output = getattr(output, "purified_pixel_values", output)
+        if not isinstance(output, Tensor):
+            raise TypeError(f"The purifier must return a tensor of images, got {type(output).__name__}.")
+        if output.shape != pixel_values.shape:
+            raise ValueError(
+                f"The purifier must keep the shape of the images: it was given {tuple(pixel_values.shape)} "
+                f"and returned {tuple(output.shape)}."
+            )
+        return output
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """Logits (B, K) of the purified images; `pixel_values` (B, C, H, W) in [0, 1]. Errors as in `purify`."""
+        return self.classifier(self.purify(pixel_values))
+
+    @property
+    def config(self) -> Any:
+        """The classifier's configuration, or None."""
+        return self.classifier.config
+
+    @property
+    def num_labels(self) -> int | None:
+        """The number of classes K, where the classifier says."""
+        return self.classifier.num_labels
+
+    @property
+    def id2label(self) -> dict[int, str] | None:
+        """Class names by index, where the classifier has them."""
+        return self.classifier.id2label
+
+
+def load_classifier(
+    name_or_path: str,
+    *,
+    image_processor: Any = None,
+    size: int | Sequence[int] | Mapping[str, int] | None = None,
+    image_mean: float | Sequence[float] | None = None,
+    image_std: float | Sequence[float] | None = None,
+    interpolation: str | int | None = None,
+    do_resize: bool | None = None,
+    always_resize: bool = False,
+    **hub_kwargs: Any,
+) -> PixelClassifier:
+    """Load a classifier and its image processor, ready to be attacked: eval mode, no gradients for its parameters.
+
+    Args:
+        name_or_path: a model id of the Hub, or a folder.
+        image_processor, size, image_mean, image_std, interpolation, do_resize, always_resize: see `PixelClassifier`.
+        **hub_kwargs: for `AutoModelForImageClassification.from_pretrained` (`revision`, `token`, `dtype`,
+            `local_files_only`, `trust_remote_code`, ...); those that name the source go to the image processor too.
+
+    Raises:
+        OSError: there is no such model, or the Hub cannot be reached.
+        ValueError: it is no image classifier, or its weights lack some of the network (an untrained head).
+    """
+    try:
+        model, info = AutoModelForImageClassification.from_pretrained(
+            name_or_path, output_loading_info=True, **hub_kwargs
+        )
+    except OSError as error:
+        raise OSError(
+            f"The classifier {str(name_or_path)!r} could not be loaded: {error}\n"
+            "Give a folder written by `save_pretrained` or a model id that the Hub has."
+        ) from error
+    except ValueError as error:
+        raise ValueError(f"{str(name_or_path)!r} could not be loaded as an image classifier: {error}") from error
+    missing = sorted(key for key in info["missing_keys"] if not key.endswith("num_batches_tracked"))
+    if missing:
+        raise ValueError(
+            f"{str(name_or_path)!r} is not a trained image classifier: its weights lack {', '.join(missing[:4])}"
+            f"{f' and {len(missing) - 4} more' if len(missing) > 4 else ''}. Fine-tune it first."
+        )
+    if image_processor is None:
+        source = {key: value for key, value in hub_kwargs.items() if key in HUB_ARGUMENTS}
+        image_processor = _saved_image_processor(name_or_path, **source)
+    model.requires_grad_(False)
+    return PixelClassifier(
+        model,
+        image_processor,
+        size=size,
+        image_mean=image_mean,
+        image_std=image_std,
+        interpolation=interpolation,
+        do_resize=do_resize,
+        always_resize=always_resize,
+    )
+
+
+def find_preprocessing(classifier: Any) -> Any:
+    """The image processor or timm configuration that belongs to a classifier, or None (see `PixelClassifier`)."""
+    config = getattr(classifier, "config", None)
+    for owner, name in (
+        (classifier, "image_processor"),
+        (classifier, "pretrained_cfg"),
+        (classifier, "default_cfg"),
+        (config, "pretrained_cfg"),
+    ):
+        found = getattr(owner, name, None)
+        if found is not None and (name == "image_processor" or "input_size" in _as_mapping(found)):
+            return found if name == "image_processor" else _as_mapping(found)
+    name_or_path = getattr(config, "_name_or_path", None)
+    if name_or_path and isinstance(config, PreTrainedConfig):
+        return _saved_image_processor(name_or_path)
+    return None
+
+
+def _saved_image_processor(name_or_path: str, **kwargs: Any) -> Any:
+    """The image processor beside a model's weights, or None where there is none that can be loaded here."""
+    try:
+        return AutoImageProcessor.from_pretrained(name_or_path, **kwargs)
+    except (OSError, ValueError, ImportError, KeyError):
+        return None
+
+
+def _as_mapping(config: Any) -> Mapping[str, Any]:
+    if isinstance(config, Mapping):
+        return config
+    return config.to_dict() if hasattr(config, "to_dict") else vars(config)
+
+
+def _logits(output: Any) -> Tensor:
+    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", output)
+    if not isinstance(logits, Tensor):
+        raise TypeError(
+            f"The classifier must return a tensor (B, K) or an object with `logits`, got {type(output).__name__}; "
+            "wrap it in a function that returns its logits."
+        )
+    return logits
+
+
+def _find_purify(purifier: Any) -> Callable[..., Tensor] | None:
+    """The method `purify`, also through PEFT (whose adapters live inside the base model) and parallel wrappers."""
+    for candidate in (purifier, getattr(purifier, "module", None)):
+        if callable(getattr(candidate, "purify", None)):
+            return candidate.purify
+        base = getattr(candidate, "get_base_model", None)
+        if callable(base) and callable(getattr(base(), "purify", None)):
+            return base().purify
+    return None

@@ -1,0 +1,210 @@
+"""Images in: any `datasets` source, its image and label columns, tolerant decoding, and the embedded default."""
+
+from __future__ import annotations
+
+import io
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image as PILImage
+from PIL import ImageOps
+
+logger = logging.getLogger(__name__)
+
+EMBEDDED_DATASETS = {"embedded:cifar10": "cifar10", "embedded:imagenet": "imagenet"}
+LABEL_NAMES = ("label", "labels", "fine_label", "class", "target")
+CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+
+class DataError(ValueError):
+    """A dataset that cannot be used as asked; the message names the argument and the fix."""
+
+
+@dataclass
+class ImageDataset:
+    """A `datasets.Dataset` or `IterableDataset` whose image columns are undecoded, with the names of its columns.
+
+    Rows are read with [`decode_image`], so that one broken file costs one image and not the run.
+    """
+
+    rows: Any
+    image_column: str
+    label_column: str | None = None
+    adversarial_column: str | None = None
+    class_names: list[str] | None = None
+    fingerprint: str = ""
+    streaming: bool = False
+
+    def __len__(self) -> int:
+        if self.streaming:
+            raise TypeError("a streamed dataset has no length")
+        return len(self.rows)
+
+    def label(self, row: dict) -> int:
+        """The row's class index, or -1 where the dataset has no label column."""
+        return int(row[self.label_column]) if self.label_column else -1
+
+
+def load_image_dataset(
+    source: str,
+    split: str = "train",
+    *,
+    config_name: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    adversarial_column: str | None = None,
+    streaming: bool = False,
+    max_images: int | None = None,
+) -> ImageDataset:
+    """Load images from a Hub dataset id, a folder (images or parquet), a parquet file, a saved dataset, or `embedded:cifar10`.
+
+    Args:
+        source: Hub id (`uoft-cs/cifar10`), path, or one of `embedded:cifar10`, `embedded:imagenet`.
+        split: split name; a single parquet file is that split by itself.
+        image_column, label_column: column names; found by feature type and usual names when `None`.
+        adversarial_column: column of attacked images (a stored pairs dataset); `adversarial_image` is found by itself.
+        streaming: read without downloading first.
+        max_images: keep only the first so many images.
+
+    Raises:
+        DataError: the source cannot be reached or read, or it has no such split or column.
+    """
+    if source in EMBEDDED_DATASETS:
+        rows = _embedded_rows(EMBEDDED_DATASETS[source])
+    elif source.startswith("embedded:"):
+        raise DataError(f"dataset={source!r}: no such embedded dataset; there are {', '.join(EMBEDDED_DATASETS)}")
+    else:
+        rows = _load_rows(source, split, config_name, streaming)
+    if max_images is not None:
+        if max_images < 1:
+            raise DataError(f"max_images={max_images}: must be at least 1")
+        rows = rows.take(max_images) if streaming else rows.select(range(min(max_images, len(rows))))
+    if not streaming and len(rows) == 0:
+        raise DataError(f"dataset={source!r}, split={split!r}: there are no images in it")
+    return _with_columns(rows, source, image_column, label_column, adversarial_column, streaming)
+
+
+def decode_image(value: Any) -> PILImage.Image:
+    """Decode one undecoded image cell to an upright RGB picture; grey, palette, 16-bit and alpha come out as RGB.
+
+    Raises:
+        OSError: the bytes are not an image, or are cut off.
+    """
+    if isinstance(value, PILImage.Image):
+        image = value
+    elif isinstance(value, np.ndarray):
+        image = PILImage.fromarray(value)
+    elif isinstance(value, dict):
+        image = PILImage.open(io.BytesIO(value["bytes"]) if value.get("bytes") else value["path"])
+    else:
+        raise OSError(f"not an image: {type(value).__name__}")
+    return to_rgb(ImageOps.exif_transpose(image))
+
+
+def to_rgb(image: PILImage.Image) -> PILImage.Image:
+    """RGB version of a picture of any mode; transparent pixels show over white, 16-bit grey keeps its scale."""
+    if image.mode == "RGB":
+        return image
+    if image.mode.startswith("I"):  # PIL clips 16-bit grey when it converts; scale it instead
+        return PILImage.fromarray((np.asarray(image, dtype=np.float64) / 257).clip(0, 255).astype(np.uint8)).convert(
+            "RGB"
+        )
+    if "A" in image.mode or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        background = PILImage.new("RGBA", rgba.size, "white")
+        return PILImage.alpha_composite(background, rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def _load_rows(source: str, split: str, config_name: str | None, streaming: bool):
+    import datasets
+    from datasets.exceptions import DatasetNotFoundError
+
+    path = Path(source).expanduser()
+    try:
+        if path.is_file():
+            if path.suffix != ".parquet":
+                raise DataError(f"dataset={source!r}: a single file must be .parquet; give a folder for images")
+            return datasets.load_dataset("parquet", data_files={split: str(path)}, split=split, streaming=streaming)
+        if path.is_dir() and any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
+            saved = datasets.load_from_disk(str(path))
+            if isinstance(saved, datasets.DatasetDict):
+                if split not in saved:
+                    raise DataError(f"split={split!r} is not in {source!r}; it has {', '.join(saved)}")
+                saved = saved[split]
+            return saved.to_iterable_dataset() if streaming else saved
+        name = str(path.resolve()) if path.is_dir() else source
+        return datasets.load_dataset(name, config_name, split=split, streaming=streaming)
+    except DataError:
+        raise
+    except (DatasetNotFoundError, ConnectionError, OSError, ValueError, KeyError, RuntimeError) as error:
+        if path.exists():
+            raise DataError(f"dataset={source!r}, split={split!r} cannot be read: {error}") from error
+        raise DataError(
+            f"dataset={source!r} is neither a local path nor reachable on the Hub ({type(error).__name__}: {error}). "
+            "Without the Hub, give local data: --dataset FOLDER with train/test images or parquet files, "
+            "--dataset FILE.parquet, or --dataset embedded:cifar10 for the 20 images that come with foolbox."
+        ) from error
+
+
+def _with_columns(rows, source, image_column, label_column, adversarial_column, streaming) -> ImageDataset:
+    import datasets
+
+    features = rows.features
+    if features is None:  # some streams do not say what they hold until they are read
+        rows = rows._resolve_features()
+        features = rows.features
+    image_columns = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+    adversarial = adversarial_column or ("adversarial_image" if "adversarial_image" in image_columns else None)
+    if image_column is None:
+        candidates = [name for name in image_columns if name != adversarial]
+        if len(candidates) != 1:
+            raise DataError(
+                f"dataset={source!r} has {len(candidates)} image columns among {list(features)}; name one with image_column"
+            )
+        image_column = candidates[0]
+    if label_column is None:
+        classes = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
+        known = [name for name in LABEL_NAMES if name in features]
+        label_column = (classes if len(classes) == 1 else known or [None])[0]
+    for argument, name in (
+        ("image_column", image_column),
+        ("label_column", label_column),
+        ("adversarial_column", adversarial),
+    ):
+        if name is not None and name not in features:
+            raise DataError(f"{argument}={name!r} is not in {source!r}; its columns are {list(features)}")
+    for name in (image_column, adversarial):
+        if name is not None:
+            if not isinstance(features[name], datasets.Image):
+                raise DataError(f"image_column={name!r} of {source!r} holds {features[name]}, not images")
+            rows = rows.cast_column(name, datasets.Image(decode=False))
+    return ImageDataset(
+        rows=rows,
+        image_column=image_column,
+        label_column=label_column,
+        adversarial_column=adversarial,
+        class_names=getattr(features.get(label_column), "names", None) if label_column else None,
+        fingerprint="" if streaming else rows._fingerprint,
+        streaming=streaming,
+    )
+
+
+def _embedded_rows(name: str):
+    """The labelled sample images that the foolbox package carries (20 of CIFAR-10, 20 of ImageNet)."""
+    import datasets
+
+    try:
+        import foolbox
+    except ImportError as error:
+        raise DataError("the embedded images come with foolbox: pip install 'maep-hf[attacks]'") from error
+    folder = Path(foolbox.__file__).parent / "data"
+    rows: dict[str, list] = {"image": [], "label": []}
+    for path in sorted(folder.glob(f"{name}_*")):  # NAME_INDEX_LABEL.EXT
+        rows["image"].append({"bytes": path.read_bytes(), "path": path.name})
+        rows["label"].append(int(path.stem.split("_")[-1]))
+    label = datasets.ClassLabel(names=list(CIFAR10_CLASSES)) if name == "cifar10" else datasets.Value("int64")
+    return datasets.Dataset.from_dict(rows, features=datasets.Features({"image": datasets.Image(), "label": label}))

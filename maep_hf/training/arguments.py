@@ -1,0 +1,110 @@
+"""Arguments of the training loop, named as in `transformers.TrainingArguments` where both have them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from ..data import ImageDataset, load_image_dataset
+
+
+@dataclass
+class LoopArguments:
+    """What [`maep_hf.training.train`] needs besides the task.
+
+    Raises:
+        ValueError: a value out of its range; the message names it.
+    """
+
+    output_dir: str = field(
+        default="runs/maep", metadata={"help": "run folder: records, checkpoints and the final model"}
+    )
+    max_steps: int = field(default=1000, metadata={"help": "optimizer steps of the whole run"})
+    per_device_train_batch_size: int = field(default=128, metadata={"help": "images per process and micro-batch"})
+    gradient_accumulation_steps: int = field(default=1, metadata={"help": "micro-batches per optimizer step"})
+    optimizer: str = field(default="adamw", metadata={"help": "adamw or sgd (Nesterov momentum 0.9)"})
+    learning_rate: float = field(default=1e-3, metadata={"help": "peak learning rate; cosine decay to 0"})
+    weight_decay: float = field(
+        default=0.05, metadata={"help": "on weight matrices and filters, not on norms and biases"}
+    )
+    warmup_steps: int = field(default=100, metadata={"help": "steps of linear warm-up"})
+    max_grad_norm: float = field(default=1.0, metadata={"help": "gradient clipping; 0 turns it off"})
+    ema_decay: float = field(
+        default=0.0, metadata={"help": "decay of the averaged weights that are kept; 0 turns it off"}
+    )
+    mixed_precision: str = field(default="no", metadata={"help": "no, bf16 or fp16 (a GPU only)"})
+    channels_last: bool = field(default=True, metadata={"help": "memory format of convolutions"})
+    torch_compile: bool = field(default=False, metadata={"help": "compile the model"})
+    gradient_checkpointing: bool = field(default=False, metadata={"help": "recompute activations to save memory"})
+    seed: int = field(default=0, metadata={"help": "seed of weights, order and every random draw"})
+    logging_steps: int = field(default=20, metadata={"help": "steps between records of the training loss"})
+    eval_steps: int = field(default=500, metadata={"help": "steps between validation lines and previews"})
+    save_steps: int = field(default=500, metadata={"help": "steps between checkpoints"})
+    save_total_limit: int = field(default=2, metadata={"help": "checkpoints kept"})
+    cpu_threads: int = field(default=0, metadata={"help": "threads a process uses on a CPU; 0 shares the cores evenly"})
+    dataloader_num_workers: int = field(default=0, metadata={"help": "processes that read images"})
+    report_to: str = field(default="none", metadata={"help": "none, tensorboard or trackio"})
+    overwrite_output_dir: bool = field(default=False, metadata={"help": "start over in a folder that holds a run"})
+
+    def __post_init__(self) -> None:
+        for name in ("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps",
+                     "eval_steps", "save_steps", "save_total_limit"):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+        for name in ("learning_rate", "weight_decay", "warmup_steps", "max_grad_norm"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)}: must not be negative")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay={self.ema_decay}: must be in [0, 1)")
+        choices = {"optimizer": ("adamw", "sgd"), "mixed_precision": ("no", "bf16", "fp16"),
+                   "report_to": ("none", "tensorboard", "trackio")}  # fmt: skip
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r}: must be one of {', '.join(allowed)}")
+
+
+# May change between the first start of a run and a later one: none of them changes what is computed.
+FREE_ARGUMENTS = frozenset(
+    {"overwrite_output_dir", "report_to", "save_total_limit", "save_steps", "dataloader_num_workers", "cpu_threads", "output_dir"}
+)
+
+
+@dataclass
+class DataArguments:
+    """Which images, and how they are cut.
+
+    Raises:
+        maep_hf.data.DataError: on loading, when the dataset cannot be read or used.
+    """
+
+    dataset: str = field(
+        default="uoft-cs/cifar10",
+        metadata={"help": "Hub id, folder of images or parquet, .parquet file, saved dataset, or embedded:cifar10"},
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "configuration name of a Hub dataset"})
+    train_split: str = field(default="train", metadata={"help": "split to train on"})
+    validation_dataset: str | None = field(
+        default=None, metadata={"help": "dataset to validate on; the same by default"}
+    )
+    validation_split: str = field(default="test", metadata={"help": "split to validate on"})
+    image_column: str | None = field(
+        default=None, metadata={"help": "column of images; found by itself when there is one"}
+    )
+    label_column: str | None = field(default=None, metadata={"help": "column of class indices; found by itself"})
+    streaming: bool = field(default=False, metadata={"help": "read while training instead of downloading first"})
+    max_train_images: int | None = field(default=None, metadata={"help": "use only the first so many training images"})
+    validation_images: int = field(default=256, metadata={"help": "size of the fixed validation subset"})
+    image_size: int | None = field(
+        default=None, metadata={"help": "side of a training image, pixels; the model's by default"}
+    )
+    crop: str = field(
+        default="mixed", metadata={"help": "native, resized, mixed or center: how larger pictures are cut"}
+    )
+    flip: bool = field(default=True, metadata={"help": "mirror half of the images"})
+
+    def load(self) -> tuple[ImageDataset, ImageDataset]:
+        """The training and the validation images."""
+        shared = {"config_name": self.dataset_config, "image_column": self.image_column,
+                  "label_column": self.label_column, "streaming": self.streaming}  # fmt: skip
+        train_data = load_image_dataset(self.dataset, self.train_split, max_images=self.max_train_images, **shared)
+        validation = self.validation_dataset or self.dataset
+        return train_data, load_image_dataset(validation, self.validation_split, **shared)

@@ -1,0 +1,283 @@
+"""The one Accelerate loop behind every script in `train/`."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DataLoaderConfiguration
+from accelerate.utils import set_seed
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import DataLoader, IterableDataset
+from tqdm.auto import tqdm
+from transformers import get_cosine_schedule_with_warmup
+
+from .arguments import LoopArguments
+from .run_folder import RunFolder, describe_environment, write_json
+from .samples import collate
+from .task import Task
+
+logger = logging.getLogger(__name__)
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss became NaN or infinite."""
+
+
+def train(task: Task, args: LoopArguments, arguments: dict[str, dict[str, Any]]) -> Path:
+    """Train a task, or go on where an interrupted run of the same arguments stopped.
+
+    Args:
+        task: what is trained, on what, and how it is validated.
+        args: the loop's arguments.
+        arguments: all arguments of the run by group, recorded in `run.json` and compared when a run is resumed.
+
+    Returns:
+        The run's folder, which loads with the model's `from_pretrained`.
+
+    Raises:
+        RunFolderError: the folder cannot be written, is too full, or holds another run.
+        NonFiniteLossError: training diverged.
+    """
+    return _Loop(task, args, arguments).run()
+
+
+class _LoopState:
+    """Step counter and running sums since the last record; a part of every checkpoint."""
+
+    def __init__(self) -> None:
+        self.step = 0
+        self.sums: dict[str, float] = {}
+        self.summed = 0
+        self.broken: set[int] = set()
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+
+
+class _Loop:
+    def __init__(self, task: Task, args: LoopArguments, arguments: dict[str, dict[str, Any]]):
+        self.task, self.args = task, args
+        self.folder = RunFolder(args.output_dir)
+        self.accelerator = Accelerator(
+            mixed_precision=args.mixed_precision,
+            gradient_accumulation_steps=args.gradient_accumulation_steps,
+            log_with=None if args.report_to == "none" else args.report_to,
+            project_dir=args.output_dir,
+            dataloader_config=DataLoaderConfiguration(dispatch_batches=False),
+            step_scheduler_with_optimizer=False,
+        )
+        self.main = self.accelerator.is_main_process
+        if self.accelerator.device.type == "cpu":  # `accelerate launch` leaves a process one thread
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+            torch.set_num_threads(args.cpu_threads or max(1, cores // self.accelerator.num_processes))
+        parameter_bytes = sum(p.numel() * p.element_size() for p in task.model.parameters())
+        if self.main:
+            self.folder.prepare(arguments, 4 * parameter_bytes, args.save_total_limit, args.overwrite_output_dir)
+        self.accelerator.wait_for_everyone()
+        self.resume_from = self.folder.last_checkpoint()
+        if self.main and self.resume_from is None:
+            record = {"task": task.name, "arguments": arguments, "data": task.describe_data(), **describe_environment()}
+            record["num_processes"] = self.accelerator.num_processes
+            record["parameters"] = sum(p.numel() for p in task.model.parameters())
+            write_json(self.folder.record, record)
+            self.folder.truncate_metrics(-1)
+        set_seed(args.seed)
+        task.to(self.accelerator.device)
+        self._build()
+        if args.report_to != "none":
+            flat = {
+                f"{g}.{k}": v for g, vs in arguments.items() for k, v in vs.items() if isinstance(v, int | float | str)
+            }
+            self.accelerator.init_trackers("maep", config=flat)
+
+    def _build(self) -> None:
+        args, accelerator = self.args, self.accelerator
+        model = self.task.model
+        if args.channels_last:
+            model.to(memory_format=torch.channels_last)
+        if args.gradient_checkpointing:
+            model.gradient_checkpointing_enable()
+        self.state = _LoopState()
+        self.optimizer = build_optimizer(model, args)
+        self.scheduler = get_cosine_schedule_with_warmup(self.optimizer, args.warmup_steps, args.max_steps)
+        self.model, self.optimizer = accelerator.prepare(model, self.optimizer)
+        self.ema = None
+        if args.ema_decay:
+            self.ema = AveragedModel(
+                accelerator.unwrap_model(self.model),
+                multi_avg_fn=get_ema_multi_avg_fn(args.ema_decay),
+                use_buffers=True,
+            )
+            accelerator.register_for_checkpointing(self.ema)
+        accelerator.register_for_checkpointing(self.scheduler, self.state)
+        if self.resume_from is not None:
+            accelerator.load_state(str(self.resume_from))
+            if self.main:
+                self.folder.truncate_metrics(self.state.step)
+                logger.info("resuming from step %d of %d", self.state.step, args.max_steps)
+        if args.torch_compile:
+            self.model.compile()
+
+    @property
+    def best_model(self) -> nn.Module:
+        """The weights that are validated and kept: the average where there is one."""
+        return self.ema.module if self.ema is not None else self.accelerator.unwrap_model(self.model)
+
+    def run(self) -> Path:
+        args, state = self.args, self.state
+        if state.step < args.max_steps:
+            self._train()
+        self._export()
+        if args.report_to != "none":
+            self.accelerator.end_training()
+        return self.folder.path
+
+    def _train(self) -> None:
+        args, state, accelerator = self.args, self.state, self.accelerator
+        images_per_step = (
+            args.per_device_train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+        )
+        samples = self.task.samples(
+            total=args.max_steps * images_per_step, start=state.step * images_per_step, seed=args.seed
+        )
+        sampler = None if isinstance(samples, IterableDataset) else range(state.step * images_per_step, len(samples))
+        loader = accelerator.prepare(
+            DataLoader(
+                samples,
+                batch_size=args.per_device_train_batch_size,
+                sampler=sampler,
+                collate_fn=collate,
+                num_workers=args.dataloader_num_workers,
+                persistent_workers=args.dataloader_num_workers > 0,
+                multiprocessing_context="spawn" if args.dataloader_num_workers else None,
+            )
+        )
+        progress = tqdm(
+            total=args.max_steps, initial=state.step, desc=self.task.name, disable=not self.main, unit="step"
+        )
+        if state.step == 0:
+            self._validate()
+        self.clock, self.attack_seconds, self.images = time.perf_counter(), 0.0, 0
+        for batch in loader:
+            self._micro_step(batch)
+            if not accelerator.sync_gradients:
+                continue
+            state.step += 1
+            state.summed += 1
+            progress.update()
+            if state.step % args.logging_steps == 0 or state.step == args.max_steps:
+                progress.set_postfix(self._log(), refresh=False)
+            if state.step % args.eval_steps == 0 or state.step == args.max_steps:
+                self._validate()
+            if state.step % args.save_steps == 0 or state.step == args.max_steps:
+                self._save()
+            if state.step == args.max_steps:
+                break
+        progress.close()
+
+    def _micro_step(self, batch: dict[str, Tensor]) -> None:
+        args, accelerator = self.args, self.accelerator
+        self._note_broken(batch.pop("broken"))
+        self.images += len(batch["labels"]) * accelerator.num_processes
+        started = time.perf_counter()
+        with accelerator.autocast():
+            batch = self.task.prepare(batch)
+        self.attack_seconds += time.perf_counter() - started
+        with accelerator.accumulate(self.model):
+            with accelerator.autocast():
+                losses = self.task.loss(self.model, batch)
+            accelerator.backward(losses["loss"])
+            if accelerator.sync_gradients and args.max_grad_norm:
+                accelerator.clip_grad_norm_(self.model.parameters(), args.max_grad_norm)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        if accelerator.sync_gradients:
+            self.scheduler.step()
+            if self.ema is not None:
+                self.ema.update_parameters(accelerator.unwrap_model(self.model))
+        for name, value in losses.items():
+            total = accelerator.reduce(value.detach().float(), "mean").item() / args.gradient_accumulation_steps
+            self.state.sums[name] = self.state.sums.get(name, 0.0) + total
+        if not math.isfinite(self.state.sums["loss"]):
+            raise NonFiniteLossError(
+                f"the loss is not finite at step {self.state.step + 1}; lower learning_rate (now {args.learning_rate}), "
+                f"lengthen warmup_steps or use mixed_precision=no. The last checkpoint is in {self.folder.checkpoints}"
+            )
+
+    def _note_broken(self, broken: Tensor) -> None:
+        new = {int(index) for index in broken if index >= 0} - self.state.broken
+        if new:
+            self.state.broken |= new
+            logger.warning("%d images could not be decoded and were skipped so far", len(self.state.broken))
+
+    def _log(self) -> dict[str, str]:
+        state = self.state
+        losses = {name: total / state.summed for name, total in state.sums.items()}
+        seconds = time.perf_counter() - self.clock
+        timing = {"images_per_second": self.images / seconds, "attack_time_share": self.attack_seconds / seconds}
+        record = {"step": state.step, "learning_rate": self.scheduler.get_last_lr()[0], **losses}
+        if self.main:
+            self.folder.append_metrics(record | timing | {"broken_images": len(state.broken)})
+            self.accelerator.log({f"train/{k}": v for k, v in (losses | timing).items()}, step=state.step)
+        state.sums, state.summed = {}, 0
+        self.clock, self.attack_seconds, self.images = time.perf_counter(), 0.0, 0
+        return {"loss": f"{losses['loss']:.4g}", "images/s": f"{timing['images_per_second']:.0f}",
+                "attack": f"{timing['attack_time_share']:.0%}"}  # fmt: skip
+
+    def _validate(self) -> None:
+        started = time.perf_counter()
+        if self.main:
+            model = self.best_model
+            was_training = model.training
+            model.eval()
+            with self.accelerator.autocast():
+                metrics = self.task.evaluate(model)
+            self.folder.previews.mkdir(exist_ok=True)
+            self.task.preview(model, self.folder.previews / f"step-{self.state.step:07d}.png")
+            model.train(was_training)
+            self.folder.append_metrics({"step": self.state.step, "validation": metrics})
+            self.accelerator.log({f"validation/{k}": v for k, v in metrics.items()}, step=self.state.step)
+            line = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+            tqdm.write(f"step {self.state.step}: {line}")
+        self.accelerator.wait_for_everyone()
+        if hasattr(self, "clock"):
+            self.clock += time.perf_counter() - started  # validation is not training time
+
+    def _save(self) -> None:
+        started = time.perf_counter()
+        self.folder.save_checkpoint(
+            self.state.step,
+            lambda path: self.accelerator.save_state(str(path)),
+            self.accelerator.wait_for_everyone,
+            self.main,
+            self.args.save_total_limit,
+        )
+        self._export()
+        self.clock += time.perf_counter() - started
+
+    def _export(self) -> None:
+        if self.main:
+            self.task.export(self.best_model, self.folder.path)
+        self.accelerator.wait_for_everyone()
+
+
+def build_optimizer(model: nn.Module, args: LoopArguments) -> torch.optim.Optimizer:
+    """AdamW or SGD over the trainable parameters; vectors (norms, biases, tokens) carry no weight decay."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if p.squeeze().ndim > 1], "weight_decay": args.weight_decay},
+        {"params": [p for p in trainable if p.squeeze().ndim <= 1], "weight_decay": 0.0},
+    ]
+    if args.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=args.learning_rate, momentum=0.9, nesterov=True)
+    return torch.optim.AdamW(groups, lr=args.learning_rate, betas=(0.9, 0.95))

@@ -1,0 +1,240 @@
+"""Training a purifier: pairs of attacked and clean images, the joint loss, and optional guidance by the classifier."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..attacks import AttackMixture, AttackParameters, perturb, pgd
+from ..classifier import PixelClassifier
+from ..data import DataError, ImageDataset
+from ..figures import difference_image, image_grid
+from .samples import Augmentation, Draw
+from .task import Task
+
+VALIDATION_ATTACK = {"eps": 8.0, "steps": 10, "step_size": 2.0}
+CHUNK = 128
+PREVIEW_IMAGES = 8
+
+
+@dataclass
+class PurificationArguments:
+    """The loss and the surrogates.
+
+    Args:
+        surrogates: names or folders of the frozen classifiers that are attacked.
+        mask_ratio: share of hidden patches (paper: 0.5 in pre-training, 0 in finetuning).
+        guidance_weight: weight of `|f(P(x_a)) - f(x)|_1` on the surrogate's logits (Liao et al. 2018); 0 turns it off.
+        attack_labels: `true` attacks away from the dataset's label, `predicted` from the surrogate's own prediction.
+    """
+
+    surrogates: list[str] = field(
+        default_factory=lambda: ["checkpoints/resnet20-cifar10"],
+        metadata={"help": "frozen classifiers that training images are attacked on: folders or Hub ids"},
+    )
+    mask_ratio: float = field(default=0.5, metadata={"help": "share of hidden patches"})
+    guidance_weight: float = field(default=0.0, metadata={"help": "weight of the surrogate's logit distance; 0 is off"})
+    attack_labels: str = field(default="true", metadata={"help": "true or predicted"})
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.mask_ratio < 1:
+            raise ValueError(f"mask_ratio={self.mask_ratio}: must be in [0, 1)")
+        if self.guidance_weight < 0:
+            raise ValueError(f"guidance_weight={self.guidance_weight}: must not be negative")
+        if self.attack_labels not in ("true", "predicted"):
+            raise ValueError(f"attack_labels={self.attack_labels!r}: must be true or predicted")
+
+
+class PurificationTask(Task):
+    """Stages 1 to 3 of the method: what differs between them is the mask ratio and which weights are trainable.
+
+    Args:
+        model: a `MAEPModel`, or a PEFT-wrapped one.
+        image_processor: saved beside the model.
+        surrogates: frozen classifiers from [0, 1] pixels to logits; the first one also validates.
+        mixture: attacks that pairs are drawn from; unused where the dataset stores attacked images.
+        arguments: see [`PurificationArguments`].
+    """
+
+    name = "purifier"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        image_processor,
+        surrogates: Sequence[PixelClassifier],
+        train_data: ImageDataset,
+        validation_data: ImageDataset,
+        augmentation: Augmentation,
+        mixture: AttackMixture,
+        arguments: PurificationArguments,
+        validation_images: int = 256,
+    ):
+        super().__init__(model, train_data, validation_data, augmentation, validation_images)
+        if not surrogates:
+            raise ValueError("surrogates: at least one classifier is needed to make and to judge attacked images")
+        self.image_processor = image_processor
+        self.surrogates = [surrogate.eval().requires_grad_(False) for surrogate in surrogates]
+        self.mixture, self.arguments = mixture, arguments
+        self._check_labels()
+        self._validation: dict[str, Tensor] | None = None
+        if arguments.mask_ratio == 0:  # never used then; a parameter without gradient would stall several processes
+            for name, parameter in model.named_parameters():
+                if "mask_token" in name:
+                    parameter.requires_grad_(False)
+
+    def _check_labels(self) -> None:
+        names = self.train_data.class_names
+        if self.arguments.attack_labels == "predicted":
+            return
+        if self.train_data.label_column is None:
+            raise DataError("the dataset has no labels: name them with label_column, or use attack_labels=predicted")
+        for surrogate in self.surrogates:
+            classes = surrogate.num_labels
+            if names and classes and len(names) > classes:
+                raise DataError(
+                    f"the dataset has {len(names)} classes and a surrogate only {classes}: "
+                    "give a surrogate of this dataset, or attack_labels=predicted"
+                )
+
+    def to(self, device: torch.device) -> None:
+        super().to(device)
+        for surrogate in self.surrogates:
+            surrogate.to(device, memory_format=torch.channels_last)
+
+    def draw(self) -> Draw:
+        shape = (3, self.augmentation.image_size, self.augmentation.image_size)
+        patches = (self.augmentation.image_size // self.model.config.patch_size) ** 2
+        stored = self.train_data.adversarial_column is not None
+
+        def draw(rng) -> dict[str, Tensor]:
+            drawn = {"mask_noise": torch.from_numpy(rng.random(patches, dtype="float32"))}
+            attack = self.mixture.draw(rng, shape)
+            if stored:  # only whether the sample stays clean and whose logits guide it
+                attack = {key: attack[key] for key in ("attack_kind", "attack_surrogate")}
+            return drawn | attack
+
+        return draw
+
+    def _labels(self, batch: dict[str, Tensor]) -> Tensor | None:
+        return None if self.arguments.attack_labels == "predicted" else batch["labels"]
+
+    def prepare(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Attack the batch, unless it comes with attacked images: adds `attacked` and, for guidance, `clean_logits`."""
+        clean = batch["pixel_values"]
+        if "adversarial_pixel_values" in batch:
+            stays_clean = (batch["attack_kind"] == 0).view(-1, 1, 1, 1)
+            batch["attacked"] = torch.where(stays_clean, clean, batch["adversarial_pixel_values"])
+        else:
+            parameters = AttackParameters.from_batch(batch)
+            batch["attacked"] = perturb(self.surrogates, clean, self._labels(batch), parameters)
+        if self.arguments.guidance_weight:
+            with torch.no_grad():
+                batch["clean_logits"] = self._surrogate_logits(clean, batch["attack_surrogate"])
+        return batch
+
+    def _surrogate_logits(self, pixel_values: Tensor, surrogate: Tensor) -> Tensor:
+        """Each sample's logits on the surrogate it was attacked on."""
+        if len(self.surrogates) == 1:
+            return self.surrogates[0](pixel_values).float()
+        classes = max(model.num_labels for model in self.surrogates)
+        logits = pixel_values.new_zeros((len(pixel_values), classes), dtype=torch.float32)
+        for index, model in enumerate(self.surrogates):
+            rows = (surrogate == index).nonzero().squeeze(1)
+            if len(rows):
+                values = model(pixel_values[rows]).float()
+                logits = logits.index_put((rows,), nn.functional.pad(values, (0, classes - values.shape[1])))
+        return logits
+
+    def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        output = model(
+            pixel_values=batch["attacked"],
+            clean_pixel_values=batch["pixel_values"],
+            mask_ratio=self.arguments.mask_ratio,
+            noise=batch["mask_noise"],
+        )
+        losses = {
+            "loss": output.loss,
+            "reconstruction_loss": output.reconstruction_loss,
+            "purification_loss": output.purification_loss,
+        }
+        if self.arguments.guidance_weight:
+            logits = self._surrogate_logits(output.purified_pixel_values, batch["attack_surrogate"])
+            losses["guidance_loss"] = (logits - batch["clean_logits"]).abs().mean()
+            losses["loss"] = losses["loss"] + self.arguments.guidance_weight * losses["guidance_loss"]
+        return losses
+
+    def _validation_set(self) -> dict[str, Tensor]:
+        """The fixed subset with its attacked version (PGD-10 at 8/255 on the first surrogate), made once."""
+        if self._validation is None:
+            batch = self.validation_batch()
+            labels = self._labels(batch)
+            if labels is None:
+                with torch.no_grad():
+                    labels = torch.cat([self.surrogates[0](x).argmax(-1) for x in batch["pixel_values"].split(CHUNK)])
+            pairs = zip(batch["pixel_values"].split(CHUNK), labels.split(CHUNK), strict=True)
+            attacked = [pgd(self.surrogates[0], x, y, seed=i, **VALIDATION_ATTACK) for i, (x, y) in enumerate(pairs)]
+            self._validation = {"clean": batch["pixel_values"], "labels": labels, "attacked": torch.cat(attacked)}
+        return self._validation
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """Loss parts without and with masks, PSNR (dB) and accuracy (%), gray-box, on the validation subset."""
+        data = self._validation_set()
+        clean, attacked, labels = data["clean"], data["attacked"], data["labels"]
+        noise = torch.rand(len(clean), self._patches(model), generator=torch.Generator().manual_seed(0)).to(clean.device)
+        sums: dict[str, float] = {}
+        outputs: dict[str, list[Tensor]] = {"clean": [], "attacked": []}
+        for rows in torch.arange(len(clean)).split(CHUNK):
+            x, x_a = clean[rows], attacked[rows]
+            full = model(pixel_values=x_a, clean_pixel_values=x, mask_ratio=0.0)
+            masked = model(pixel_values=x_a, clean_pixel_values=x, mask_ratio=0.5, noise=noise[rows])
+            outputs["attacked"].append(full.purified_pixel_values)
+            outputs["clean"].append(model(pixel_values=x, mask_ratio=0.0).purified_pixel_values)
+            parts = {"purification_loss": full.purification_loss, "reconstruction_loss": masked.reconstruction_loss}
+            for name, value in parts.items():
+                sums[name] = sums.get(name, 0.0) + value.item() * len(rows) / len(clean)
+        purified = {name: torch.cat(values) for name, values in outputs.items()}
+        return sums | {
+            "psnr_clean": psnr(purified["clean"], clean),
+            "psnr_attacked": psnr(attacked, clean),
+            "psnr_purified": psnr(purified["attacked"], clean),
+            "accuracy_clean": self._accuracy(clean, labels),
+            "accuracy_attacked": self._accuracy(attacked, labels),
+            "accuracy_clean_purified": self._accuracy(purified["clean"], labels),
+            "accuracy_attacked_purified": self._accuracy(purified["attacked"], labels),
+        }
+
+    def _patches(self, model: nn.Module) -> int:
+        return (model.config.image_size // model.config.patch_size) ** 2
+
+    def _accuracy(self, pixel_values: Tensor, labels: Tensor) -> float:
+        logits = torch.cat([self.surrogates[0](chunk) for chunk in pixel_values.split(CHUNK)])
+        return 100 * (logits.argmax(-1) == labels).float().mean().item()
+
+    @torch.no_grad()
+    def preview(self, model: nn.Module, path: Path) -> None:
+        data = self._validation_set()
+        clean, attacked = data["clean"][:PREVIEW_IMAGES], data["attacked"][:PREVIEW_IMAGES]
+        purified = model(pixel_values=attacked, mask_ratio=0.0).purified_pixel_values
+        rows = {"clean": clean, "attacked": attacked, "purified": purified, "correction x8": difference_image(purified, attacked)}
+        image_grid({name: value.float().cpu() for name, value in rows.items()}, path)
+
+    def export(self, model: nn.Module, folder: Path) -> None:
+        if hasattr(model, "merge_and_unload"):
+            from ..adaptation import save_adapter_run
+
+            save_adapter_run(model, folder)
+        else:
+            model.save_pretrained(folder)
+        self.image_processor.save_pretrained(folder)
+
+
+def psnr(images: Tensor, reference: Tensor) -> float:
+    """Mean over images of the peak signal-to-noise ratio in dB, pixels in [0, 1]; equal images count as 100 dB."""
+    error = (images.float() - reference.float()).square().mean(dim=(1, 2, 3)).clamp_min(1e-10)
+    return (-10 * error.log10()).mean().item()

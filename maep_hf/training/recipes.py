@@ -1,0 +1,68 @@
+"""Arguments from YAML recipes and the command line, the latter stronger."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser
+
+
+def parse_arguments(
+    *types: type, default_recipe: Path | None = None, argv: Sequence[str] | None = None
+) -> tuple[Any, ...]:
+    """Parse `--config recipe.yaml` and `--name value` into instances of the dataclasses `types`.
+
+    Exits with a message of the command line's usual kind when a name or a value is wrong.
+
+    Args:
+        types: argument dataclasses; their field names must not overlap.
+        default_recipe: recipe used when `--config` is not given.
+        argv: the words after the script's name; `sys.argv` when `None`.
+    """
+    parser = HfArgumentParser(types)
+    parser.add_argument(
+        "--config", default=None, help=f"YAML recipe (default: {default_recipe.name if default_recipe else 'none'})"
+    )
+    argv = list(sys.argv[1:] if argv is None else argv)
+    config = next((argv[i + 1] for i, word in enumerate(argv[:-1]) if word == "--config"), None)
+    config = config or next((word.split("=", 1)[1] for word in argv if word.startswith("--config=")), None)
+    recipe = Path(config) if config else default_recipe
+    if recipe is not None:
+        _apply_recipe(parser, types, recipe)
+    try:
+        *parsed, rest = parser.parse_args_into_dataclasses(argv)
+    except ValueError as error:
+        parser.error(str(error))
+    del rest  # holds --config alone
+    return tuple(parsed)
+
+
+def as_groups(**groups: Any) -> dict[str, dict[str, Any]]:
+    """Argument dataclasses as nested dictionaries, for `run.json`."""
+    return {name: asdict(group) for name, group in groups.items()}
+
+
+def _apply_recipe(parser: HfArgumentParser, types: Sequence[type], recipe: Path) -> None:
+    try:
+        values = yaml.safe_load(recipe.read_text()) or {}
+    except (OSError, yaml.YAMLError) as error:
+        parser.error(f"--config {recipe}: {error}")
+    if not isinstance(values, dict):
+        parser.error(f"--config {recipe}: must hold `name: value` lines")
+    known = {field.name: field for kind in types for field in fields(kind)}
+    unknown = sorted(set(values) - set(known))
+    if unknown:
+        parser.error(f"--config {recipe}: unknown arguments {', '.join(unknown)}")
+    for action in parser._actions:
+        if action.dest in values:
+            value = values[action.dest]
+            if isinstance(value, list) or value is None or isinstance(value, bool):
+                action.default = value
+            else:
+                action.default = action.type(value) if action.type else value
+            action.required = False

@@ -1,0 +1,163 @@
+"""A run's folder: what is needed to repeat it, its metrics, and its checkpoints, all written atomically."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from .arguments import FREE_ARGUMENTS
+
+PACKAGES = ("maep-hf", "torch", "transformers", "accelerate", "datasets", "peft", "numpy", "pillow")
+CHECKPOINT_PREFIX = "step-"
+
+
+class RunFolderError(RuntimeError):
+    """The folder cannot be used for this run; the message says what to do."""
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON so that a reader sees the old file or the new one, never half of it."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(value, indent=2, sort_keys=False, default=str) + "\n")
+    os.replace(temporary, path)
+
+
+def describe_environment() -> dict[str, Any]:
+    """Versions, git revision and machine, for the record of a run."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = None
+    return {
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "versions": versions,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "git_revision": _git("rev-parse", "HEAD"),
+        "git_dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+    }
+
+
+class RunFolder:
+    """Layout: `run.json`, `metrics.jsonl`, `previews/`, `checkpoints/step-N/`, and the model's own files on top."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.record = self.path / "run.json"
+        self.metrics = self.path / "metrics.jsonl"
+        self.previews = self.path / "previews"
+        self.checkpoints = self.path / "checkpoints"
+
+    def prepare(self, arguments: dict[str, Any], checkpoint_bytes: int, kept: int, overwrite: bool) -> None:
+        """Check that the run can be written here and is the same run as the one already here, if any.
+
+        Args:
+            arguments: the run's arguments by group, as recorded in `run.json`.
+            checkpoint_bytes: estimated size of one checkpoint.
+            kept: checkpoints that exist side by side.
+            overwrite: remove a run that is already here.
+
+        Raises:
+            RunFolderError: not writable, too little disk, or another run's folder.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            probe = self.path / ".writable"
+            probe.write_bytes(b"0" * 4096)
+            probe.unlink()
+        except OSError as error:
+            raise RunFolderError(
+                f"output_dir={str(self.path)!r} cannot be written: {error}. Give another folder."
+            ) from error
+        free, needed = shutil.disk_usage(self.path).free, checkpoint_bytes * (kept + 2)
+        if free < needed:
+            raise RunFolderError(
+                f"output_dir={str(self.path)!r}: {free / 2**20:.0f} MiB free, but {kept} checkpoints and the model need about "
+                f"{needed / 2**20:.0f} MiB. Free some space, give another folder, or lower save_total_limit."
+            )
+        if overwrite:
+            for stale in (self.record, self.metrics):
+                stale.unlink(missing_ok=True)
+            for stale in (self.previews, self.checkpoints):
+                shutil.rmtree(stale, ignore_errors=True)
+        if self.record.is_file():
+            self._refuse_other_run(arguments)
+
+    def _refuse_other_run(self, arguments: dict[str, Any]) -> None:
+        stored = json.loads(self.record.read_text())["arguments"]
+        current = json.loads(json.dumps(arguments, default=str))
+        different = [
+            f"{group}.{name}: {stored.get(group, {}).get(name)!r} there, {value!r} now"
+            for group, values in current.items()
+            for name, value in values.items()
+            if name not in FREE_ARGUMENTS and stored.get(group, {}).get(name) != value
+        ]
+        if different:
+            raise RunFolderError(
+                f"output_dir={str(self.path)!r} holds a run with other arguments ({'; '.join(different)}). "
+                "Give another folder, or start over with --overwrite_output_dir."
+            )
+
+    def truncate_metrics(self, step: int) -> None:
+        """Drop the records that an interrupted run wrote after its last checkpoint."""
+        if not self.metrics.is_file():
+            return
+        kept = []
+        for line in self.metrics.read_text().splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+            except json.JSONDecodeError:  # the line that was being written when the run was killed
+                continue
+        temporary = self.metrics.with_name("metrics.jsonl.tmp")
+        temporary.write_text("".join(kept))
+        os.replace(temporary, self.metrics)
+
+    def append_metrics(self, record: dict[str, Any]) -> None:
+        with self.metrics.open("a") as stream:
+            stream.write(json.dumps(record) + "\n")
+
+    def last_checkpoint(self) -> Path | None:
+        """The newest complete checkpoint, or `None`."""
+        found = self._complete_checkpoints()
+        return found[-1] if found else None
+
+    def save_checkpoint(
+        self, step: int, save: Callable[[Path], None], wait: Callable[[], None], main: bool, limit: int
+    ):
+        """Write a checkpoint beside the others and give it its name only when it is whole, then rotate."""
+        target = self.checkpoints / f"{CHECKPOINT_PREFIX}{step:07d}"
+        temporary = target.with_name(target.name + ".tmp")
+        if main:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        wait()
+        save(temporary)
+        wait()
+        if main:
+            shutil.rmtree(target, ignore_errors=True)
+            os.replace(temporary, target)
+            for stale in self._complete_checkpoints()[:-limit]:
+                shutil.rmtree(stale, ignore_errors=True)
+        wait()
+
+    def _complete_checkpoints(self) -> list[Path]:
+        return sorted(path for path in self.checkpoints.glob(f"{CHECKPOINT_PREFIX}*") if path.suffix != ".tmp")
+
+
+def _git(*arguments: str) -> str | None:
+    command = ["git", "-C", str(Path(__file__).parent), *arguments]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None

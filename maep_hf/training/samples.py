@@ -1,0 +1,195 @@
+"""Training samples that depend on (seed, position) alone.
+
+Every random draw of a sample (which image, crop, flip, mask, attack) comes from a generator seeded by the run's seed
+and the sample's position in the run. So an interrupted run resumes exactly by starting at a later position, and neither
+batch size, accumulation, worker count nor number of processes changes what is drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import count
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image as PILImage
+from torch.utils.data import Dataset, IterableDataset
+
+from ..data import DataError, ImageDataset, decode_image
+
+Draw = Callable[[np.random.Generator], dict[str, torch.Tensor]]
+# What PIL raises on bytes that are not an image, or not a whole one.
+DECODE_ERRORS = (OSError, SyntaxError, ValueError, PILImage.DecompressionBombError)
+CROPS = ("native", "resized", "mixed", "center")
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """How a picture becomes a square of `image_size` pixels.
+
+    Args:
+        image_size: side of the square, pixels.
+        crop: `native` cuts a window at the picture's own scale, `resized` shrinks the short side to `image_size` first,
+            `mixed` tosses a coin, `center` is `resized` without randomness. Smaller pictures are enlarged.
+        padding: reflected border, pixels, added before the random crop.
+        flip: mirror half of the pictures.
+    """
+
+    image_size: int = 32
+    crop: str = "mixed"
+    padding: int = 0
+    flip: bool = True
+
+    def __post_init__(self) -> None:
+        if self.crop not in CROPS:
+            raise ValueError(f"crop={self.crop!r}: must be one of {', '.join(CROPS)}")
+
+    def __call__(self, images: list[PILImage.Image], rng: np.random.Generator) -> list[torch.Tensor]:
+        """Apply one draw to all `images` alike (an image and its attacked version); uint8 tensors (3, S, S)."""
+        size = self.image_size
+        native = self.crop == "native" or (self.crop == "mixed" and rng.random() < 0.5)
+        width, height = images[0].size
+        scale = size / min(width, height)
+        if not native or scale > 1:
+            width, height = max(size, round(width * scale)), max(size, round(height * scale))
+        random_crop = self.crop != "center"
+        padding = self.padding if random_crop else 0
+        top, left = (height + 2 * padding - size) // 2, (width + 2 * padding - size) // 2
+        if random_crop:
+            top = int(rng.integers(height + 2 * padding - size + 1))
+            left = int(rng.integers(width + 2 * padding - size + 1))
+        flip = self.flip and rng.random() < 0.5
+        out = []
+        for image in images:
+            if image.size != (width, height):
+                image = image.resize((width, height), PILImage.Resampling.BICUBIC)
+            pixels = np.asarray(image)
+            if padding:
+                pixels = np.pad(pixels, ((padding, padding), (padding, padding), (0, 0)), mode="reflect")
+            pixels = pixels[top : top + size, left : left + size]
+            if flip:
+                pixels = pixels[:, ::-1]
+            out.append(torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1))))
+        return out
+
+
+def make_sample(
+    dataset: ImageDataset, row: dict, augmentation: Augmentation, draw: Draw | None, seed: int, position: int
+) -> dict[str, Any]:
+    """One row as a sample: `pixel_values` uint8 (3, S, S), `labels`, `position`, `adversarial_pixel_values`, and the draw."""
+    columns = [name for name in (dataset.image_column, dataset.adversarial_column) if name]
+    rng = np.random.default_rng((seed, position))
+    tensors = augmentation([decode_image(row[name]) for name in columns], rng)
+    sample: dict[str, Any] = {"pixel_values": tensors[0], "labels": dataset.label(row), "position": position}
+    if len(tensors) > 1:
+        sample["adversarial_pixel_values"] = tensors[1]
+    if draw is not None:
+        sample.update(draw(rng))
+    return sample
+
+
+class PositionedImages(Dataset):
+    """`total` samples over shuffled epochs of a map-style dataset, addressed by position.
+
+    A broken image is replaced by the next good one, and its row is named in the sample's `broken` entry (-1 for none).
+    """
+
+    def __init__(
+        self, dataset: ImageDataset, total: int, augmentation: Augmentation, draw: Draw | None = None, seed: int = 0
+    ):
+        self.dataset, self.total, self.augmentation, self.draw, self.seed = dataset, total, augmentation, draw, seed
+        self._order: tuple[int, np.ndarray] | None = None
+
+    def __len__(self) -> int:
+        return self.total
+
+    def _index(self, position: int) -> int:
+        epoch, offset = divmod(position, len(self.dataset))
+        if self._order is None or self._order[0] != epoch:
+            self._order = (epoch, np.random.default_rng((self.seed, epoch, 1)).permutation(len(self.dataset)))
+        return int(self._order[1][offset])
+
+    def __getitem__(self, position: int) -> dict[str, Any]:
+        first = self._index(position)
+        for step in range(len(self.dataset)):
+            index = (first + step) % len(self.dataset)
+            try:
+                row = self.dataset.rows[index]
+                sample = make_sample(self.dataset, row, self.augmentation, self.draw, self.seed, position)
+            except DECODE_ERRORS:
+                continue
+            return sample | {"broken": first if step else -1}
+        raise DataError("none of the dataset's images can be decoded")
+
+
+class StreamedImages(IterableDataset):
+    """The same over a streamed dataset: shuffled in a buffer, epoch after epoch, from `start` on."""
+
+    def __init__(
+        self,
+        dataset: ImageDataset,
+        total: int,
+        augmentation: Augmentation,
+        draw: Draw | None = None,
+        seed: int = 0,
+        start: int = 0,
+        shuffle_buffer: int = 10_000,
+    ):
+        self.dataset, self.total, self.augmentation, self.draw, self.seed = dataset, total, augmentation, draw, seed
+        self.start = start
+        self._rows = dataset.rows.shuffle(seed=seed, buffer_size=shuffle_buffer)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        broken: list[int] = []  # positions that wait for the next good image
+        for position, row in enumerate(self._endless()):
+            if position >= self.total:
+                return
+            if position < self.start:
+                continue
+            try:
+                sample = make_sample(self.dataset, row, self.augmentation, self.draw, self.seed, position)
+            except DECODE_ERRORS:
+                broken.append(position)
+                continue
+            for waiting in broken:
+                filled = make_sample(self.dataset, row, self.augmentation, self.draw, self.seed, waiting)
+                yield filled | {"broken": waiting}
+            broken.clear()
+            yield sample | {"broken": -1}
+
+    def _endless(self) -> Iterator[dict]:
+        for epoch in count():
+            self._rows.set_epoch(epoch)
+            empty = True
+            for row in self._rows:
+                empty = False
+                yield row
+            if empty:
+                raise DataError("the streamed dataset holds no images")
+
+
+def read_first(dataset: ImageDataset, augmentation: Augmentation, count: int) -> list[dict[str, Any]]:
+    """The first `count` readable images in stored order as samples (fewer where the dataset has fewer)."""
+    samples: list[dict[str, Any]] = []
+    for row in dataset.rows:
+        if len(samples) == count:
+            break
+        try:
+            samples.append(make_sample(dataset, row, augmentation, None, 0, len(samples)))
+        except DECODE_ERRORS:
+            continue
+    if not samples:
+        raise DataError("none of the dataset's images can be decoded")
+    return samples
+
+
+def collate(samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """Stack samples; pictures become float32 in [0, 1], (B, 3, S, S)."""
+    batch: dict[str, torch.Tensor] = {}
+    for key in samples[0]:
+        values = [sample[key] for sample in samples]
+        stacked = torch.stack(values) if isinstance(values[0], torch.Tensor) else torch.tensor(values)
+        batch[key] = stacked.float().div_(255) if stacked.dtype == torch.uint8 else stacked
+    return batch

@@ -1,0 +1,209 @@
+"""The command `maep purify`, and one-line errors of every command."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from maep_hf import MAEPConfig, MAEPModel, cli, imageio
+from maep_hf.checkpoints import CheckpointError, check_model, load_purifier, released_checkpoint
+from maep_hf.configuration_cifar_resnet import CifarResNetConfig
+from maep_hf.modeling_cifar_resnet import CifarResNetForImageClassification
+
+
+def run(*arguments) -> tuple[int, str, str]:
+    """Exit code, standard output and the errors in one line of text."""
+    result = CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.stdout, " ".join(result.stderr.split())
+
+
+@pytest.fixture(scope="module")
+def purifier(tmp_path_factory):
+    """The folder of a small untrained purifier, which is the identity."""
+    folder = tmp_path_factory.mktemp("model") / "purifier"
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    sizes |= {f"decoder_{name}": value for name, value in sizes.items()}
+    torch.manual_seed(0)
+    MAEPModel(MAEPConfig(image_size=16, local_branch_layers=1, local_branch_channels=4, **sizes)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """A folder with a colour, a grey and an alpha picture, the last in a folder of its own."""
+    folder = tmp_path / "photos"
+    (folder / "more").mkdir(parents=True)
+    pixels = np.random.default_rng(0).integers(0, 256, (21, 34, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(folder / "colour.png")
+    Image.fromarray(pixels).convert("L").save(folder / "grey.png")
+    Image.fromarray(pixels).convert("RGBA").resize((9, 40)).save(folder / "more" / "alpha.png")
+    return folder
+
+
+def test_purify_writes_every_image_under_its_name(purifier, photos, tmp_path):
+    out = tmp_path / "out"
+    code, output, _ = run("purify", photos, "--out", out, "--model", purifier)
+    assert code == 0 and "3 of 3 images" in output
+    written = sorted(path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file())
+    assert written == ["colour.png", "grey.png", "more/alpha.png"]
+    for name in written:  # an untrained purifier is the identity
+        before, after = Image.open(photos / name), Image.open(out / name)
+        assert (before.mode, before.size) == (after.mode, after.size)
+        assert np.abs(np.asarray(before, int) - np.asarray(after, int)).max() <= 1
+
+
+def test_purify_writes_what_the_purifier_returns(purifier, photos, tmp_path, monkeypatch):
+    calls = []
+
+    def darken(self, pixel_values, **options):
+        calls.append(options)
+        return pixel_values / 2
+
+    monkeypatch.setattr(MAEPModel, "purify", darken)
+    options = ["--mode", "windows", "--overlap", "0.5", "--window-batch-size", "3"]
+    code, _, _ = run("purify", photos / "colour.png", "-o", tmp_path / "o", "--model", purifier, "--compare", *options)
+    assert code == 0
+    assert calls == [{"mode": "windows", "overlap": 0.5, "window_batch_size": 3}]
+    before, after = (np.asarray(Image.open(path), float) for path in (photos / "colour.png", tmp_path / "o/colour.png"))
+    assert np.abs(before / 2 - after).max() <= 0.5
+    assert Image.open(tmp_path / "o" / "colour.png.compare.png").width > 3 * 34
+
+
+@pytest.mark.parametrize("options", [["--mode", "interpolate"], ["--dtype", "bfloat16"], ["--overlap", "0"]])
+def test_purify_options_run(purifier, photos, tmp_path, options):
+    assert run("purify", photos / "colour.png", "--out", tmp_path / "o", "--model", purifier, *options)[0] == 0
+    before, after = (np.asarray(Image.open(path), int) for path in (photos / "colour.png", tmp_path / "o/colour.png"))
+    assert np.abs(before - after).max() <= 2
+
+
+def test_broken_file_is_skipped_counted_and_fails_the_command(purifier, photos, tmp_path):
+    (photos / "broken.png").write_bytes(b"no image")
+    code, output, errors = run("purify", photos, "--out", tmp_path / "out", "--model", purifier)
+    assert code == 1
+    assert "3 of 4 images" in output and "1 of 4 files skipped" in errors and "broken.png" in errors
+    assert (tmp_path / "out/more/alpha.png").is_file() and not (tmp_path / "out/broken.png").exists()
+
+
+def test_animation_says_that_one_frame_is_written(purifier, tmp_path):
+    frames = [Image.new("L", (8, 8), value) for value in (0, 100, 200)]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    code, _, errors = run("purify", tmp_path / "a.gif", "--out", tmp_path / "out", "--model", purifier)
+    assert code == 0 and "first of 3 frames" in errors
+
+
+def test_inputs_are_never_overwritten(purifier, photos):
+    before = (photos / "colour.png").read_bytes()
+    code, _, errors = run("purify", photos / "colour.png", "--out", photos, "--model", purifier)
+    assert code == 1 and "would overwrite the input" in errors
+    assert (photos / "colour.png").read_bytes() == before
+
+
+def test_second_run_does_not_purify_its_own_results(purifier, photos):
+    for _ in range(2):
+        code, output, _ = run("purify", photos, "--out", photos / "out", "--model", purifier)
+        assert code == 0 and "3 of 3" in output
+
+
+def test_full_disk_is_one_line(purifier, photos, tmp_path, monkeypatch):
+    def full(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(imageio, "save_image", full)
+    code, _, errors = run("purify", photos, "--out", tmp_path / "out", "--model", purifier)
+    assert code == 1 and "error: [Errno 28] No space left on device" in errors
+
+
+def test_out_of_memory_names_the_image_and_the_way_out(purifier, photos, tmp_path, monkeypatch):
+    def exhausted(self, pixel_values, **options):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
+
+    monkeypatch.setattr(MAEPModel, "purify", exhausted)
+    code, _, errors = run("purify", photos, "--out", tmp_path / "out", "--model", purifier)
+    assert code == 1 and "colour.png: out of memory at (21, 34) pixels" in errors and "--window-batch-size" in errors
+
+
+def test_errors_of_ours_keep_their_traceback(purifier, photos, tmp_path, monkeypatch):
+    def wrong(self, pixel_values, **options):
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr(MAEPModel, "purify", wrong)
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        run("purify", photos, "--out", tmp_path / "out", "--model", purifier)
+
+
+@pytest.mark.parametrize("command", [["purify", "IMAGE", "--out", "OUT"], ["demo", "--out", "OUT"]])
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("./gone", "./gone: no such folder"),
+        ("gone", "not a Hub id of the form OWNER/NAME"),
+        ("EMPTY", "holds no config.json"),
+        ("CLASSIFIER", "is not a purifier: its config.json has model_type 'cifar_resnet'"),
+        ("IMAGE", "is a file"),
+    ],
+)
+def test_wrong_model_is_one_line(photos, tmp_path, command, model, message):
+    (tmp_path / "empty").mkdir()
+    CifarResNetForImageClassification(CifarResNetConfig(depth=8, width=4)).save_pretrained(tmp_path / "classifier")
+    places = {
+        "IMAGE": photos / "colour.png",
+        "OUT": tmp_path / "out",
+        "EMPTY": tmp_path / "empty",
+        "CLASSIFIER": tmp_path / "classifier",
+    }
+    arguments = [places.get(word, word) for word in [*command, "--model", model]]
+    code, output, errors = run(*arguments)
+    assert code == 1 and errors.startswith("error: ") and message in errors
+    assert not output and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["gone.png"], "gone.png: no such file"),
+        (["EMPTY"], "no image files"),
+        (["IMAGE", "--device", "nonsense"], "--device nonsense cannot be used"),
+    ],
+)
+def test_wrong_arguments_are_one_line(purifier, photos, tmp_path, arguments, message):
+    (tmp_path / "empty").mkdir()
+    places = {"EMPTY": tmp_path / "empty", "IMAGE": photos / "colour.png"}
+    words = [places.get(word, word) for word in arguments]
+    code, _, errors = run("purify", *words, "--out", tmp_path / "out", "--model", purifier)
+    assert code == 1 and message in errors
+
+
+def test_eps_must_be_positive_and_names_its_unit(purifier, tmp_path):
+    code, _, errors = run("demo", "--eps", "0", "--out", tmp_path, "--model", purifier)
+    assert code == 1 and "units of 1/255" in errors
+
+
+def test_missing_release_names_the_folder_and_the_fix():
+    with pytest.raises(CheckpointError, match="no released checkpoint 'no-such-model'.*Hub id"):
+        released_checkpoint("no-such-model")
+
+
+def test_purifier_is_loaded_for_inference(purifier):
+    model = load_purifier(purifier, dtype=torch.bfloat16)
+    assert not model.training and model.dtype == torch.bfloat16
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    check_model(purifier, model_type="maep")
+
+
+def test_version_and_help():
+    assert run("--version")[1].startswith("maep ")
+    for command in ("purify", "demo"):
+        code, output, _ = run(command, "--help")
+        assert code == 0 and "--out" in output
+
+
+def test_command_line_starts_without_loading_torch_by_itself():
+    code = "import sys; sys.modules['maep_hf'] = type(sys)('maep_hf'); sys.modules['maep_hf'].__path__ = ['maep_hf'];"
+    code += "import maep_hf.cli; assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,139 @@
+"""MAEPImageProcessor: every kind of image to [0, 1] pixels in three channels, and back."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from maep_hf import MAEPImageProcessor
+
+RNG = np.random.default_rng(0)
+RGB = RNG.integers(0, 256, (20, 30, 3), dtype=np.uint8)
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return MAEPImageProcessor()
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        Image.fromarray(RGB),
+        RGB,
+        RGB.transpose(2, 0, 1),
+        torch.from_numpy(RGB),
+        RGB.astype(np.float32) / 255,
+        torch.from_numpy(RGB).permute(2, 0, 1).float() / 255,
+        (torch.from_numpy(RGB).permute(2, 0, 1).float() / 255).requires_grad_(),
+        [Image.fromarray(RGB)],
+        RGB[None],
+        Image.fromarray(RGB).convert("RGBA"),
+        np.concatenate([RGB, RGB[..., :1]], axis=2),
+    ],
+)
+def test_every_kind_gives_the_same_unit_pixels(processor, image):
+    pixels = processor(image, return_tensors="pt").pixel_values
+    assert pixels.shape == (1, 3, 20, 30) and pixels.dtype == torch.float32
+    torch.testing.assert_close(pixels[0], torch.from_numpy(RGB).permute(2, 0, 1).float() / 255, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "1", "P", "RGBA", "CMYK", "I;16", "I", "F"])
+def test_every_pil_mode_gives_three_channels(processor, mode):
+    image = Image.fromarray(RGB)
+    if mode in ("I;16", "I"):
+        image = Image.fromarray((RGB[..., 0].astype(np.uint16) * 257).astype(np.uint16 if mode == "I;16" else np.int32))
+    elif mode == "F":
+        image = Image.fromarray(RGB[..., 0].astype(np.float32) / 255)
+    else:
+        image = image.convert(mode)
+    pixels = processor(image, return_tensors="pt").pixel_values
+    assert pixels.shape == (1, 3, 20, 30)
+    assert pixels.min() >= 0 and 0.9 < pixels.max() <= 1
+    if mode in ("L", "LA", "1", "I;16", "I", "F"):
+        assert torch.equal(pixels[:, 0], pixels[:, 1]) and torch.equal(pixels[:, 0], pixels[:, 2])
+    if mode in ("I;16", "I", "F"):
+        np.testing.assert_allclose(pixels[0, 0].numpy(), RGB[..., 0] / 255, atol=1e-6)
+
+
+def test_paths_are_read(processor, tmp_path):
+    path = tmp_path / "image.png"
+    Image.fromarray(RGB).save(path)
+    pixels = processor([str(path)], return_tensors="pt").pixel_values
+    np.testing.assert_array_equal((pixels[0].permute(1, 2, 0) * 255).round().byte().numpy(), RGB)
+
+
+def test_round_trip_of_all_256_values_is_exact(processor):
+    values = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    pixels = processor(values, return_tensors="pt").pixel_values
+    back = processor.post_process(pixels)[0]
+    np.testing.assert_array_equal(np.asarray(back)[..., 0], values)
+
+
+def test_bfloat16_tensor_is_accepted(processor):
+    pixels = processor(torch.rand(3, 8, 8).bfloat16(), return_tensors="pt").pixel_values
+    assert pixels.dtype == torch.float32
+
+
+def test_resize_is_opt_in_and_keeps_the_range(processor):
+    pixels = processor(RGB, do_resize=True, size={"height": 8, "width": 12}, return_tensors="pt").pixel_values
+    assert pixels.shape == (1, 3, 8, 12) and pixels.min() >= 0 and pixels.max() <= 1
+    pixels = processor(RGB, do_resize=True, size={"shortest_edge": 10}, return_tensors="pt").pixel_values
+    assert pixels.shape == (1, 3, 10, 15)
+    with pytest.raises(ValueError, match="needs size"):
+        processor(RGB, do_resize=True)
+    flat = processor(np.full((9, 9, 3), 77, np.uint8), do_resize=True, size=5, return_tensors="pt").pixel_values
+    torch.testing.assert_close(flat, torch.full((1, 3, 5, 5), 77 / 255))
+
+
+def test_images_of_different_sizes(processor):
+    images = [RGB, RGB[:10]]
+    assert [pixels.shape for pixels in processor(images)["pixel_values"]] == [(3, 20, 30), (3, 10, 30)]
+    with pytest.raises(ValueError, match="different shapes"):
+        processor(images, return_tensors="pt")
+
+
+def test_switches(processor):
+    assert processor(RGB, do_rescale=False, return_tensors="pt").pixel_values.max() > 1
+    grey = processor(Image.fromarray(RGB).convert("L"), do_convert_rgb=False, return_tensors="pt").pixel_values
+    assert grey.shape == (1, 1, 20, 30)
+    with pytest.raises(ValueError, match="normalises inside"):
+        processor(RGB, do_normalize=True)
+
+
+@pytest.mark.parametrize(
+    "image", [RGB.astype(np.float32), RGB / 255 - 0.5, np.full((4, 4, 3), np.nan), RGB.astype(np.int32) * 9]
+)
+def test_values_outside_the_unit_range_are_refused(processor, image):
+    with pytest.raises(ValueError, match=r"\[0, 1\]"):
+        processor(image)
+
+
+def test_wrong_shapes_are_refused(processor):
+    with pytest.raises(ValueError, match="channels"):
+        processor(np.zeros((7, 8, 9), np.uint8))
+    with pytest.raises(ValueError, match="shape"):
+        processor.post_process(torch.rand(1, 2, 4, 4))
+    with pytest.raises(ValueError, match="modes has 1"):
+        processor.post_process(torch.rand(2, 3, 4, 4), modes=["L"])
+    with pytest.raises(ValueError, match="target_sizes has 3"):
+        processor.post_process(torch.rand(2, 3, 4, 4), target_sizes=[None] * 3)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "P", "CMYK", "I;16", "I", "F", "1"])
+def test_post_process_modes_and_sizes(processor, mode):
+    images = processor.post_process(torch.rand(2, 3, 6, 9), target_sizes=[None, (12, 10)], modes=mode)
+    assert [image.mode for image in images] == [mode, mode]
+    assert [image.size for image in images] == [(9, 6), (10, 12)]
+
+
+def test_post_process_clips_and_takes_one_grey_bfloat16_image(processor):
+    (image,) = processor.post_process(torch.tensor([[[-1.0, 0.5, 2.0]]], dtype=torch.bfloat16))
+    assert image.mode == "L" and np.asarray(image).tolist() == [[0, 128, 255]]
+
+
+def test_save_and_load(tmp_path):
+    MAEPImageProcessor(do_resize=True, size={"height": 8, "width": 8}).save_pretrained(tmp_path)
+    assert (tmp_path / "image_processing_maep.py").is_file()
+    loaded = MAEPImageProcessor.from_pretrained(tmp_path)
+    assert loaded(RGB, return_tensors="pt").pixel_values.shape == (1, 3, 8, 8)

@@ -1,0 +1,206 @@
+"""Image files: every mode comes in as [0, 1] RGB and goes back as it was."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from maep_hf.imageio import (
+    ImagePathError,
+    ImageReadError,
+    ImageWriteError,
+    check_outputs,
+    find_images,
+    load_image,
+    restore_image,
+    save_image,
+)
+
+WIDTH, HEIGHT = 23, 14
+
+
+def picture(mode: str) -> Image.Image:
+    """A colourful picture with soft edges in the given PIL mode."""
+    y, x = np.mgrid[:HEIGHT, :WIDTH]
+    rgb = Image.fromarray(np.stack([x * 11, y * 18, 255 - x * 7], axis=-1).astype(np.uint8))
+    alpha = Image.fromarray((x * 11).astype(np.uint8))
+    if mode == "I;16":
+        return Image.fromarray((x * 2847 + y).astype(np.uint16))
+    if mode == "F":
+        return Image.fromarray((x / WIDTH).astype(np.float32))
+    if mode == "P":
+        return rgb.quantize(64)
+    if mode in ("LA", "RGBA"):
+        image = rgb.convert(mode[:-1])
+        image.putalpha(alpha)
+        return image
+    return rgb.convert(mode)
+
+
+def round_trip(source: Path, target: Path, pixels: torch.Tensor | None = None) -> Image.Image:
+    loaded = load_image(source)
+    save_image(
+        restore_image(loaded.pixels if pixels is None else pixels, loaded), target, loaded.format, loaded.metadata
+    )
+    return Image.open(target)
+
+
+@pytest.mark.parametrize(
+    ("mode", "suffix"),
+    [(m, ".png") for m in ("1", "L", "LA", "P", "I;16", "RGB", "RGBA")]
+    + [("P", ".gif"), ("L", ".webp"), ("RGB", ".webp"), ("RGB", ".bmp"), ("F", ".tiff"), ("CMYK", ".tiff")],
+)
+def test_round_trip_without_change_is_exact(tmp_path, mode, suffix):
+    source = tmp_path / f"in{suffix}"
+    picture(mode).save(source, **({"lossless": True} if suffix == ".webp" else {}))
+    before = Image.open(source)
+    loaded = load_image(source)
+    assert loaded.pixels.shape == (3, HEIGHT, WIDTH) and loaded.pixels.dtype == torch.float32
+    assert 0 <= loaded.pixels.min() and loaded.pixels.max() <= 1 and loaded.pixels.max() > 0.5
+
+    after = round_trip(source, tmp_path / f"out{suffix}")
+    assert (after.mode, after.size, after.format) == (before.mode, before.size, before.format)
+    if mode == "P":  # the palette may be ordered otherwise
+        before, after = before.convert("RGB"), after.convert("RGB")
+    if mode == "CMYK":  # its black is not unique: compare what is seen
+        assert np.abs(np.asarray(before.convert("RGB"), int) - np.asarray(after.convert("RGB"), int)).max() <= 1
+    else:
+        np.testing.assert_array_equal(np.asarray(before), np.asarray(after))
+
+
+def test_sixteen_bits_are_kept(tmp_path):
+    picture("I;16").save(tmp_path / "in.png")
+    pixels = load_image(tmp_path / "in.png").pixels
+    assert len(pixels.unique()) > 256
+    assert torch.equal(pixels[0], pixels[2])
+
+
+@pytest.mark.parametrize("mode", ["LA", "RGBA"])
+def test_alpha_is_carried_over_and_colour_is_replaced(tmp_path, mode):
+    picture(mode).save(tmp_path / "in.png")
+    changed = round_trip(tmp_path / "in.png", tmp_path / "out.png", torch.full((3, HEIGHT, WIDTH), 0.2))
+    assert changed.mode == mode
+    np.testing.assert_array_equal(np.asarray(changed.getchannel("A")), np.asarray(picture(mode).getchannel("A")))
+    assert np.asarray(changed)[..., :-1].min() == np.asarray(changed)[..., :-1].max() == 51
+
+
+def test_transparent_palette_keeps_its_holes(tmp_path):
+    image = picture("P").convert("RGB").quantize(64)
+    image.paste(63, (0, 0, 5, 5))
+    image.save(tmp_path / "in.gif", transparency=63)
+    holes = np.asarray(Image.open(tmp_path / "in.gif").convert("RGBA"))[..., 3] == 0
+    assert holes.any() and not holes.all()
+    after = round_trip(tmp_path / "in.gif", tmp_path / "out.gif")
+    assert after.mode == "P"
+    np.testing.assert_array_equal(np.asarray(after.convert("RGBA"))[..., 3] == 0, holes)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_model_sees_it_upright_and_the_file_stays_as_stored(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    picture("RGB").save(tmp_path / "in.png", exif=exif)
+    loaded = load_image(tmp_path / "in.png")
+    assert loaded.pixels.shape[1:] == ((HEIGHT, WIDTH) if orientation < 5 else (WIDTH, HEIGHT))
+    after = round_trip(tmp_path / "in.png", tmp_path / "out.png")
+    assert after.getexif()[0x0112] == orientation
+    np.testing.assert_array_equal(np.asarray(after), np.asarray(picture("RGB")))
+
+
+def test_jpeg_keeps_profile_and_resolution(tmp_path):
+    picture("L").save(tmp_path / "in.jpg", icc_profile=b"profile", dpi=(72, 72))
+    after = round_trip(tmp_path / "in.jpg", tmp_path / "out.jpg")
+    assert after.mode == "L" and after.info["icc_profile"] == b"profile" and after.info["dpi"] == (72, 72)
+
+
+def test_what_is_no_image_is_named(tmp_path):
+    buffer = io.BytesIO()
+    picture("RGB").save(buffer, "PNG")
+    for name, content in (("text.png", b"no image"), ("cut.png", buffer.getvalue()[:-60]), ("empty.png", b"")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ImageReadError, match=name):
+            load_image(tmp_path / name)
+    Image.fromarray(np.full((4, 4), 7.0, np.float32)).save(tmp_path / "range.tiff")
+    with pytest.raises(ImageReadError, match="white is unknown"):
+        load_image(tmp_path / "range.tiff")
+
+
+def test_other_size_is_refused(tmp_path):
+    picture("RGB").save(tmp_path / "in.png")
+    with pytest.raises(ValueError, match="pixels: shape"):
+        restore_image(torch.zeros(3, 4, 4), load_image(tmp_path / "in.png"))
+
+
+def test_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
+    target = tmp_path / "old.jpg"
+    picture("RGB").save(target)
+    content = target.read_bytes()
+    with pytest.raises(ImageWriteError, match="old.jpg"):
+        save_image(picture("RGBA"), target, "JPEG")
+    assert target.read_bytes() == content
+    assert [path.name for path in tmp_path.iterdir()] == ["old.jpg"]
+
+
+def test_full_disk_is_an_oserror_and_leaves_nothing(tmp_path, monkeypatch):
+    def full(self, file, **options):
+        Path(file).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    with pytest.raises(OSError, match="No space left"):
+        save_image(Image.new("RGB", (2, 2)), tmp_path / "new.png", "PNG")
+    assert list(tmp_path.iterdir()) == []
+
+
+def tree(root: Path, *names: str) -> None:
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(b"x")
+
+
+def relatives(found) -> list[str]:
+    return [image.relative.as_posix() for image in found]
+
+
+def test_folders_are_searched_and_keep_their_structure(tmp_path):
+    tree(tmp_path, "a/one.png", "a/b/ONE.PNG", "a/b/two.jpeg", "a/notes.txt", "a/page.pdf", "a/out/old.png")
+    found = find_images([tmp_path / "a"], exclude=tmp_path / "a/out")
+    assert sorted(relatives(found)) == ["b/ONE.PNG", "b/two.jpeg", "one.png"]
+
+
+def test_patterns_keep_the_path_below_their_fixed_part(tmp_path):
+    tree(tmp_path, "a/x/p.png", "a/y/p.png", "a/y/p.txt")
+    assert relatives(find_images([f"{tmp_path}/a/*/p.*"])) == ["x/p.png", "y/p.png"]
+    assert relatives(find_images([f"{tmp_path}/a/**/*.png"])) == ["x/p.png", "y/p.png"]
+
+
+def test_equal_names_do_not_collide_and_repeats_count_once(tmp_path):
+    tree(tmp_path, "a/p.png", "b/p.png", "c/q.png")
+    files = [tmp_path / "a/p.png", tmp_path / "b/p.png", tmp_path / "c/q.png", tmp_path / "c/../c/q.png"]
+    assert relatives(find_images(files)) == ["a/p.png", "b/p.png", "q.png"]
+
+
+def test_paths_that_cannot_be_used_are_named(tmp_path):
+    tree(tmp_path, "a/p.png", "notes/n.txt")
+    with pytest.raises(ImagePathError, match="gone.png: no such file"):
+        find_images([tmp_path / "gone.png"])
+    with pytest.raises(ImagePathError, match="matches no image"):
+        find_images([f"{tmp_path}/notes/*"])
+    with pytest.raises(ImagePathError, match="no image files in"):
+        find_images([tmp_path / "notes"])
+    found = find_images([tmp_path / "a"])
+    with pytest.raises(ImagePathError, match="overwrite the input"):
+        check_outputs(found, tmp_path / "a")
+    with pytest.raises(ImagePathError, match="not a folder"):
+        check_outputs(found, tmp_path / "a/p.png")
+    check_outputs(found, tmp_path / "new")
+
+
+def test_output_behind_a_link_to_an_input_is_refused(tmp_path):
+    tree(tmp_path, "a/p.png")
+    (tmp_path / "link").symlink_to(tmp_path / "a", target_is_directory=True)
+    with pytest.raises(ImagePathError, match="overwrite the input"):
+        check_outputs(find_images([tmp_path / "a/p.png"]), tmp_path / "link")
