@@ -26,6 +26,7 @@ app = typer.Typer(
     help="Defend image classifiers with a masked-autoencoder purifier: one forward pass per image.",
     no_args_is_help=True,
     add_completion=False,
+    rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
 errors = Console(stderr=True, highlight=False)
@@ -143,10 +144,11 @@ def demo(
     in the L-infinity ball on the classifier alone (gray-box).
     """
     with one_line_errors():
+        from .attacks import LinfPGD
         from .checkpoints import CLASSIFIER, PURIFIER, check_model, released_checkpoint
-        from .demo import Attack, run_demo
+        from .demo import run_demo
 
-        attack = Attack(eps=eps, steps=steps, seed=seed)
+        attack = LinfPGD(eps=eps, steps=steps, seed=seed)
         purifier = _load_purifier(model, device, Precision.float32)
         classifier_path = classifier or str(released_checkpoint(CLASSIFIER))
         for path in filter(None, (classifier_path, imagenet_classifier)):

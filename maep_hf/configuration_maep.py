@@ -115,7 +115,7 @@ class MAEPConfig(PreTrainedConfig):
             if width % 4:
                 raise ValueError(f"{prefix}hidden_size={width} must be divisible by 4 for 2-D sin-cos positions.")
             if width % heads:
-                raise ValueError(f"{prefix}hidden_size={width} must be divisible by {prefix}num_attention_heads={heads}.")
+                raise ValueError(f"{prefix}num_attention_heads={heads} must divide {prefix}hidden_size={width}.")
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "mask_ratio"):
             value = _check_number(name, getattr(self, name))
             if not 0 <= value < 1:
@@ -147,7 +147,7 @@ class MAEPConfig(PreTrainedConfig):
             _check_integer("window_batch_size", self.window_batch_size, 1)
         if self.norm_pix_loss:
             raise ValueError(
-                "norm_pix_loss=True is refused: a masked autoencoder trained on normalised patches has lost each patch's "
+                "norm_pix_loss=True is refused: a masked autoencoder trained on normalised patches does not know their "
                 "mean and contrast, so it cannot return real pixels. Train with norm_pix_loss=False."
             )
 
@@ -159,8 +159,8 @@ class MAEPConfig(PreTrainedConfig):
     @classmethod
     def tiny(cls, **overrides: Any) -> "MAEPConfig":
         """About a million weights, for CIFAR-size windows; two processor cores train it in two hours."""
-        sizes = {"patch_size": 4, "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
-        sizes |= {"intermediate_size": 512, "decoder_hidden_size": 96, "decoder_num_hidden_layers": 2}
+        sizes = {"patch_size": 4, "hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4}
+        sizes |= {"intermediate_size": 512, "decoder_hidden_size": 96, "decoder_num_hidden_layers": 1}
         sizes |= {"decoder_num_attention_heads": 4, "decoder_intermediate_size": 384}
         return cls._preset(sizes | {"local_branch_layers": 4, "local_branch_channels": 32}, overrides)
 

@@ -1,5 +1,6 @@
 """Images to what a purifier takes, [0, 1] pixels in three channels, and back to pictures."""
 
+import os
 from typing import Any
 
 import numpy as np
@@ -46,6 +47,22 @@ class MAEPImageProcessor(PilBackend):
     do_normalize = False
     do_convert_rgb = True
 
+    def _validate_preprocess_kwargs(
+        self, do_normalize: bool | None = None, do_resize: bool | None = None, size: Any = None, **kwargs: Any
+    ) -> None:
+        if do_normalize:
+            raise ValueError("do_normalize=True is not for a purifier: it takes [0, 1] pixels and normalises inside.")
+        if do_resize and size is None:
+            raise ValueError("do_resize=True needs size, for example {'height': 224, 'width': 224}.")
+
+    def _prepare_images_structure(self, images: Any, expected_ndims: int = 3) -> list[Any]:
+        # The inherited one refuses grey arrays of two dimensions.
+        if isinstance(images, (list, tuple)):
+            return [image for entry in images for image in self._prepare_images_structure(entry)]
+        if isinstance(images, (str, os.PathLike)):
+            return [self.fetch_images(os.fspath(images))]
+        return list(images) if getattr(images, "ndim", 0) == 4 else [images]
+
     def process_image(
         self, image: Any, do_convert_rgb: bool | None = None, input_data_format: Any = None, **kwargs: Any
     ) -> np.ndarray:
@@ -84,14 +101,9 @@ class MAEPImageProcessor(PilBackend):
         resample: Any,
         do_rescale: bool,
         rescale_factor: float,
-        do_normalize: bool,
         return_tensors: Any = None,
         **kwargs: Any,
     ) -> BatchFeature:
-        if do_normalize:
-            raise ValueError("do_normalize=True is not for a purifier: it takes [0, 1] pixels and normalises inside.")
-        if do_resize and size is None:
-            raise ValueError("do_resize=True needs size, for example {'height': 224, 'width': 224}.")
         pixel_values = []
         for image in images:
             pixels = _to_unit(image, rescale_factor) if do_rescale else image.astype(np.float32)
@@ -100,10 +112,11 @@ class MAEPImageProcessor(PilBackend):
                 if do_rescale:
                     pixels = pixels.clip(0, 1)  # bicubic overshoots
             pixel_values.append(np.ascontiguousarray(pixels))
-        if return_tensors is not None and len({pixels.shape for pixels in pixel_values}) > 1:
+        shapes = sorted({pixels.shape for pixels in pixel_values})
+        if return_tensors is not None and len(shapes) > 1:
             raise ValueError(
-                f"Images of different shapes ({', '.join(sorted({str(p.shape) for p in pixel_values}))}) do not make one "
-                "tensor: process them one by one, or pass do_resize=True with a size."
+                f"Images of different shapes ({', '.join(map(str, shapes))}) do not make one tensor: process "
+                "them one by one, or pass do_resize=True with a size."
             )
         return BatchFeature(data={"pixel_values": pixel_values}, tensor_type=return_tensors)
 

@@ -417,7 +417,7 @@ class MAEPModel(MAEPPreTrainedModel):
                 `bool_masked_pos`, or attention weights asked of an attention that does not form them.
         """
         config, patch = self.config, self.config.patch_size
-        self._check_pixels(pixel_values, interpolate_pos_encoding)
+        self._check_pixels(pixel_values, any_size="patches" if interpolate_pos_encoding else False)
         batch, _, height, width = pixel_values.shape
         rows, columns = height // patch, width // patch
         use_dropout = self.training if deterministic is None else not deterministic
@@ -495,10 +495,11 @@ class MAEPModel(MAEPPreTrainedModel):
         """Purify images of any height and width, in training mode as in evaluation mode: nothing is masked unless
         asked, and dropout is off. Differentiable; gradients are recorded unless the caller switches them off.
 
-        Images of exactly the native size are one forward pass (or several, of `window_batch_size` images). Otherwise, in mode `"windows"`, overlapping windows
-        of the native size cover the image (one smaller than a window is extended by reflection and cropped again);
-        their corrections are blended by a raised cosine. Cost is linear in pixels, and without gradients the memory
-        is that of one batch of windows, one band of the image, and two more copies of the image.
+        Images of exactly the native size are one forward pass (or several, of `window_batch_size` images). Otherwise,
+        in mode `"windows"`, overlapping windows of the native size cover the image (one smaller than a window is
+        extended by reflection and cropped again); their corrections are blended by a raised cosine. Cost is linear in
+        pixels, and without gradients the memory is that of one batch of windows, one band of the image, and two more
+        copies of the image.
 
         Args:
             pixel_values: `(batch, num_channels, height, width)`, floating, in [0, 1].
@@ -585,7 +586,7 @@ class MAEPModel(MAEPPreTrainedModel):
         total += image
         return total.clamp(0, 1).to(image.dtype)
 
-    def _check_pixels(self, pixel_values: torch.Tensor, any_size: bool) -> None:
+    def _check_pixels(self, pixel_values: torch.Tensor, any_size: bool | str) -> None:
         channels, size, patch = self.config.num_channels, self.config.image_size, self.config.patch_size
         shape = tuple(pixel_values.shape)
         if len(shape) != 4 or shape[1] != channels:
@@ -596,6 +597,11 @@ class MAEPModel(MAEPPreTrainedModel):
             )
         if min(shape[2:]) < 1:
             raise ValueError(f"pixel_values has no pixels, its shape is {shape}.")
+        if any_size == "patches" and (shape[2] % patch or shape[3] % patch):
+            raise ValueError(
+                f"height and width must be multiples of patch_size={patch}, got {shape[2]} x {shape[3]}: purify() "
+                "handles any size."
+            )
         if not any_size and shape[2:] != (size, size):
             raise ValueError(
                 f"forward takes images of {size} x {size} pixels, got {shape[2]} x {shape[3]}: purify() handles any "
@@ -645,7 +651,7 @@ class MAEPModel(MAEPPreTrainedModel):
         return mask.float(), order[:, : num_patches - masked], order.argsort(dim=1), masked
 
     def _unpatchify(self, decoded: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
-        """`(batch, num_patches, patch**2 * channels)` to `(batch, channels, height, width)`, channels last in memory."""
+        """`(batch, num_patches, patch**2 * channels)` to `(batch, channels, height, width)`, channels_last."""
         batch, patch = decoded.shape[0], self.config.patch_size
         pixels = decoded.view(batch, rows, columns, patch, patch, -1).transpose(2, 3)
         return pixels.reshape(batch, rows * patch, columns * patch, -1).permute(0, 3, 1, 2)

@@ -30,7 +30,8 @@ def purifier(tmp_path_factory):
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     sizes |= {f"decoder_{name}": value for name, value in sizes.items()}
     torch.manual_seed(0)
-    MAEPModel(MAEPConfig(image_size=16, local_branch_layers=1, local_branch_channels=4, **sizes)).save_pretrained(folder)
+    config = MAEPConfig(image_size=16, local_branch_layers=1, local_branch_channels=4, **sizes)
+    MAEPModel(config).save_pretrained(folder)
     return folder
 
 

@@ -1,6 +1,7 @@
-"""Attacks: the gradient iteration used in training, and the mixture training pairs are drawn from."""
+"""Attacks: the gradient iteration used in training, the mixture pairs are drawn from, the attack library."""
 
 from .gradient import AttackParameters, perturb, pgd
+from .library import LinfPGD
 from .mixture import KINDS, AttackMixture
 
-__all__ = ["KINDS", "AttackMixture", "AttackParameters", "perturb", "pgd"]
+__all__ = ["KINDS", "AttackMixture", "AttackParameters", "LinfPGD", "perturb", "pgd"]

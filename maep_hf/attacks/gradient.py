@@ -1,8 +1,9 @@
 """First-order L-infinity attacks for training and quick validation, all as one iteration.
 
-FGSM (Goodfellow et al. 2015), FGSM with random start (Wong et al. 2020), BIM, MI-FGSM (Dong et al. 2018) and PGD (Madry
-et al. 2018) differ only in the number of steps, the step size, the start and the momentum. Each sample of a batch carries
-its own set of those, so a mixed batch costs no more than its gradients. Evaluation uses attack libraries instead.
+FGSM (Goodfellow et al. 2015), FGSM with random start (Wong et al. 2020), BIM, MI-FGSM (Dong et al. 2018) and PGD
+(Madry et al. 2018) differ only in the number of steps, the step size, the start and the momentum. Each sample of a
+batch carries its own set of those, so a mixed batch costs no more than its gradients. Evaluation uses attack
+libraries instead.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ class AttackMixture:
             )
         if self.eps_max < 1:
             raise ValueError(
-                f"eps_max={self.eps_max} is below one grey level: eps is typed in units of 1/255, so 8, not 8/255"
+                f"eps_max={self.eps_max} is below one grey level: eps is in units of 1/255, so 8, not 8/255"
             )
         if self.max_steps < 2:
             raise ValueError(f"max_steps={self.max_steps}: at least 2 are needed for the iterated attacks")

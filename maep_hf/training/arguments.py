@@ -64,7 +64,15 @@ class LoopArguments:
 
 # May change between the first start of a run and a later one: none of them changes what is computed.
 FREE_ARGUMENTS = frozenset(
-    {"overwrite_output_dir", "report_to", "save_total_limit", "save_steps", "dataloader_num_workers", "cpu_threads", "output_dir"}
+    {
+        "overwrite_output_dir",
+        "report_to",
+        "save_total_limit",
+        "save_steps",
+        "dataloader_num_workers",
+        "cpu_threads",
+        "output_dir",
+    }
 )
 
 

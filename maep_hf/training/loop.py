@@ -17,6 +17,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, IterableDataset
 from tqdm.auto import tqdm
 from transformers import get_cosine_schedule_with_warmup
+from transformers.utils import logging as transformers_logging
 
 from .arguments import LoopArguments
 from .run_folder import RunFolder, describe_environment, write_json
@@ -45,6 +46,8 @@ def train(task: Task, args: LoopArguments, arguments: dict[str, dict[str, Any]])
         RunFolderError: the folder cannot be written, is too full, or holds another run.
         NonFiniteLossError: training diverged.
     """
+    logging.getLogger("accelerate").setLevel(logging.WARNING)  # a line for every file of every checkpoint
+    transformers_logging.disable_progress_bar()
     return _Loop(task, args, arguments).run()
 
 

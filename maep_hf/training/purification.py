@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..attacks import AttackMixture, AttackParameters, perturb, pgd
 from ..classifier import PixelClassifier
 from ..data import DataError, ImageDataset
+from ..evaluation import psnr
 from ..figures import difference_image, image_grid
 from .samples import Augmentation, Draw
 from .task import Task
@@ -82,10 +83,6 @@ class PurificationTask(Task):
         self.mixture, self.arguments = mixture, arguments
         self._check_labels()
         self._validation: dict[str, Tensor] | None = None
-        if arguments.mask_ratio == 0:  # never used then; a parameter without gradient would stall several processes
-            for name, parameter in model.named_parameters():
-                if "mask_token" in name:
-                    parameter.requires_grad_(False)
 
     def _check_labels(self) -> None:
         names = self.train_data.class_names
@@ -186,7 +183,9 @@ class PurificationTask(Task):
         """Loss parts without and with masks, PSNR (dB) and accuracy (%), gray-box, on the validation subset."""
         data = self._validation_set()
         clean, attacked, labels = data["clean"], data["attacked"], data["labels"]
-        noise = torch.rand(len(clean), self._patches(model), generator=torch.Generator().manual_seed(0)).to(clean.device)
+        noise = torch.rand(len(clean), self._patches(model), generator=torch.Generator().manual_seed(0)).to(
+            clean.device
+        )
         sums: dict[str, float] = {}
         outputs: dict[str, list[Tensor]] = {"clean": [], "attacked": []}
         for rows in torch.arange(len(clean)).split(CHUNK):
@@ -221,7 +220,12 @@ class PurificationTask(Task):
         data = self._validation_set()
         clean, attacked = data["clean"][:PREVIEW_IMAGES], data["attacked"][:PREVIEW_IMAGES]
         purified = model(pixel_values=attacked, mask_ratio=0.0).purified_pixel_values
-        rows = {"clean": clean, "attacked": attacked, "purified": purified, "correction x8": difference_image(purified, attacked)}
+        rows = {
+            "clean": clean,
+            "attacked": attacked,
+            "purified": purified,
+            "correction x8": difference_image(purified, attacked),
+        }
         image_grid({name: value.float().cpu() for name, value in rows.items()}, path)
 
     def export(self, model: nn.Module, folder: Path) -> None:
@@ -233,8 +237,3 @@ class PurificationTask(Task):
             model.save_pretrained(folder)
         self.image_processor.save_pretrained(folder)
 
-
-def psnr(images: Tensor, reference: Tensor) -> float:
-    """Mean over images of the peak signal-to-noise ratio in dB, pixels in [0, 1]; equal images count as 100 dB."""
-    error = (images.float() - reference.float()).square().mean(dim=(1, 2, 3)).clamp_min(1e-10)
-    return (-10 * error.log10()).mean().item()

@@ -1,0 +1,106 @@
+"""The training attacks: inside the ball, the same as the field's reference, and one sample independent of another."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from maep_hf.attacks import KINDS, AttackMixture, AttackParameters, perturb, pgd
+from maep_hf.training.samples import collate
+
+
+@pytest.fixture
+def classifier():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.Tanh(), nn.Flatten(), nn.Linear(4 * 64, 5))
+    return model.eval().requires_grad_(False)
+
+
+@pytest.fixture
+def images():
+    return torch.rand(6, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+LABELS = torch.tensor([0, 1, 2, 3, 4, 0])
+
+
+def mixed_batch(count: int, mixture: AttackMixture | None = None) -> dict[str, torch.Tensor]:
+    mixture = mixture or AttackMixture(num_surrogates=2)
+    return collate([mixture.draw(np.random.default_rng((3, i)), (3, 8, 8)) for i in range(count)])
+
+
+def test_mixture_stays_in_ball_and_leaves_clean_samples_alone(classifier):
+    batch = mixed_batch(64)
+    parameters = AttackParameters.from_batch(batch)
+    x = torch.rand(64, 3, 8, 8, generator=torch.Generator().manual_seed(2))
+    attacked = perturb([classifier, classifier], x, torch.zeros(64, dtype=torch.long), parameters)
+    distance = (attacked - x).abs().amax(dim=(1, 2, 3))
+    assert (distance <= parameters.eps + 1e-6).all()
+    assert attacked.min() >= 0 and attacked.max() <= 1
+    clean = batch["attack_kind"] == KINDS.index("clean")
+    assert clean.any() and torch.equal(attacked[clean], x[clean])
+    assert (distance[~clean] > 0.3 * parameters.eps[~clean]).all()
+    assert set(batch["attack_kind"].tolist()) == set(range(len(KINDS)))
+
+
+def test_a_sample_does_not_depend_on_its_batch(classifier):
+    batch = mixed_batch(12)
+    parameters = AttackParameters.from_batch(batch)
+    x = torch.rand(12, 3, 8, 8, generator=torch.Generator().manual_seed(2))
+    labels = torch.arange(12) % 5
+    together = perturb([classifier, lambda v: -classifier(v)], x, labels, parameters)
+    for i in range(12):
+        alone = AttackParameters(**{k: v[i : i + 1] for k, v in vars(parameters).items()})
+        single = perturb([classifier, lambda v: -classifier(v)], x[i : i + 1], labels[i : i + 1], alone)
+        torch.testing.assert_close(single, together[i : i + 1], atol=1e-6, rtol=0)
+
+
+def test_pgd_equals_foolbox(classifier, images):
+    foolbox = pytest.importorskip("foolbox")
+    attack = foolbox.attacks.LinfPGD(steps=5, abs_stepsize=2 / 255, random_start=False)
+    reference = attack(foolbox.PyTorchModel(classifier, bounds=(0, 1)), images, LABELS, epsilons=[8 / 255])[1][0]
+    own = pgd(classifier, images, LABELS, eps=8, steps=5, step_size=2, random_start=False)
+    torch.testing.assert_close(own, reference, atol=1e-6, rtol=0)
+
+
+def test_fgsm_is_one_signed_step(classifier, images):
+    fgsm = AttackMixture(clean=0, fgsm=1, fgsm_rs=0, mi_fgsm=0, pgd=0, eps_min=8, eps_max=8)
+    parameters = AttackParameters.from_batch(mixed_batch(6, fgsm))
+    leaf = images.clone().requires_grad_()
+    loss = nn.functional.cross_entropy(classifier(leaf), LABELS, reduction="sum")
+    expected = (images + 8 / 255 * torch.autograd.grad(loss, leaf)[0].sign()).clamp(0, 1)
+    torch.testing.assert_close(perturb([classifier], images, LABELS, parameters), expected, atol=1e-6, rtol=0)
+
+
+def test_attack_raises_the_loss_and_momentum_differs(classifier, images):
+    loss = lambda x: nn.functional.cross_entropy(classifier(x), LABELS)  # noqa: E731
+    assert loss(pgd(classifier, images, LABELS, eps=8, steps=5)) > loss(images) + 0.01
+    kinds = {}
+    for kind in ("mi_fgsm", "pgd"):
+        shares = dict.fromkeys(KINDS, 0.0) | {kind: 1.0}
+        batch = mixed_batch(6, AttackMixture(**shares, eps_min=8, eps_max=8))
+        kinds[kind] = perturb([classifier], images, LABELS, AttackParameters.from_batch(batch))
+    assert not torch.equal(kinds["mi_fgsm"], kinds["pgd"])
+
+
+def test_missing_labels_are_the_classifiers_own(classifier, images):
+    predicted = classifier(images).argmax(-1)
+    expected = pgd(classifier, images, predicted)
+    assert torch.equal(pgd(classifier, images, None), expected)
+    assert torch.equal(pgd(classifier, images, torch.full((6,), -1)), expected)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ({"clean": -0.1}, "shares"),
+        (dict.fromkeys(KINDS, 0.0), "shares"),
+        ({"eps_min": 9, "eps_max": 8}, "eps_min"),
+        ({"eps_min": 0.01, "eps_max": 8 / 255}, "1/255"),
+        ({"max_steps": 1}, "max_steps"),
+        ({"num_surrogates": 0}, "num_surrogates"),
+    ],
+)
+def test_mixture_names_the_bad_argument(arguments, named):
+    with pytest.raises(ValueError, match=named):
+        AttackMixture(**arguments)

@@ -1,0 +1,51 @@
+"""Stage 2: finetuning without masks (paper, Fig. 1b), all weights or LoRA on the decoder.
+
+accelerate launch train/finetune.py --model runs/pretrain-tiny-cifar10 --dataset data/cifar10
+accelerate launch train/finetune.py --model runs/pretrain-tiny-cifar10 --trainable decoder_lora
+"""
+
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from accelerate.utils import set_seed
+
+from maep_hf import MAEPModel
+from maep_hf.adaptation import add_lora, default_lora_config
+from maep_hf.training import DataArguments, LoopArguments, as_groups, parse_arguments, train
+from maep_hf.training.purification import PurificationArguments
+from maep_hf.training.stages import AttackArguments, purification_task
+
+RECIPE = Path(__file__).parent / "configs" / "finetune_tiny_cifar10.yaml"
+
+
+@dataclass
+class FinetuneArguments:
+    model: str = field(
+        default="runs/pretrain-tiny-cifar10", metadata={"help": "purifier to start from: folder or Hub id"}
+    )
+    trainable: str = field(default="all", metadata={"help": "all weights, or decoder_lora"})
+    lora_rank: int = field(default=8, metadata={"help": "rank of the LoRA update"})
+
+    def __post_init__(self) -> None:
+        if self.trainable not in ("all", "decoder_lora"):
+            raise ValueError(f"trainable={self.trainable!r}: must be all or decoder_lora")
+
+
+def main(argv: list[str] | None = None) -> Path:
+    finetune, data, attack, purification, loop = parse_arguments(
+        FinetuneArguments, DataArguments, AttackArguments, PurificationArguments, LoopArguments,
+        default_recipe=RECIPE, argv=argv,
+    )  # fmt: skip
+    set_seed(loop.seed)
+    model = MAEPModel.from_pretrained(finetune.model)
+    if finetune.trainable == "decoder_lora":
+        model = add_lora(model, default_lora_config(model, scope="decoder", rank=finetune.lora_rank))
+    task = purification_task(model, data, attack, purification)
+    groups = as_groups(finetune=finetune, data=data, attack=attack, purification=purification, loop=loop)
+    return train(task, loop, groups)
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    main()
