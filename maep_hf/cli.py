@@ -170,6 +170,23 @@ def demo(
         )
 
 
+@app.command()
+def card(
+    folder: Annotated[Path, typer.Argument(help="Folder of a trained purifier, with its run.json and results.json.")],
+    repo_id: Annotated[str | None, typer.Option(help="Hub id that the card's code names.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a README.md that is there.")] = False,
+) -> None:
+    """Write a purifier's model card, FOLDER/README.md, from the records beside its weights."""
+    with one_line_errors():
+        from .hub import render_model_card
+
+        path = folder / "README.md"
+        if path.exists() and not overwrite:
+            raise FileExistsError(f"{path} exists and may have been edited; --overwrite replaces it")
+        render_model_card(folder, repo_id).save(path)
+        Console().print(f"written: {path}", highlight=False, soft_wrap=True)
+
+
 @contextmanager
 def one_line_errors() -> Iterator[None]:
     """Turn what a user can cause (a missing file, a wrong model, a full disk) into one line and exit code 1.

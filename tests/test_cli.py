@@ -208,3 +208,15 @@ def test_command_line_starts_without_loading_torch_by_itself():
     code = "import sys; sys.modules['maep_hf'] = type(sys)('maep_hf'); sys.modules['maep_hf'].__path__ = ['maep_hf'];"
     code += "import maep_hf.cli; assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_card_is_written_once_and_not_over_an_edited_one(purifier):
+    card = purifier / "README.md"
+    code, _, _ = run("card", purifier, "--repo-id", "someone/purifier")
+    assert code == 0 and 'from_pretrained("someone/purifier")' in card.read_text()
+    card.write_text("edited by hand")
+    code, _, error = run("card", purifier)
+    assert code == 1 and "--overwrite" in error and card.read_text() == "edited by hand"
+    assert run("card", purifier, "--overwrite")[0] == 0
+    assert card.read_text().startswith("---")
+    card.unlink()

@@ -1,0 +1,389 @@
+"""Stored pairs: every image of a dataset attacked on frozen surrogates and written beside its clean version.
+
+For machines that are too small to attack while they train, and for sharing what a purifier was trained on. Every draw
+depends on (seed, copy, index) alone and every shard on its own images, so an interrupted run goes on at the first
+missing shard, and on the same machine the result is byte for byte that of a run that was never interrupted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import logging
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import count, islice
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from PIL import Image as PILImage
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from .attacks import KINDS, AttackMixture, AttackParameters, perturb
+from .classifier import PixelClassifier
+from .data import DataError, ImageDataset, decode_image, load_image_dataset
+from .training.run_folder import RunFolder, RunFolderError, describe_environment, write_json
+from .training.samples import DECODE_ERRORS, Augmentation, collate
+from .training.stages import AttackArguments, load_surrogates
+
+logger = logging.getLogger(__name__)
+
+RECORD = "make_pairs.json"
+UNFINISHED = ".unfinished"  # hidden: nothing loads a folder that is not complete
+ROW_GROUP = 100  # images that a reader of the parquet files holds at once
+PIXELS_AT_ONCE = 2**22  # bounds the memory of a batch of large pictures
+
+
+@dataclass
+class PairsArguments:
+    """Which images are attacked, on which classifiers, and where the pairs go; names as in training.
+
+    Raises:
+        ValueError: a value out of its range; the message names it.
+    """
+
+    dataset: str = field(
+        default="uoft-cs/cifar10",
+        metadata={"help": "Hub id, folder of images or parquet, .parquet file, saved dataset, or embedded:cifar10"},
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "configuration name of a Hub dataset"})
+    train_split: str = field(default="train", metadata={"help": "split to attack"})
+    image_column: str | None = field(
+        default=None, metadata={"help": "column of images; found by itself when there is one"}
+    )
+    label_column: str | None = field(default=None, metadata={"help": "column of class indices; found by itself"})
+    streaming: bool = field(default=False, metadata={"help": "read while attacking instead of downloading first"})
+    max_train_images: int | None = field(default=None, metadata={"help": "attack only the first so many images"})
+    image_size: int | None = field(
+        default=None,
+        metadata={"help": "shrink and centre-crop to a square of so many pixels; images keep their own size by default"},
+    )
+    surrogates: list[str] = field(
+        default_factory=lambda: ["checkpoints/resnet20-cifar10"],
+        metadata={"help": "frozen classifiers that images are attacked on: folders or Hub ids"},
+    )
+    attack_labels: str = field(default="true", metadata={"help": "true or predicted"})
+    output_dir: str = field(default="data/pairs", metadata={"help": "folder of the new dataset"})
+    copies: int = field(default=1, metadata={"help": "pairs made of every image, each with its own attack"})
+    batch_size: int = field(default=128, metadata={"help": "images attacked at once"})
+    shard_images: int = field(default=1000, metadata={"help": "images in a file; a restart goes on at a whole file"})
+    seed: int = field(default=0, metadata={"help": "seed of every random draw"})
+    overwrite_output_dir: bool = field(default=False, metadata={"help": "start over in a folder that holds pairs"})
+
+    def __post_init__(self) -> None:
+        for name in ("copies", "batch_size", "shard_images", "image_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value}: must be at least 1")
+        if self.seed < 0:
+            raise ValueError(f"seed={self.seed}: must not be negative")
+        if not self.surrogates:
+            raise ValueError("surrogates: at least one classifier is needed to attack")
+        if self.attack_labels not in ("true", "predicted"):
+            raise ValueError(f"attack_labels={self.attack_labels!r}: must be true or predicted")
+
+
+def make_pairs(args: PairsArguments, attack: AttackArguments) -> Path:
+    """Attack every image of a dataset once per copy and store the pairs, or go on where an interrupted run stopped.
+
+    The folder holds `data/train-00000-of-000NN.parquet` with the columns `image` and `adversarial_image` (PNG, equal
+    size), `label` (where the dataset has one), `eps` (units of 1/255, the radius in effect; 0 for clean), `attack` (one
+    of [`maep_hf.attacks.KINDS`]), `surrogate` (the classifier attacked; null for clean) and `index` (row of the source
+    dataset), and the record `make_pairs.json`. `datasets.load_dataset(folder)` reads it, and so does training
+    (`--dataset FOLDER`, with `--validation_dataset` for held-out images). Until all is done, the files lie in
+    a hidden folder.
+
+    Images keep their size unless `image_size` is given, for a surrogate's own resize is part of what is attacked; one
+    without an image processor must take the images as they are.
+
+    Returns:
+        The folder.
+
+    Raises:
+        maep_hf.data.DataError: the dataset cannot be read, has no usable labels, or none of its images can be decoded.
+        RunFolderError: the folder cannot be written, holds something else, or pairs made with other arguments.
+        OSError, ValueError: a surrogate that cannot be loaded, or shares and ranges that make no mixture.
+    """
+    if attack.eps_min < 1:
+        raise ValueError(f"eps_min={attack.eps_min}: stored images have 8 bits, a radius below 1 (of 255) changes none")
+    folder = RunFolder(args.output_dir)
+    folder.record = folder.path / RECORD
+    _refuse_other_content(folder.path)
+    dataset = load_image_dataset(
+        args.dataset,
+        args.train_split,
+        config_name=args.dataset_config,
+        image_column=args.image_column,
+        label_column=args.label_column,
+        streaming=args.streaming,
+        max_images=args.max_train_images,
+    )
+    mixture = attack.mixture(len(args.surrogates))
+    surrogates = load_surrogates(args.surrogates)
+    attacker = _Attacker(args, dataset, surrogates, mixture)
+    arguments = {
+        "pairs": asdict(args),
+        "attack": asdict(attack),
+        "inputs": {"dataset": dataset.fingerprint, "surrogates": [_fingerprint(model) for model in surrogates]},
+    }
+    if args.overwrite_output_dir:
+        for stale in (folder.path / "data", folder.path / UNFINISHED):
+            shutil.rmtree(stale, ignore_errors=True)
+        folder.record.unlink(missing_ok=True)
+    folder.prepare(arguments, checkpoint_bytes=0, kept=0, overwrite=False)
+    if not folder.record.is_file():
+        write_json(folder.record, {"arguments": arguments, **describe_environment()})
+    shards = _Shards(folder.path, args, dataset)
+    if shards.finished:
+        logger.info("%s is complete; nothing is left to do", folder.path)
+    else:
+        _attack_all(args, dataset, attacker, shards)
+        shards.finish(folder.record)
+    return folder.path
+
+
+def quantise(adversarial: Tensor, clean: Tensor, eps: Tensor) -> Tensor:
+    """8-bit attacked images that stay inside the ball exactly: rounded to the nearest level, or towards the clean one.
+
+    Args:
+        adversarial: (B, C, H, W) in [0, 1].
+        clean: (B, C, H, W), uint8.
+        eps: (B,) radius in units of 1/255.
+
+    Returns:
+        uint8 (B, C, H, W); in levels of 0 to 255, `|adversarial - clean| <= eps` for every pixel.
+    """
+    radius = eps.floor().to(torch.int32).view(-1, 1, 1, 1)
+    change = (adversarial * 255).round().to(torch.int32) - clean.to(torch.int32)
+    change = torch.minimum(torch.maximum(change, -radius), radius)
+    return (clean.to(torch.int32) + change).clamp(0, 255).to(torch.uint8)
+
+
+class _Attacker:
+    """Turns rows of the source dataset into rows of pairs."""
+
+    def __init__(
+        self,
+        args: PairsArguments,
+        dataset: ImageDataset,
+        surrogates: Sequence[PixelClassifier],
+        mixture: AttackMixture,
+    ):
+        self.args, self.dataset, self.mixture = args, dataset, mixture
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.surrogates = [
+            model.eval().requires_grad_(False).to(self.device, memory_format=torch.channels_last)
+            for model in surrogates
+        ]
+        self.crop = Augmentation(args.image_size, crop="center", flip=False) if args.image_size else None
+        self.true_labels = args.attack_labels == "true"
+        if self.true_labels:
+            if dataset.label_column is None:
+                raise DataError(
+                    "the dataset has no labels: name them with label_column, or use attack_labels=predicted"
+                )
+            self._check_classes(len(dataset.class_names or []))
+
+    def _check_classes(self, classes: int) -> None:
+        for name, model in zip(self.args.surrogates, self.surrogates, strict=True):
+            if model.num_labels and classes > model.num_labels:
+                raise DataError(
+                    f"the dataset has at least {classes} classes and the surrogate {name} only {model.num_labels}: "
+                    "give a surrogate of this dataset, or attack_labels=predicted"
+                )
+
+    def __call__(self, batch: list[tuple[int, int, dict]]) -> tuple[list[dict[str, Any]], list[int]]:
+        """The batch's (copy, index, row) as rows of pairs in the same order, and the indices of broken images."""
+        samples, broken = [], []
+        for copy, index, row in batch:
+            rng = np.random.default_rng((self.args.seed, copy, index))
+            try:
+                pixels = self._pixels(decode_image(row[self.dataset.image_column]), rng)
+            except DECODE_ERRORS:
+                broken.append(index)
+                continue
+            label = self.dataset.label(row)
+            if self.true_labels:
+                self._check_classes(label + 1)
+            sample = {"pixel_values": pixels, "labels": label, "index": index}
+            samples.append(sample | self.mixture.draw(rng, tuple(pixels.shape)))
+        rows: list[dict[str, Any]] = [{}] * len(samples)
+        by_size: dict[tuple[int, ...], list[int]] = {}
+        for slot, sample in enumerate(samples):
+            by_size.setdefault(tuple(sample["pixel_values"].shape), []).append(slot)
+        for (_, height, width), slots in by_size.items():
+            at_once = max(1, PIXELS_AT_ONCE // (height * width))
+            for first in range(0, len(slots), at_once):
+                chosen = slots[first : first + at_once]
+                for slot, row in zip(chosen, self._attack([samples[slot] for slot in chosen]), strict=True):
+                    rows[slot] = row
+        return rows, broken
+
+    def _pixels(self, image: PILImage.Image, rng: np.random.Generator) -> Tensor:
+        if self.crop is not None:
+            return self.crop([image], rng)[0]
+        return torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())
+
+    def _attack(self, samples: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """Samples of one size as rows of pairs."""
+        batch = {key: value.to(self.device) for key, value in collate(samples).items()}
+        parameters = AttackParameters.from_batch(batch)
+        labels = batch["labels"] if self.true_labels else None
+        with torch.backends.cudnn.flags(deterministic=True, benchmark=False):
+            adversarial = perturb(self.surrogates, batch["pixel_values"], labels, parameters).cpu()
+        if not adversarial.isfinite().all():
+            raise ValueError("surrogates: a classifier's gradient is not finite, its images cannot be attacked")
+        clean = torch.stack([sample["pixel_values"] for sample in samples])
+        # From pixel units back to the number that was drawn: a radius of 8 must not become 7.9999998 and round to 7.
+        eps = (parameters.eps.cpu().double() * 255).round(decimals=5)
+        for i, pixels in enumerate(quantise(adversarial, clean, eps)):
+            kind = KINDS[int(samples[i]["attack_kind"])]
+            attacked = kind != "clean"
+            row = {
+                "image": _png(clean[i]),
+                "adversarial_image": _png(pixels),
+                "eps": eps[i].item() if attacked else 0.0,
+                "attack": kind,
+                "surrogate": self.args.surrogates[int(samples[i]["attack_surrogate"])] if attacked else None,
+                "index": samples[i]["index"],
+            }
+            yield row | ({"label": samples[i]["labels"]} if self.dataset.label_column else {})
+
+
+class _Shards:
+    """The files: whole ones under their own names in a hidden folder, which becomes `data/` when all are there."""
+
+    def __init__(self, folder: Path, args: PairsArguments, dataset: ImageDataset):
+        self.target, self.unfinished = folder / "data", folder / UNFINISHED
+        self.folder = self.unfinished / "data"
+        self.finished = self.target.is_dir()
+        if self.finished:  # killed between the last two steps of `finish`
+            shutil.rmtree(self.unfinished, ignore_errors=True)
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        # Of a stream nobody knows how many files it makes: its files are renamed at the end.
+        self.total = 0 if dataset.streaming else -(-len(dataset) * args.copies // args.shard_images)
+        self.done = next(shard for shard in count() if not self._path(shard).is_file())
+        label = dataset.rows.features[dataset.label_column] if dataset.label_column else None
+        self.features = datasets.Features(
+            {"image": datasets.Image(), "adversarial_image": datasets.Image()}
+            | ({"label": label} if label is not None else {})
+            | {"eps": datasets.Value("float32"), "attack": datasets.Value("string")}
+            | {"surrogate": datasets.Value("string"), "index": datasets.Value("int64")}
+        )
+
+    def _path(self, shard: int) -> Path:
+        return self.folder / f"train-{shard:05d}-of-{self.total:05d}.parquet"
+
+    def _summary(self, shard: int) -> Path:
+        return self.unfinished / f"shard-{shard:05d}.json"
+
+    def write(self, rows: list[dict[str, Any]], broken: list[int]) -> None:
+        """Write the next file, whole or not at all."""
+        path = self._path(self.done)
+        temporary = path.with_name(path.name + ".tmp")
+        summary = {"rows": len(rows), "attacks": Counter(row["attack"] for row in rows), "broken": broken}
+        try:
+            write_json(self._summary(self.done), summary)
+            table = pa.Table.from_pylist(rows, schema=self.features.arrow_schema)
+            pq.write_table(table, temporary, row_group_size=ROW_GROUP)
+            os.replace(temporary, path)
+        except OSError as error:
+            raise RunFolderError(
+                f"output_dir={str(self.target.parent)!r} cannot be written any more: {error}. Free some space and start "
+                f"the same command again: it goes on after the {self.done} files that are whole."
+            ) from error
+        self.done += 1
+
+    def finish(self, record: Path) -> None:
+        """Give the files their final names and place, and complete the record."""
+        summaries = [json.loads(self._summary(shard).read_text()) for shard in range(self.done)]
+        rows = sum(summary["rows"] for summary in summaries)
+        if rows == 0:
+            raise DataError("none of the dataset's images can be decoded" if self.done else "the dataset has no images")
+        broken = sorted({index for summary in summaries for index in summary["broken"]})
+        attacks = sum((Counter(summary["attacks"]) for summary in summaries), Counter())
+        for path in sorted(self.folder.glob("train-*.parquet")):
+            os.replace(path, path.with_name(f"{path.stem[:-5]}{self.done:05d}.parquet"))
+        result = {"pairs": rows, "attacks": dict(sorted(attacks.items())), "broken_images": broken}
+        write_json(record, json.loads(record.read_text()) | {"result": result})
+        os.replace(self.folder, self.target)
+        shutil.rmtree(self.unfinished)
+        if broken:
+            logger.warning("%d images could not be decoded and were skipped", len(broken))
+        logger.info("%d pairs in %s", rows, self.target.parent)
+
+
+def _attack_all(args: PairsArguments, dataset: ImageDataset, attacker: _Attacker, shards: _Shards) -> None:
+    start = shards.done * args.shard_images
+    source = _rows(dataset, args.copies, start)
+    progress = tqdm(
+        total=None if dataset.streaming else args.copies * len(dataset), initial=start, desc="pairs", unit="image"
+    )
+    if shards.done:
+        logger.info("going on after %d whole files", shards.done)
+    broken_images: set[int] = set()
+    while True:
+        rows, broken, seen = [], [], 0
+        while seen < args.shard_images:
+            batch = list(islice(source, min(args.batch_size, args.shard_images - seen)))
+            if not batch:
+                break
+            made, failed = attacker(batch)
+            rows, broken, seen = rows + made, broken + failed, seen + len(batch)
+            progress.update(len(batch))
+            if failed:
+                broken_images.update(failed)
+                progress.set_postfix(broken=len(broken_images))
+        if seen:
+            shards.write(rows, broken)
+        if seen < args.shard_images:
+            break
+    progress.close()
+
+
+def _rows(dataset: ImageDataset, copies: int, start: int) -> Iterator[tuple[int, int, dict]]:
+    """(copy, index, row) in stored order, copy after copy, from the position `start` on."""
+    if dataset.streaming:
+        positions = ((copy, index, row) for copy in range(copies) for index, row in enumerate(dataset.rows))
+        yield from islice(positions, start, None)
+    else:
+        for position in range(start, copies * len(dataset)):
+            copy, index = divmod(position, len(dataset))
+            yield copy, index, dataset.rows[index]
+
+
+def _refuse_other_content(folder: Path) -> None:
+    """An overwrite must never remove files that are not pairs."""
+    content = {path.name for path in folder.iterdir()} - {RECORD + ".tmp"} if folder.is_dir() else set()
+    if content and RECORD not in content:
+        raise RunFolderError(
+            f"output_dir={str(folder)!r} holds other files ({', '.join(sorted(content)[:3])}) and no {RECORD}: "
+            "give a new folder"
+        )
+
+
+def _png(pixels: Tensor) -> dict[str, Any]:
+    """(3, H, W) uint8 as a cell of an image column."""
+    stream = io.BytesIO()
+    PILImage.fromarray(pixels.permute(1, 2, 0).contiguous().numpy()).save(stream, "PNG")
+    return {"bytes": stream.getvalue(), "path": None}
+
+
+def _fingerprint(model: PixelClassifier) -> str:
+    """Hash of the weights: a surrogate that was trained on in between makes other pairs."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
