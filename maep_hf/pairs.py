@@ -28,6 +28,7 @@ import torch
 from PIL import Image as PILImage
 from torch import Tensor
 from tqdm.auto import tqdm
+from transformers.utils import logging as transformers_logging
 
 from .attacks import KINDS, AttackMixture, AttackParameters, perturb
 from .classifier import PixelClassifier
@@ -66,7 +67,7 @@ class PairsArguments:
     max_train_images: int | None = field(default=None, metadata={"help": "attack only the first so many images"})
     image_size: int | None = field(
         default=None,
-        metadata={"help": "shrink and centre-crop to a square of so many pixels; images keep their own size by default"},
+        metadata={"help": "shrink and centre-crop to a square of so many pixels; their own size by default"},
     )
     surrogates: list[str] = field(
         default_factory=lambda: ["checkpoints/resnet20-cifar10"],
@@ -129,6 +130,7 @@ def make_pairs(args: PairsArguments, attack: AttackArguments) -> Path:
         max_images=args.max_train_images,
     )
     mixture = attack.mixture(len(args.surrogates))
+    transformers_logging.disable_progress_bar()
     surrogates = load_surrogates(args.surrogates)
     attacker = _Attacker(args, dataset, surrogates, mixture)
     arguments = {
@@ -273,7 +275,7 @@ class _Shards:
         self.folder.mkdir(parents=True, exist_ok=True)
         # Of a stream nobody knows how many files it makes: its files are renamed at the end.
         self.total = 0 if dataset.streaming else -(-len(dataset) * args.copies // args.shard_images)
-        self.done = next(shard for shard in count() if not self._path(shard).is_file())
+        self.done = next(shard for shard in count() if not any(self.folder.glob(f"train-{shard:05d}-of-*.parquet")))
         label = dataset.rows.features[dataset.label_column] if dataset.label_column else None
         self.features = datasets.Features(
             {"image": datasets.Image(), "adversarial_image": datasets.Image()}
@@ -300,8 +302,8 @@ class _Shards:
             os.replace(temporary, path)
         except OSError as error:
             raise RunFolderError(
-                f"output_dir={str(self.target.parent)!r} cannot be written any more: {error}. Free some space and start "
-                f"the same command again: it goes on after the {self.done} files that are whole."
+                f"output_dir={str(self.target.parent)!r} cannot be written any more: {error}. Free some space and "
+                f"start the same command again: it goes on after the {self.done} files that are whole."
             ) from error
         self.done += 1
 
@@ -365,7 +367,8 @@ def _rows(dataset: ImageDataset, copies: int, start: int) -> Iterator[tuple[int,
 
 def _refuse_other_content(folder: Path) -> None:
     """An overwrite must never remove files that are not pairs."""
-    content = {path.name for path in folder.iterdir()} - {RECORD + ".tmp"} if folder.is_dir() else set()
+    leftovers = {RECORD + ".tmp", ".writable"}  # of a run that was killed before it had a record
+    content = {path.name for path in folder.iterdir()} - leftovers if folder.is_dir() else set()
     if content and RECORD not in content:
         raise RunFolderError(
             f"output_dir={str(folder)!r} holds other files ({', '.join(sorted(content)[:3])}) and no {RECORD}: "

@@ -25,6 +25,10 @@ class FinetuneArguments:
         default="runs/pretrain-tiny-cifar10", metadata={"help": "purifier to start from: folder or Hub id"}
     )
     trainable: str = field(default="all", metadata={"help": "all weights, or decoder_lora"})
+    pixel_loss: str | None = field(default=None, metadata={"help": "l1, l2 or charbonnier; the model's own by default"})
+    purification_loss_weight: float | None = field(
+        default=None, metadata={"help": "weight of the pixel loss; the model's own by default"}
+    )
     lora_rank: int = field(default=8, metadata={"help": "rank of the LoRA update"})
 
     def __post_init__(self) -> None:
@@ -38,7 +42,10 @@ def main(argv: list[str] | None = None) -> Path:
         default_recipe=RECIPE, argv=argv,
     )  # fmt: skip
     set_seed(loop.seed)
-    model = MAEPModel.from_pretrained(finetune.model)
+    chosen = {name: getattr(finetune, name) for name in ("pixel_loss", "purification_loss_weight")}
+    model = MAEPModel.from_pretrained(
+        finetune.model, **{name: value for name, value in chosen.items() if value is not None}
+    )
     if finetune.trainable == "decoder_lora":
         model = add_lora(model, default_lora_config(model, scope="decoder", rank=finetune.lora_rank))
     task = purification_task(model, data, attack, purification)

@@ -1,0 +1,423 @@
+"""Stored pairs: inside the ball in 8 bits, the same after any interruption, and read back by training."""
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import ViTImageProcessor
+
+from maep_hf import MAEPConfig, MAEPModel, pairs
+from maep_hf.attacks import KINDS
+from maep_hf.configuration_cifar_resnet import CifarResNetConfig
+from maep_hf.data import DataError, decode_image, load_image_dataset
+from maep_hf.modeling_cifar_resnet import CifarResNetForImageClassification
+from maep_hf.pairs import PairsArguments, make_pairs, quantise
+from maep_hf.training import Augmentation, DataArguments, RunFolderError
+from maep_hf.training.purification import PurificationArguments
+from maep_hf.training.samples import PositionedImages, collate
+from maep_hf.training.stages import AttackArguments, purification_task
+
+SCRIPT = Path(__file__).resolve().parent.parent / "train" / "make_pairs.py"
+ATTACK = AttackArguments(attack_steps=3)
+IMAGES = 13
+
+
+@pytest.fixture(autouse=True)
+def dataset_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf-cache")
+
+
+def save_classifier(folder, seed=0, labels=4):
+    torch.manual_seed(seed)
+    config = CifarResNetConfig(depth=8, width=4, num_labels=labels)
+    CifarResNetForImageClassification(config).save_pretrained(folder)
+    size = {"height": 8, "width": 8}
+    ViTImageProcessor(size=size, image_mean=[0.5] * 3, image_std=[0.25] * 3).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def surrogate(tmp_path_factory):
+    return save_classifier(tmp_path_factory.mktemp("surrogate"))
+
+
+def write_source(folder, sizes=((8, 8),), broken=()):
+    """A saved dataset of noise pictures, among them one nearly black and one nearly white."""
+    rng = np.random.default_rng(0)
+    cells = []
+    for index in range(IMAGES):
+        height, width = sizes[index % len(sizes)]
+        pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        if index < 2:
+            pixels[1:] = 255 * index
+        path = folder.parent / f"{folder.name}-{index}.png"
+        Image.fromarray(pixels).save(path)
+        cells.append({"bytes": b"no image" if index in broken else path.read_bytes(), "path": None})
+    features = {"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b", "c", "d"])}
+    rows = {"image": cells, "label": [index % 4 for index in range(IMAGES)]}
+    datasets.Dataset.from_dict(rows, features=datasets.Features(features)).save_to_disk(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def source(tmp_path):
+    return write_source(tmp_path / "source")
+
+
+def arguments(source, surrogate, out, **more):
+    options = {"batch_size": 3, "shard_images": 5} | more
+    return PairsArguments(dataset=source, surrogates=[surrogate], output_dir=str(out), **options)
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in sorted((Path(folder) / "data").iterdir())}
+
+
+def read(folder):
+    return datasets.load_dataset(str(folder), split="train")
+
+
+def levels(row):
+    """(clean, adversarial) as integers."""
+    return [np.asarray(row[name]).astype(int) for name in ("image", "adversarial_image")]
+
+
+@pytest.mark.parametrize("eps", [1.0, 2.5, 7.0, 7.999, 8.0, 12.0])
+def test_rounding_stays_in_the_ball_and_in_range(eps):
+    generator = torch.Generator().manual_seed(0)
+    clean = torch.randint(0, 256, (4, 3, 16, 16), generator=generator, dtype=torch.uint8)
+    clean[0], clean[1] = 0, 255
+    x = clean.float() / 255
+    at_random = x + (torch.rand(x.shape, generator=generator) * 2 - 1) * eps / 255
+    for adversarial in (x + eps / 255, x - eps / 255, at_random):
+        adversarial = adversarial.clamp(0, 1)
+        stored = quantise(adversarial, clean, torch.full((4,), eps))
+        assert stored.dtype == torch.uint8
+        assert (stored.int() - clean.int()).abs().max() <= eps
+        # no more is lost than rounding to a level inside the ball must lose
+        assert (stored.float() / 255 - adversarial).abs().max() * 255 <= max(0.5, eps - int(eps)) + 1e-3
+    whole = quantise((x + eps / 255).clamp(0, 1), clean, torch.full((4,), eps))
+    assert torch.equal(whole.int(), (clean.int() + int(eps)).clamp(max=255))
+
+
+def test_dataset_has_every_image_inside_its_ball(source, surrogate, tmp_path):
+    out = make_pairs(arguments(source, surrogate, tmp_path / "pairs", copies=4), ATTACK)
+    assert sorted(contents(out)) == [f"train-{i:05d}-of-00011.parquet" for i in range(11)]
+    made = read(out)
+    assert made["index"] == [*range(IMAGES)] * 4
+    assert made.features["label"].names == ["a", "b", "c", "d"]
+    assert set(made["attack"]) == set(KINDS)
+    original = load_image_dataset(source)
+    for row in made:
+        clean, adversarial = levels(row)
+        source_row = original.rows[row["index"]]
+        assert np.array_equal(clean, np.asarray(decode_image(source_row["image"])))
+        assert row["label"] == source_row["label"]
+        distance = abs(adversarial - clean).max()
+        if row["attack"] == "clean":
+            assert distance == 0 and row["eps"] == 0 and row["surrogate"] is None
+        else:
+            assert 0 < distance <= row["eps"] and row["surrogate"] == surrogate
+            assert ATTACK.eps_min <= row["eps"] <= ATTACK.eps_max
+    record = json.loads((out / "make_pairs.json").read_text())
+    assert record["result"]["pairs"] == 4 * IMAGES and record["result"]["broken_images"] == []
+    assert sum(record["result"]["attacks"].values()) == 4 * IMAGES
+    assert record["arguments"]["pairs"]["dataset"] == source and record["versions"]["torch"]
+    assert not (out / ".unfinished").exists()
+    copies = np.array(made["eps"]).reshape(4, IMAGES)
+    assert len(np.unique(copies[:, 5])) == 4  # every copy has its own draw
+
+
+def test_fgsm_pairs_are_the_attack_itself(source, surrogate, tmp_path):
+    attack = AttackArguments(clean=0, fgsm=1, fgsm_rs=0, mi_fgsm=0, pgd=0, eps_min=8, eps_max=8)
+    out = make_pairs(arguments(source, surrogate, tmp_path / "pairs"), attack)
+    for row in read(out):
+        clean, adversarial = levels(row)
+        assert row["eps"] == 8
+        inside = (clean > 8) & (clean < 247)
+        distances = abs(adversarial - clean)[inside]
+        assert set(distances) <= {0, 8} and (distances == 8).mean() > 0.5  # 0 where the gradient vanishes
+
+
+def test_several_surrogates_share_the_images(source, surrogate, tmp_path):
+    second = save_classifier(tmp_path / "second", seed=1)
+    args = arguments(source, surrogate, tmp_path / "pairs", copies=3)
+    args.surrogates.append(second)
+    attack = AttackArguments(clean=0)
+    assert set(read(make_pairs(args, attack))["surrogate"]) == {surrogate, second}
+
+
+def test_own_sizes_and_center_crop(surrogate, tmp_path):
+    source = write_source(tmp_path / "source", sizes=((8, 8), (12, 9), (20, 31)))
+    kept = read(make_pairs(arguments(source, surrogate, tmp_path / "kept"), ATTACK))
+    assert [image.size for image in kept["image"]][:3] == [(8, 8), (9, 12), (31, 20)]
+    assert all(row["image"].size == row["adversarial_image"].size for row in kept)
+    assert all(abs(np.subtract(*levels(row))).max() <= row["eps"] for row in kept)
+    cut = read(make_pairs(arguments(source, surrogate, tmp_path / "cut", image_size=10), ATTACK))
+    assert {image.size for image in cut["image"]} == {(10, 10)}
+
+
+def test_large_batches_are_split_by_pixels(source, surrogate, tmp_path, monkeypatch):
+    sizes = []
+    attack = pairs.perturb
+    monkeypatch.setattr(pairs, "PIXELS_AT_ONCE", 150)
+    monkeypatch.setattr(pairs, "perturb", lambda models, x, *rest: sizes.append(len(x)) or attack(models, x, *rest))
+    make_pairs(arguments(source, surrogate, tmp_path / "pairs"), ATTACK)
+    assert max(sizes) == 2 and sum(sizes) == IMAGES
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: no handler of the package catches it."""
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_interrupted_at_every_write_gives_the_same_files(source, surrogate, tmp_path, monkeypatch, streaming):
+    loaded = pairs.load_surrogates([surrogate])
+    monkeypatch.setattr(pairs, "load_surrogates", lambda names: loaded)
+    monkeypatch.setattr(pairs, "describe_environment", dict)
+    options = {"streaming": streaming}
+    whole = contents(make_pairs(arguments(source, surrogate, tmp_path / "whole", **options), ATTACK))
+    assert list(whole) == [f"train-{i:05d}-of-00003.parquet" for i in range(3)]
+    if streaming:
+        assert whole == contents(make_pairs(arguments(source, surrogate, tmp_path / "map-style"), ATTACK))
+    replace, rmtree = os.replace, pairs.shutil.rmtree
+    args = arguments(source, surrogate, tmp_path / "pairs", **options)
+    interruptions, broken_off = 0, True
+    while broken_off:  # each start gets through one more write than the one before
+        calls = 0
+
+        def interrupt(function, limit=interruptions):
+            def call(*args, **kwargs):
+                nonlocal calls
+                calls += 1
+                if calls > limit:
+                    raise Killed
+                return function(*args, **kwargs)
+
+            return call
+
+        args.overwrite_output_dir = False
+        rmtree(args.output_dir, ignore_errors=True)
+        monkeypatch.setattr(os, "replace", interrupt(replace))
+        monkeypatch.setattr(pairs.shutil, "rmtree", interrupt(rmtree))
+        try:
+            make_pairs(args, ATTACK)
+            broken_off = False
+        except Killed:
+            interruptions += 1
+        monkeypatch.setattr(os, "replace", replace)
+        monkeypatch.setattr(pairs.shutil, "rmtree", rmtree)
+        assert contents(make_pairs(args, ATTACK)) == whole
+    assert interruptions >= 9  # the record, three times a summary and a file, the end
+    assert not (tmp_path / "pairs" / ".unfinished").exists()
+
+
+def test_killed_process_goes_on_after_the_last_whole_file(source, surrogate, tmp_path, caplog):
+    out = tmp_path / "pairs"
+    words = ["--dataset", source, "--surrogates", surrogate, "--output_dir", str(out)]
+    words += ["--batch_size", "3", "--shard_images", "5", "--attack_steps", "3"]
+    code = f"""
+import os, runpy, signal, sys
+from maep_hf import pairs
+calls, attack = 0, pairs.perturb
+def perturb(*args):
+    global calls
+    calls += 1
+    if calls == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return attack(*args)
+pairs.perturb = perturb
+sys.argv = ["make_pairs.py", *{words!r}]
+runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
+"""
+    environment = os.environ | {"HF_DATASETS_CACHE": str(tmp_path / "hf-cache")}
+    ended = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=200)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
+    assert not (out / "data").exists() and len(list((out / ".unfinished/data").iterdir())) == 1
+    with pytest.raises(DataError):  # half a dataset must not be taken for a whole one
+        load_image_dataset(str(out))
+    with caplog.at_level(logging.INFO):
+        made = make_pairs(arguments(source, surrogate, out), ATTACK)
+    assert "going on after 1 whole files" in caplog.text
+    assert contents(made) == contents(make_pairs(arguments(source, surrogate, tmp_path / "whole"), ATTACK))
+
+
+def test_complete_folder_is_left_alone(source, surrogate, tmp_path, monkeypatch, caplog):
+    args = arguments(source, surrogate, tmp_path / "pairs")
+    make_pairs(args, ATTACK)
+    monkeypatch.setattr(pairs, "perturb", lambda *_: pytest.fail("attacked again"))
+    with caplog.at_level(logging.INFO):
+        make_pairs(args, ATTACK)
+    assert "nothing is left to do" in caplog.text
+
+
+def test_other_arguments_are_refused_and_overwrite_starts_over(source, surrogate, tmp_path):
+    first = contents(make_pairs(arguments(source, surrogate, tmp_path / "pairs"), ATTACK))
+    with pytest.raises(RunFolderError, match="pairs.seed: 0 there, 1 now.*--overwrite_output_dir"):
+        make_pairs(arguments(source, surrogate, tmp_path / "pairs", seed=1), ATTACK)
+    with pytest.raises(RunFolderError, match="attack.eps_max"):
+        make_pairs(arguments(source, surrogate, tmp_path / "pairs"), AttackArguments(attack_steps=3, eps_max=9))
+    args = arguments(source, surrogate, tmp_path / "pairs", seed=1, overwrite_output_dir=True)
+    assert contents(make_pairs(args, ATTACK)) != first
+
+
+def test_changed_surrogate_or_data_is_refused(tmp_path):
+    source, surrogate = write_source(tmp_path / "source"), save_classifier(tmp_path / "surrogate")
+    args = arguments(source, surrogate, tmp_path / "pairs")
+    make_pairs(args, ATTACK)
+    save_classifier(tmp_path / "surrogate", seed=1)
+    with pytest.raises(RunFolderError, match="inputs.surrogates"):
+        make_pairs(args, ATTACK)
+    save_classifier(tmp_path / "surrogate")
+    write_source(tmp_path / "source", broken=[3])
+    with pytest.raises(RunFolderError, match="inputs.dataset"):
+        make_pairs(args, ATTACK)
+
+
+def test_folder_with_other_files_is_never_touched(source, surrogate, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("x")
+    args = arguments(source, surrogate, tmp_path / "mine", overwrite_output_dir=True)
+    with pytest.raises(RunFolderError, match="thesis.txt"):
+        make_pairs(args, ATTACK)
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(RunFolderError, match="cannot be written"):
+        make_pairs(arguments(source, surrogate, tmp_path / "file" / "pairs"), ATTACK)
+
+
+def test_full_disk_says_so_and_can_go_on(source, surrogate, tmp_path, monkeypatch):
+    write = pairs.pq.write_table
+
+    def full(table, path, **kwargs):
+        if "00001-of" in str(path):
+            raise OSError(28, "No space left on device")
+        write(table, path, **kwargs)
+
+    args = arguments(source, surrogate, tmp_path / "pairs")
+    monkeypatch.setattr(pairs.pq, "write_table", full)
+    with pytest.raises(RunFolderError, match="No space left.*after the 1 files"):
+        make_pairs(args, ATTACK)
+    monkeypatch.setattr(pairs.pq, "write_table", write)
+    assert len(read(make_pairs(args, ATTACK))) == IMAGES
+
+
+def test_broken_images_are_skipped_and_counted(surrogate, tmp_path, caplog):
+    source = write_source(tmp_path / "source", broken=(0, 6, 7, 8, 9))
+    out = make_pairs(arguments(source, surrogate, tmp_path / "pairs", copies=2), ATTACK)
+    assert "5 images could not be decoded" in caplog.text
+    assert read(out)["index"] == [1, 2, 3, 4, 5, 10, 11, 12] * 2
+    assert json.loads((out / "make_pairs.json").read_text())["result"]["broken_images"] == [0, 6, 7, 8, 9]
+    good = read(make_pairs(arguments(write_source(tmp_path / "good"), surrogate, tmp_path / "p2", copies=2), ATTACK))
+    draws = {(i // IMAGES, row["index"]): row["eps"] for i, row in enumerate(good)}
+    assert [row["eps"] for row in read(out)][8:] == [draws[1, index] for index in (1, 2, 3, 4, 5, 10, 11, 12)]
+    hopeless = write_source(tmp_path / "hopeless", broken=range(IMAGES))
+    with pytest.raises(DataError, match="none of the dataset's images"):
+        make_pairs(arguments(hopeless, surrogate, tmp_path / "p3"), ATTACK)
+
+
+def test_labels_that_do_not_fit_are_refused(source, surrogate, tmp_path):
+    two = save_classifier(tmp_path / "two", labels=2)
+    with pytest.raises(DataError, match="4 classes.*only 2"):
+        make_pairs(arguments(source, two, tmp_path / "a"), ATTACK)
+    rows = load_image_dataset(source).rows
+    plain = rows.cast_column("label", datasets.Value("int64")).cast_column("image", datasets.Image())
+    plain.save_to_disk(tmp_path / "plain")
+    with pytest.raises(DataError, match="at least 3 classes.*only 2"):
+        make_pairs(arguments(str(tmp_path / "plain"), two, tmp_path / "b"), ATTACK)
+    plain.remove_columns("label").save_to_disk(tmp_path / "unlabelled")
+    with pytest.raises(DataError, match="attack_labels=predicted"):
+        make_pairs(arguments(str(tmp_path / "unlabelled"), two, tmp_path / "c"), ATTACK)
+    args = arguments(str(tmp_path / "unlabelled"), two, tmp_path / "c", attack_labels="predicted")
+    assert "label" not in read(make_pairs(args, ATTACK)).column_names
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"copies": 0}, "copies=0"), ({"batch_size": 0}, "batch_size"), ({"shard_images": -1}, "shard_images"),
+     ({"image_size": 0}, "image_size"), ({"seed": -1}, "seed"), ({"attack_labels": "all"}, "attack_labels")],
+)  # fmt: skip
+def test_arguments_out_of_range(options, message):
+    with pytest.raises(ValueError, match=message):
+        PairsArguments(**options)
+    with pytest.raises(ValueError, match="surrogates"):
+        PairsArguments(surrogates=[])
+
+
+def test_radius_below_one_level_and_missing_surrogate(source, surrogate, tmp_path):
+    with pytest.raises(ValueError, match="eps_min=0.5.*8 bits"):
+        make_pairs(arguments(source, surrogate, tmp_path / "pairs"), AttackArguments(eps_min=0.5))
+    with pytest.raises(OSError, match="could not be loaded"):
+        make_pairs(arguments(source, str(tmp_path / "nowhere"), tmp_path / "pairs"), ATTACK)
+    assert not (tmp_path / "pairs").exists()
+
+
+def test_command_line_and_recipe(source, surrogate, tmp_path, capsys):
+    import runpy
+
+    main = runpy.run_path(str(SCRIPT))["main"]
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"surrogates: [{surrogate}]\neps_max: 6\nattack_steps: 2\ncopies: 2\nshard_images: 20\n")
+    out = tmp_path / "pairs"
+    main(["--config", str(recipe), "--dataset", source, "--output_dir", str(out), "--copies", "1"])
+    assert list(contents(out)) == ["train-00000-of-00001.parquet"]
+    assert max(read(out)["eps"]) <= 6
+    with pytest.raises(SystemExit, match="error: .*pairs.copies"):
+        main(["--config", str(recipe), "--dataset", source, "--output_dir", str(out)])
+    with pytest.raises(SystemExit, match="error: .*neither a local path nor reachable"):
+        main(["--dataset", str(tmp_path / "nothing"), "--output_dir", str(tmp_path / "other")])
+    with pytest.raises(SystemExit):
+        main(["--config", str(recipe), "--eps_min", "many"])
+    assert "eps_min" in capsys.readouterr().err
+
+
+@pytest.fixture
+def tiny_purifier():
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    sizes |= {f"decoder_{name}": value for name, value in sizes.items()}
+    return MAEPModel(MAEPConfig(image_size=8, patch_size=4, local_branch_layers=0, **sizes))
+
+
+def test_training_reads_the_pairs_back(source, surrogate, tmp_path, tiny_purifier):
+    out = make_pairs(arguments(source, surrogate, tmp_path / "pairs"), ATTACK)
+    data = DataArguments(dataset=str(out), validation_dataset=source, validation_split="train", validation_images=4)
+    settings = PurificationArguments(surrogates=[surrogate], guidance_weight=0.1)
+    task = purification_task(tiny_purifier, data, AttackArguments(clean=0, fgsm=1), settings)
+    assert task.train_data.adversarial_column == "adversarial_image"
+    assert task.train_data.image_column == "image" and task.train_data.label_column == "label"
+    samples = task.samples(total=IMAGES, start=0, seed=0)
+    assert isinstance(samples, PositionedImages)
+    batch = collate([samples[i] for i in range(IMAGES)])
+    assert "attack_start" not in batch  # nothing is drawn that the stored pair has
+    batch = task.prepare(batch)
+    stored = {tuple(levels(row)[0].ravel()): (levels(row)[1], row["eps"]) for row in read(out)}
+    for clean, attacked in zip(batch["pixel_values"], batch["attacked"], strict=True):
+        clean, attacked = ((255 * x).round().int().permute(1, 2, 0).numpy() for x in (clean, attacked))
+        mirrored = tuple(clean.ravel()) not in stored
+        if mirrored:
+            clean, attacked = clean[:, ::-1], attacked[:, ::-1]
+        expected, eps = stored[tuple(clean.ravel())]
+        assert np.array_equal(attacked, expected) and abs(attacked - clean).max() <= eps
+    losses = task.loss(tiny_purifier, batch)
+    losses["loss"].backward()
+    assert torch.isfinite(losses["loss"]) and losses["guidance_loss"] >= 0
+
+
+def test_training_reads_a_stream_of_pairs(source, surrogate, tmp_path):
+    out = make_pairs(arguments(source, surrogate, tmp_path / "pairs"), ATTACK)
+    data = load_image_dataset(str(out), streaming=True)
+    assert data.adversarial_column == "adversarial_image" and data.class_names == ["a", "b", "c", "d"]
+    row = next(iter(data.rows))
+    tensors = Augmentation(8, "center", flip=False)(
+        [decode_image(row[name]) for name in ("image", "adversarial_image")], np.random.default_rng(0)
+    )
+    assert (tensors[0].int() - tensors[1].int()).abs().max() <= row["eps"]
