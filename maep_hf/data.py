@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import logging
 from dataclasses import dataclass
@@ -35,13 +36,27 @@ class ImageDataset:
     label_column: str | None = None
     adversarial_column: str | None = None
     class_names: list[str] | None = None
-    fingerprint: str = ""
     streaming: bool = False
 
     def __len__(self) -> int:
         if self.streaming:
             raise TypeError("a streamed dataset has no length")
         return len(self.rows)
+
+    def fingerprint(self, rows: int = 256) -> str | None:
+        """Hash of the size, the columns and evenly spread rows' contents: the same wherever the data lies.
+
+        `None` for a stream, which would have to be read to know.
+        """
+        if self.streaming:
+            return None
+        digest = hashlib.sha256(repr((len(self.rows), self.image_column, self.label_column)).encode())
+        for index in range(0, len(self.rows), max(1, len(self.rows) // rows)):
+            row = self.rows[index]
+            for column in filter(None, (self.image_column, self.adversarial_column)):
+                digest.update(_cell_bytes(row[column]))
+            digest.update(str(self.label(row)).encode())
+        return digest.hexdigest()[:16]
 
     def label(self, row: dict) -> int:
         """The row's class index, or -1 where the dataset has no label column."""
@@ -59,7 +74,7 @@ def load_image_dataset(
     streaming: bool = False,
     max_images: int | None = None,
 ) -> ImageDataset:
-    """Load images from a Hub dataset id, a folder (images or parquet), a parquet file, a saved dataset, or `embedded:cifar10`.
+    """Load images: a Hub dataset id, a folder (images or parquet), a parquet file, a saved dataset, or an embedded one.
 
     Args:
         source: Hub id (`uoft-cs/cifar10`), path, or one of `embedded:cifar10`, `embedded:imagenet`.
@@ -85,6 +100,17 @@ def load_image_dataset(
     if not streaming and len(rows) == 0:
         raise DataError(f"dataset={source!r}, split={split!r}: there are no images in it")
     return _with_columns(rows, source, image_column, label_column, adversarial_column, streaming)
+
+
+def _cell_bytes(cell: dict | None) -> bytes:
+    """The file behind an undecoded image cell; its name where it cannot be read, which decoding will report."""
+    cell = cell or {}
+    if cell.get("bytes") is not None:
+        return cell["bytes"]
+    try:
+        return Path(cell["path"]).read_bytes()
+    except (OSError, KeyError, TypeError):
+        return str(cell.get("path")).encode()
 
 
 def decode_image(value: Any) -> PILImage.Image:
@@ -163,7 +189,8 @@ def _with_columns(rows, source, image_column, label_column, adversarial_column, 
         candidates = [name for name in image_columns if name != adversarial]
         if len(candidates) != 1:
             raise DataError(
-                f"dataset={source!r} has {len(candidates)} image columns among {list(features)}; name one with image_column"
+                f"dataset={source!r} has {len(candidates)} image columns among {list(features)}: "
+                "name one with image_column"
             )
         image_column = candidates[0]
     if label_column is None:
@@ -188,7 +215,6 @@ def _with_columns(rows, source, image_column, label_column, adversarial_column, 
         label_column=label_column,
         adversarial_column=adversarial,
         class_names=getattr(features.get(label_column), "names", None) if label_column else None,
-        fingerprint="" if streaming else rows._fingerprint,
         streaming=streaming,
     )
 

@@ -133,18 +133,15 @@ def make_pairs(args: PairsArguments, attack: AttackArguments) -> Path:
     transformers_logging.disable_progress_bar()
     surrogates = load_surrogates(args.surrogates)
     attacker = _Attacker(args, dataset, surrogates, mixture)
-    arguments = {
-        "pairs": asdict(args),
-        "attack": asdict(attack),
-        "inputs": {"dataset": dataset.fingerprint, "surrogates": [_fingerprint(model) for model in surrogates]},
-    }
+    arguments = {"pairs": asdict(args), "attack": asdict(attack)}
+    data = {"dataset": dataset.fingerprint(), "surrogates": [_fingerprint(model) for model in surrogates]}
     if args.overwrite_output_dir:
         for stale in (folder.path / "data", folder.path / UNFINISHED):
             shutil.rmtree(stale, ignore_errors=True)
         folder.record.unlink(missing_ok=True)
-    folder.prepare(arguments, checkpoint_bytes=0, kept=0, overwrite=False)
+    folder.prepare(arguments, data, checkpoint_bytes=0, kept=0, overwrite=False)
     if not folder.record.is_file():
-        write_json(folder.record, {"arguments": arguments, **describe_environment()})
+        write_json(folder.record, {"arguments": arguments, "data": data, **describe_environment()})
     shards = _Shards(folder.path, args, dataset)
     if shards.finished:
         logger.info("%s is complete; nothing is left to do", folder.path)

@@ -275,11 +275,11 @@ def test_changed_surrogate_or_data_is_refused(tmp_path):
     args = arguments(source, surrogate, tmp_path / "pairs")
     make_pairs(args, ATTACK)
     save_classifier(tmp_path / "surrogate", seed=1)
-    with pytest.raises(RunFolderError, match="inputs.surrogates"):
+    with pytest.raises(RunFolderError, match="the data: .*surrogates"):
         make_pairs(args, ATTACK)
     save_classifier(tmp_path / "surrogate")
     write_source(tmp_path / "source", broken=[3])
-    with pytest.raises(RunFolderError, match="inputs.dataset"):
+    with pytest.raises(RunFolderError, match="the data: .*dataset"):
         make_pairs(args, ATTACK)
 
 

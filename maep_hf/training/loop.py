@@ -85,11 +85,12 @@ class _Loop:
             torch.set_num_threads(args.cpu_threads or max(1, cores // self.accelerator.num_processes))
         parameter_bytes = sum(p.numel() * p.element_size() for p in task.model.parameters())
         if self.main:
-            self.folder.prepare(arguments, 4 * parameter_bytes, args.save_total_limit, args.overwrite_output_dir)
+            data = task.describe_data()
+            self.folder.prepare(arguments, data, 4 * parameter_bytes, args.save_total_limit, args.overwrite_output_dir)
         self.accelerator.wait_for_everyone()
         self.resume_from = self.folder.last_checkpoint()
         if self.main and self.resume_from is None:
-            record = {"task": task.name, "arguments": arguments, "data": task.describe_data(), **describe_environment()}
+            record = {"task": task.name, "arguments": arguments, "data": data, **describe_environment()}
             record["num_processes"] = self.accelerator.num_processes
             record["parameters"] = sum(p.numel() for p in task.model.parameters())
             write_json(self.folder.record, record)

@@ -58,11 +58,14 @@ class RunFolder:
         self.previews = self.path / "previews"
         self.checkpoints = self.path / "checkpoints"
 
-    def prepare(self, arguments: dict[str, Any], checkpoint_bytes: int, kept: int, overwrite: bool) -> None:
+    def prepare(
+        self, arguments: dict[str, Any], data: dict[str, Any], checkpoint_bytes: int, kept: int, overwrite: bool
+    ) -> None:
         """Check that the run can be written here and is the same run as the one already here, if any.
 
         Args:
             arguments: the run's arguments by group, as recorded in `run.json`.
+            data: the data's description, likewise.
             checkpoint_bytes: estimated size of one checkpoint.
             kept: checkpoints that exist side by side.
             overwrite: remove a run that is already here.
@@ -91,10 +94,11 @@ class RunFolder:
             for stale in (self.previews, self.checkpoints):
                 shutil.rmtree(stale, ignore_errors=True)
         if self.record.is_file():
-            self._refuse_other_run(arguments)
+            self._refuse_other_run(arguments, data)
 
-    def _refuse_other_run(self, arguments: dict[str, Any]) -> None:
-        stored = json.loads(self.record.read_text())["arguments"]
+    def _refuse_other_run(self, arguments: dict[str, Any], data: dict[str, Any]) -> None:
+        record = json.loads(self.record.read_text())
+        stored = record["arguments"]
         current = json.loads(json.dumps(arguments, default=str))
         different = [
             f"{group}.{name}: {stored.get(group, {}).get(name)!r} there, {value!r} now"
@@ -102,6 +106,8 @@ class RunFolder:
             for name, value in values.items()
             if name not in FREE_ARGUMENTS and stored.get(group, {}).get(name) != value
         ]
+        if record["data"] != data:
+            different.append(f"the data: {record['data']} there, {data} now")
         if different:
             raise RunFolderError(
                 f"output_dir={str(self.path)!r} holds a run with other arguments ({'; '.join(different)}). "
