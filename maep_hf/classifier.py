@@ -186,7 +186,7 @@ class PurifiedClassifier(nn.Module):
             any module or callable that maps images to images of the same shape; or None for the bare classifier.
         classifier: see `PixelClassifier`; may be one already.
         image_processor: see `PixelClassifier`.
-        purify_kwargs: arguments for every call of the purifier, e.g. `{"overlap": 8}`.
+        purify_kwargs: arguments for every call of the purifier, e.g. `{"overlap": 0.5}`.
         **kwargs: passed on to `PixelClassifier`.
 
     Raises:
@@ -237,6 +237,9 @@ class PurifiedClassifier(nn.Module):
         config = getattr(self.purifier, "config", None)
         num_channels = getattr(config, "num_channels", None)
         check_pixels(pixel_values, num_channels if isinstance(num_channels, int) else None)
+        if isinstance(self.purifier, nn.Module):
+            parameter = next(self.purifier.parameters(), None)
+            pixel_values = pixel_values if parameter is None else pixel_values.to(parameter.device)
         output = (purify or self.purifier)(pixel_values, **self.purify_kwargs)
         output = getattr(output, "purified_pixel_values", output)
         if not isinstance(output, Tensor):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,9 +57,24 @@ class ImageDataset:
             digest.update(str(self.label(row)).encode())
         return digest.hexdigest()[:16]
 
+    def find_class_names(self) -> list[str]:
+        """Names of the classes; where the labels are bare numbers, the numbers up to the largest one.
+
+        Raises:
+            DataError: no labels, or a stream whose labels carry no names.
+        """
+        if self.class_names:
+            return self.class_names
+        if self.label_column is None:
+            raise DataError("the dataset has no labels: name their column with label_column")
+        if self.streaming:
+            raise DataError(f"label_column={self.label_column!r} of this stream has no class names; do not stream it")
+        return [str(index) for index in range(max(self.rows.unique(self.label_column)) + 1)]
+
     def label(self, row: dict) -> int:
-        """The row's class index, or -1 where the dataset has no label column."""
-        return int(row[self.label_column]) if self.label_column else -1
+        """The row's class index, or -1 where it has none."""
+        value = row[self.label_column] if self.label_column else None
+        return -1 if value is None else int(value)
 
 
 def load_image_dataset(
@@ -89,6 +103,7 @@ def load_image_dataset(
     """
     if source in EMBEDDED_DATASETS:
         rows = _embedded_rows(EMBEDDED_DATASETS[source])
+        rows = rows.to_iterable_dataset() if streaming else rows
     elif source.startswith("embedded:"):
         raise DataError(f"dataset={source!r}: no such embedded dataset; there are {', '.join(EMBEDDED_DATASETS)}")
     else:
@@ -119,15 +134,13 @@ def decode_image(value: Any) -> PILImage.Image:
     Raises:
         OSError: the bytes are not an image, or are cut off.
     """
+    import datasets
+
     if isinstance(value, PILImage.Image):
-        image = value
-    elif isinstance(value, np.ndarray):
-        image = PILImage.fromarray(value)
-    elif isinstance(value, dict):
-        image = PILImage.open(io.BytesIO(value["bytes"]) if value.get("bytes") else value["path"])
-    else:
+        return to_rgb(ImageOps.exif_transpose(value))
+    if not isinstance(value, dict):
         raise OSError(f"not an image: {type(value).__name__}")
-    return to_rgb(ImageOps.exif_transpose(image))
+    return to_rgb(datasets.Image().decode_example(value))  # local files, archives and the Hub alike
 
 
 def to_rgb(image: PILImage.Image) -> PILImage.Image:
@@ -178,6 +191,7 @@ def _load_rows(source: str, split: str, config_name: str | None, streaming: bool
 
 def _with_columns(rows, source, image_column, label_column, adversarial_column, streaming) -> ImageDataset:
     import datasets
+    import pyarrow as pa
 
     features = rows.features
     if features is None:  # some streams do not say what they hold until they are read
@@ -206,9 +220,15 @@ def _with_columns(rows, source, image_column, label_column, adversarial_column, 
             raise DataError(f"{argument}={name!r} is not in {source!r}; its columns are {list(features)}")
     for name in (image_column, adversarial):
         if name is not None:
-            if not isinstance(features[name], datasets.Image):
-                raise DataError(f"image_column={name!r} of {source!r} holds {features[name]}, not images")
-            rows = rows.cast_column(name, datasets.Image(decode=False))
+            try:  # parquet written by others holds bytes, paths or {bytes, path} without saying that they are images
+                rows = rows.cast_column(name, datasets.Image(decode=False))
+            except (TypeError, ValueError, pa.ArrowInvalid) as error:
+                raise DataError(f"image_column={name!r} of {source!r} holds {features[name]}, not images") from error
+    if label_column is not None and not _holds_class_indices(features[label_column]):
+        raise DataError(
+            f"label_column={label_column!r} of {source!r} holds {features[label_column]}; class indices are needed: "
+            "name another column, or encode it with datasets' class_encode_column"
+        )
     return ImageDataset(
         rows=rows,
         image_column=image_column,
@@ -217,6 +237,10 @@ def _with_columns(rows, source, image_column, label_column, adversarial_column, 
         class_names=getattr(features.get(label_column), "names", None) if label_column else None,
         streaming=streaming,
     )
+
+
+def _holds_class_indices(feature: Any) -> bool:
+    return hasattr(feature, "names") or str(getattr(feature, "dtype", "")).startswith(("int", "uint", "bool"))
 
 
 def _embedded_rows(name: str):

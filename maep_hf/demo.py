@@ -19,7 +19,7 @@ from .attacks import LinfPGD
 from .data import CIFAR10_CLASSES, decode_image, load_image_dataset
 from .evaluation import THREAT_MODEL, GrayBoxResult, evaluate_gray_box, predict, print_table
 from .figures import RIGHT, WRONG, difference_image, image_grid
-from .training.run_folder import describe_environment, write_json
+from .records import describe_environment, write_json
 
 if TYPE_CHECKING:
     from .modeling_maep import MAEPModel

@@ -33,7 +33,8 @@ from transformers.utils import logging as transformers_logging
 from .attacks import KINDS, AttackMixture, AttackParameters, perturb
 from .classifier import PixelClassifier
 from .data import DataError, ImageDataset, decode_image, load_image_dataset
-from .training.run_folder import RunFolder, RunFolderError, describe_environment, write_json
+from .records import describe_environment, write_json
+from .training.run_folder import RunFolder, RunFolderError
 from .training.samples import DECODE_ERRORS, Augmentation, collate
 from .training.stages import AttackArguments, load_surrogates
 

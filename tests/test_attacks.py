@@ -72,15 +72,44 @@ def test_fgsm_is_one_signed_step(classifier, images):
     torch.testing.assert_close(perturb([classifier], images, LABELS, parameters), expected, atol=1e-6, rtol=0)
 
 
-def test_attack_raises_the_loss_and_momentum_differs(classifier, images):
-    loss = lambda x: nn.functional.cross_entropy(classifier(x), LABELS)  # noqa: E731
+def test_attack_raises_the_loss(classifier, images):
+    def loss(x):
+        return nn.functional.cross_entropy(classifier(x), LABELS)
+
     assert loss(pgd(classifier, images, LABELS, eps=8, steps=5)) > loss(images) + 0.01
-    kinds = {}
-    for kind in ("mi_fgsm", "pgd"):
-        shares = dict.fromkeys(KINDS, 0.0) | {kind: 1.0}
-        batch = mixed_batch(6, AttackMixture(**shares, eps_min=8, eps_max=8))
-        kinds[kind] = perturb([classifier], images, LABELS, AttackParameters.from_batch(batch))
-    assert not torch.equal(kinds["mi_fgsm"], kinds["pgd"])
+
+
+def test_momentum_is_that_of_mi_fgsm(classifier, images):
+    eps, steps = 8 / 255, 3
+    expected, momentum = images.clone(), torch.zeros_like(images)
+    for _ in range(steps):
+        leaf = expected.clone().requires_grad_()
+        loss = nn.functional.cross_entropy(classifier(leaf), LABELS, reduction="sum")
+        gradient = torch.autograd.grad(loss, leaf)[0]
+        momentum = momentum + gradient / gradient.abs().mean(dim=(1, 2, 3), keepdim=True)
+        expected = (expected + eps / steps * momentum.sign()).clamp(images - eps, images + eps).clamp(0, 1)
+    count = (len(images),)
+    parameters = AttackParameters(
+        eps=torch.full(count, eps),
+        step_size=torch.full(count, eps / steps),
+        steps=torch.full(count, steps),
+        momentum=torch.ones(count),
+        start=torch.zeros_like(images),
+        surrogate=torch.zeros(count, dtype=torch.long),
+    )
+    torch.testing.assert_close(perturb([classifier], images, LABELS, parameters), expected, atol=1e-6, rtol=0)
+
+
+def test_every_sample_is_attacked_on_its_own_surrogate(classifier, images):
+    others = [classifier, lambda x: -classifier(x)]
+    parameters = AttackParameters.from_batch(mixed_batch(6, AttackMixture(clean=0, num_surrogates=2)))
+    parameters.surrogate = torch.tensor([0, 1, 0, 1, 0, 1])
+    mixed = perturb(others, images, LABELS, parameters)
+    parameters.surrogate = torch.zeros(6, dtype=torch.long)
+    for index, surrogate in enumerate(others):
+        alone = perturb([surrogate], images, LABELS, parameters)
+        torch.testing.assert_close(mixed[index::2], alone[index::2], atol=1e-6, rtol=0)
+        assert not torch.allclose(mixed[1 - index :: 2], alone[1 - index :: 2])
 
 
 def test_missing_labels_are_the_classifiers_own(classifier, images):

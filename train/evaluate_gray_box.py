@@ -12,11 +12,11 @@ from rich.console import Console
 
 from maep_hf.attacks import LinfPGD
 from maep_hf.checkpoints import CLASSIFIER, PURIFIER, load_purifier
-from maep_hf.data import load_image_dataset
+from maep_hf.data import DataError, load_image_dataset
 from maep_hf.evaluation import THREAT_MODEL, evaluate_gray_box, print_table
 from maep_hf.figures import difference_image, image_grid
-from maep_hf.training import Augmentation, parse_arguments
-from maep_hf.training.run_folder import describe_environment, write_json
+from maep_hf.records import describe_environment, write_json
+from maep_hf.training import Augmentation, parse_arguments, run_script
 from maep_hf.training.samples import collate, read_first
 from maep_hf.training.stages import load_surrogates
 
@@ -47,6 +47,8 @@ def main(argv: list[str] | None = None) -> list[dict]:
     purifier = load_purifier(args.purifier, device=args.device)
     attack = LinfPGD(eps=args.eps, steps=args.steps, step_size=args.step_size, seed=args.seed)
     dataset = load_image_dataset(args.dataset, args.split)
+    if dataset.label_column is None:
+        raise DataError(f"dataset={args.dataset!r} has no labels: accuracy needs them")
     samples = read_first(dataset, Augmentation(args.image_size, crop="center", flip=False), args.max_images)
     batch = {name: value.to(args.device) for name, value in collate(samples).items()}
     out = Path(args.out) if args.out else None
@@ -82,4 +84,4 @@ def main(argv: list[str] | None = None) -> list[dict]:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -4,22 +4,17 @@ python train/make_pairs.py --dataset data/cifar10 --output_dir data/pairs
 accelerate launch train/pretrain.py --dataset data/pairs --validation_dataset data/cifar10
 """
 
-import logging
 from pathlib import Path
 
 from maep_hf.pairs import PairsArguments, make_pairs
-from maep_hf.training import RunFolderError, parse_arguments
+from maep_hf.training import parse_arguments, run_script
 from maep_hf.training.stages import AttackArguments
 
 
 def main(argv: list[str] | None = None) -> Path:
     pairs, attack = parse_arguments(PairsArguments, AttackArguments, argv=argv)
-    try:
-        return make_pairs(pairs, attack)
-    except (OSError, ValueError, RunFolderError) as error:
-        raise SystemExit(f"error: {error}") from error
+    return make_pairs(pairs, attack)
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    main()
+    run_script(main)

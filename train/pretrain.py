@@ -4,13 +4,12 @@ accelerate launch train/pretrain.py                          # the tiny recipe o
 accelerate launch train/pretrain.py --dataset data/cifar10   # local parquet or images
 """
 
-import logging
 from pathlib import Path
 
 from accelerate.utils import set_seed
 
 from maep_hf import MAEPModel
-from maep_hf.training import DataArguments, LoopArguments, as_groups, parse_arguments, train
+from maep_hf.training import DataArguments, LoopArguments, as_groups, parse_arguments, run_script, train
 from maep_hf.training.purification import PurificationArguments
 from maep_hf.training.stages import AttackArguments, ModelArguments, purification_task
 
@@ -23,12 +22,11 @@ def main(argv: list[str] | None = None) -> Path:
         default_recipe=RECIPE, argv=argv,
     )  # fmt: skip
     set_seed(loop.seed)
-    model = MAEPModel(model_args.config(mask_ratio=purification.mask_ratio))
+    model = MAEPModel(model_args.config(mask_ratio=purification.mask_ratio, image_size=data.image_size or 32))
     task = purification_task(model, data, attack, purification)
     groups = as_groups(model=model_args, data=data, attack=attack, purification=purification, loop=loop)
     return train(task, loop, groups)
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    main()
+    run_script(main)

@@ -3,14 +3,13 @@
 accelerate launch train/train_classifier.py --dataset data/cifar10 --output_dir runs/resnet20
 """
 
-import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from accelerate.utils import set_seed
 from transformers import ViTImageProcessor
 
 from maep_hf.configuration_cifar_resnet import CifarResNetConfig
-from maep_hf.data import DataError
 from maep_hf.modeling_cifar_resnet import CifarResNetForImageClassification
 from maep_hf.training import (
     Augmentation,
@@ -19,6 +18,7 @@ from maep_hf.training import (
     LoopArguments,
     as_groups,
     parse_arguments,
+    run_script,
     train,
 )
 
@@ -37,11 +37,8 @@ def main(argv: list[str] | None = None) -> Path:
         ClassifierArguments, DataArguments, LoopArguments, default_recipe=recipe, argv=argv
     )
     train_data, validation_data = data.load()
-    if not train_data.class_names:
-        raise DataError(
-            f"label_column={train_data.label_column!r} of {data.dataset!r} must hold class labels with names"
-        )
-    names = dict(enumerate(train_data.class_names))
+    names = dict(enumerate(train_data.find_class_names()))
+    set_seed(loop.seed)
     model = CifarResNetForImageClassification(
         CifarResNetConfig(
             depth=classifier.depth, width=classifier.width, id2label=names, label2id={v: k for k, v in names.items()}
@@ -64,5 +61,4 @@ def main(argv: list[str] | None = None) -> Path:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    main()
+    run_script(main)

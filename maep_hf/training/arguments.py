@@ -111,8 +111,9 @@ class DataArguments:
 
     def load(self) -> tuple[ImageDataset, ImageDataset]:
         """The training and the validation images."""
-        shared = {"config_name": self.dataset_config, "image_column": self.image_column,
-                  "label_column": self.label_column, "streaming": self.streaming}  # fmt: skip
-        train_data = load_image_dataset(self.dataset, self.train_split, max_images=self.max_train_images, **shared)
-        validation = self.validation_dataset or self.dataset
-        return train_data, load_image_dataset(validation, self.validation_split, **shared)
+        described = {"config_name": self.dataset_config, "image_column": self.image_column,
+                     "label_column": self.label_column, "streaming": self.streaming}  # fmt: skip
+        train_data = load_image_dataset(self.dataset, self.train_split, max_images=self.max_train_images, **described)
+        if self.validation_dataset is not None:  # another dataset: its own columns, found by themselves
+            return train_data, load_image_dataset(self.validation_dataset, self.validation_split)
+        return train_data, load_image_dataset(self.dataset, self.validation_split, **described)

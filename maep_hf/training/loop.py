@@ -19,8 +19,9 @@ from tqdm.auto import tqdm
 from transformers import get_cosine_schedule_with_warmup
 from transformers.utils import logging as transformers_logging
 
+from ..records import describe_environment, write_json
 from .arguments import LoopArguments
-from .run_folder import RunFolder, describe_environment, write_json
+from .run_folder import RunFolder, RunFolderError
 from .samples import collate
 from .task import Task
 
@@ -80,18 +81,21 @@ class _Loop:
             step_scheduler_with_optimizer=False,
         )
         self.main = self.accelerator.is_main_process
+        torch.backends.cudnn.deterministic = True  # a resumed run repeats what an uninterrupted one computes
         if self.accelerator.device.type == "cpu":  # `accelerate launch` leaves a process one thread
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
             torch.set_num_threads(args.cpu_threads or max(1, cores // self.accelerator.num_processes))
         parameter_bytes = sum(p.numel() * p.element_size() for p in task.model.parameters())
         if self.main:
             data = task.describe_data()
-            self.folder.prepare(arguments, data, 4 * parameter_bytes, args.save_total_limit, args.overwrite_output_dir)
+            processes = self.accelerator.num_processes
+            kept, overwrite = args.save_total_limit, args.overwrite_output_dir
+            self.folder.prepare(arguments, data, 4 * parameter_bytes, kept, overwrite, processes)
         self.accelerator.wait_for_everyone()
         self.resume_from = self.folder.last_checkpoint()
         if self.main and self.resume_from is None:
             record = {"task": task.name, "arguments": arguments, "data": data, **describe_environment()}
-            record["num_processes"] = self.accelerator.num_processes
+            record["num_processes"] = processes
             record["parameters"] = sum(p.numel() for p in task.model.parameters())
             write_json(self.folder.record, record)
             self.folder.truncate_metrics(-1)
@@ -110,7 +114,7 @@ class _Loop:
         if args.channels_last:
             model.to(memory_format=torch.channels_last)
         if args.gradient_checkpointing:
-            model.gradient_checkpointing_enable()
+            model.activation_checkpointing_enable()
         self.state = _LoopState()
         self.optimizer = build_optimizer(model, args)
         self.scheduler = get_cosine_schedule_with_warmup(self.optimizer, args.warmup_steps, args.max_steps)
@@ -141,7 +145,8 @@ class _Loop:
         args, state = self.args, self.state
         if state.step < args.max_steps:
             self._train()
-        self._export()
+        elif self.main:
+            logger.info("%s holds this run, finished: all %d steps are done", self.folder.path, args.max_steps)
         if args.report_to != "none":
             self.accelerator.end_training()
         return self.folder.path
@@ -188,6 +193,11 @@ class _Loop:
             if state.step == args.max_steps:
                 break
         progress.close()
+        if state.step < args.max_steps:
+            raise RunFolderError(
+                f"the data ended at step {state.step} of {args.max_steps}; start the same command again to go on from "
+                f"the last checkpoint in {self.folder.checkpoints}"
+            )
 
     def _micro_step(self, batch: dict[str, Tensor]) -> None:
         args, accelerator = self.args, self.accelerator
@@ -214,12 +224,13 @@ class _Loop:
             self.state.sums[name] = self.state.sums.get(name, 0.0) + total
         if not math.isfinite(self.state.sums["loss"]):
             raise NonFiniteLossError(
-                f"the loss is not finite at step {self.state.step + 1}; lower learning_rate (now {args.learning_rate}), "
-                f"lengthen warmup_steps or use mixed_precision=no. The last checkpoint is in {self.folder.checkpoints}"
+                f"the loss is not finite at step {self.state.step + 1}; lower learning_rate (now {args.learning_rate}) "
+                f"or max_grad_norm, lengthen warmup_steps or use mixed_precision=no. "
+                f"The last checkpoint is in {self.folder.checkpoints}"
             )
 
     def _note_broken(self, broken: Tensor) -> None:
-        new = {int(index) for index in broken if index >= 0} - self.state.broken
+        new = set(broken[broken >= 0].tolist()) - self.state.broken
         if new:
             self.state.broken |= new
             logger.warning("%d images could not be decoded and were skipped so far", len(self.state.broken))
@@ -271,7 +282,7 @@ class _Loop:
 
     def _export(self) -> None:
         if self.main:
-            self.task.export(self.best_model, self.folder.path)
+            self.folder.export(lambda folder: self.task.export(self.best_model, folder))
         self.accelerator.wait_for_everyone()
 
 

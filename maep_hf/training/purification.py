@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -50,6 +51,28 @@ class PurificationArguments:
             raise ValueError(f"attack_labels={self.attack_labels!r}: must be true or predicted")
 
 
+@dataclass(frozen=True)
+class PurificationDraw:
+    """A sample's mask noise and attack; a class of its own so that data workers can be handed it.
+
+    Args:
+        mixture: see [`AttackMixture`].
+        image_size, patch_size: pixels.
+        stored: the dataset brings its attacked images, so only the guiding surrogate is drawn.
+    """
+
+    mixture: AttackMixture
+    image_size: int
+    patch_size: int
+    stored: bool = False
+
+    def __call__(self, rng: np.random.Generator) -> dict[str, Tensor]:
+        patches = (self.image_size // self.patch_size) ** 2
+        drawn = {"mask_noise": torch.from_numpy(rng.random(patches, dtype="float32"))}
+        attack = self.mixture.draw(rng, (3, self.image_size, self.image_size))
+        return drawn | ({"attack_surrogate": attack["attack_surrogate"]} if self.stored else attack)
+
+
 class PurificationTask(Task):
     """Stages 1 to 3 of the method: what differs between them is the mask ratio and which weights are trainable.
 
@@ -88,8 +111,11 @@ class PurificationTask(Task):
         names = self.train_data.class_names
         if self.arguments.attack_labels == "predicted":
             return
-        if self.train_data.label_column is None:
-            raise DataError("the dataset has no labels: name them with label_column, or use attack_labels=predicted")
+        for role, data in (("training", self.train_data), ("validation", self.validation_data)):
+            if data.label_column is None:
+                raise DataError(
+                    f"the {role} dataset has no labels: name them with label_column, or use attack_labels=predicted"
+                )
         for surrogate in self.surrogates:
             classes = surrogate.num_labels
             if names and classes and len(names) > classes:
@@ -104,18 +130,12 @@ class PurificationTask(Task):
             surrogate.to(device, memory_format=torch.channels_last)
 
     def draw(self) -> Draw:
-        shape = (3, self.augmentation.image_size, self.augmentation.image_size)
-        patches = (self.augmentation.image_size // self.model.config.patch_size) ** 2
-        stored = self.train_data.adversarial_column is not None
-
-        def draw(rng) -> dict[str, Tensor]:
-            drawn = {"mask_noise": torch.from_numpy(rng.random(patches, dtype="float32"))}
-            attack = self.mixture.draw(rng, shape)
-            if stored:  # only whether the sample stays clean and whose logits guide it
-                attack = {key: attack[key] for key in ("attack_kind", "attack_surrogate")}
-            return drawn | attack
-
-        return draw
+        return PurificationDraw(
+            self.mixture,
+            self.augmentation.image_size,
+            self.model.config.patch_size,
+            stored=self.train_data.adversarial_column is not None,
+        )
 
     def _labels(self, batch: dict[str, Tensor]) -> Tensor | None:
         return None if self.arguments.attack_labels == "predicted" else batch["labels"]
@@ -124,8 +144,7 @@ class PurificationTask(Task):
         """Attack the batch, unless it comes with attacked images: adds `attacked` and, for guidance, `clean_logits`."""
         clean = batch["pixel_values"]
         if "adversarial_pixel_values" in batch:
-            stays_clean = (batch["attack_kind"] == 0).view(-1, 1, 1, 1)
-            batch["attacked"] = torch.where(stays_clean, clean, batch["adversarial_pixel_values"])
+            batch["attacked"] = batch["adversarial_pixel_values"]  # a stored dataset has its own share of clean pairs
         else:
             parameters = AttackParameters.from_batch(batch)
             batch["attacked"] = perturb(self.surrogates, clean, self._labels(batch), parameters)
@@ -135,7 +154,7 @@ class PurificationTask(Task):
         return batch
 
     def _surrogate_logits(self, pixel_values: Tensor, surrogate: Tensor) -> Tensor:
-        """Each sample's logits on the surrogate it was attacked on."""
+        """Each sample's logits on the surrogate drawn for it (the one it is attacked on, unless pairs are stored)."""
         if len(self.surrogates) == 1:
             return self.surrogates[0](pixel_values).float()
         classes = max(model.num_labels for model in self.surrogates)
@@ -236,4 +255,3 @@ class PurificationTask(Task):
         else:
             model.save_pretrained(folder)
         self.image_processor.save_pretrained(folder)
-

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 import yaml
 from transformers import HfArgumentParser
+
+from .loop import NonFiniteLossError
+from .run_folder import RunFolderError
 
 
 def parse_arguments(
@@ -40,6 +44,16 @@ def parse_arguments(
         parser.error(str(error))
     del rest  # holds --config alone
     return tuple(parsed)
+
+
+def run_script(main: Callable[[], Any]) -> None:
+    """Run a script's `main`; what a user can cause (data, arguments, disk) ends in one line and exit code 1."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        main()
+    except (ValueError, OSError, ImportError, RunFolderError, NonFiniteLossError) as error:
+        logging.getLogger(__name__).debug("where it happened", exc_info=True)
+        sys.exit(f"error: {error}")
 
 
 def as_groups(**groups: Any) -> dict[str, dict[str, Any]]:

@@ -4,48 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from .arguments import FREE_ARGUMENTS
 
-PACKAGES = ("maep-hf", "torch", "transformers", "accelerate", "datasets", "peft", "numpy", "pillow")
 CHECKPOINT_PREFIX = "step-"
 
 
 class RunFolderError(RuntimeError):
     """The folder cannot be used for this run; the message says what to do."""
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON so that a reader sees the old file or the new one, never half of it."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=2, sort_keys=False, default=str) + "\n")
-    os.replace(temporary, path)
-
-
-def describe_environment() -> dict[str, Any]:
-    """Versions, git revision and machine, for the record of a run."""
-    versions = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = None
-    return {
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-        "versions": versions,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "git_revision": _git("rev-parse", "HEAD"),
-        "git_dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
-    }
 
 
 class RunFolder:
@@ -59,13 +29,19 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
 
     def prepare(
-        self, arguments: dict[str, Any], data: dict[str, Any], checkpoint_bytes: int, kept: int, overwrite: bool
+        self,
+        arguments: dict[str, Any],
+        data: dict[str, Any],
+        checkpoint_bytes: int,
+        kept: int,
+        overwrite: bool,
+        num_processes: int = 1,
     ) -> None:
         """Check that the run can be written here and is the same run as the one already here, if any.
 
         Args:
             arguments: the run's arguments by group, as recorded in `run.json`.
-            data: the data's description, likewise.
+            data, num_processes: the data's description and the number of processes, likewise.
             checkpoint_bytes: estimated size of one checkpoint.
             kept: checkpoints that exist side by side.
             overwrite: remove a run that is already here.
@@ -85,8 +61,8 @@ class RunFolder:
         free, needed = shutil.disk_usage(self.path).free, checkpoint_bytes * (kept + 2)
         if free < needed:
             raise RunFolderError(
-                f"output_dir={str(self.path)!r}: {free / 2**20:.0f} MiB free, but {kept} checkpoints and the model need about "
-                f"{needed / 2**20:.0f} MiB. Free some space, give another folder, or lower save_total_limit."
+                f"output_dir={str(self.path)!r}: {free / 2**20:.0f} MiB free, but {kept} checkpoints and the model "
+                f"need about {needed / 2**20:.0f} MiB. Free some space, give another folder, or lower save_total_limit."
             )
         if overwrite:
             for stale in (self.record, self.metrics):
@@ -94,9 +70,9 @@ class RunFolder:
             for stale in (self.previews, self.checkpoints):
                 shutil.rmtree(stale, ignore_errors=True)
         if self.record.is_file():
-            self._refuse_other_run(arguments, data)
+            self._refuse_other_run(arguments, data, num_processes)
 
-    def _refuse_other_run(self, arguments: dict[str, Any], data: dict[str, Any]) -> None:
+    def _refuse_other_run(self, arguments: dict[str, Any], data: dict[str, Any], num_processes: int) -> None:
         record = json.loads(self.record.read_text())
         stored = record["arguments"]
         current = json.loads(json.dumps(arguments, default=str))
@@ -108,6 +84,8 @@ class RunFolder:
         ]
         if record["data"] != data:
             different.append(f"the data: {record['data']} there, {data} now")
+        if record.get("num_processes", 1) != num_processes:
+            different.append(f"num_processes: {record['num_processes']} there, {num_processes} now")
         if different:
             raise RunFolderError(
                 f"output_dir={str(self.path)!r} holds a run with other arguments ({'; '.join(different)}). "
@@ -130,8 +108,22 @@ class RunFolder:
         os.replace(temporary, self.metrics)
 
     def append_metrics(self, record: dict[str, Any]) -> None:
+        """Add one line to `metrics.jsonl`."""
         with self.metrics.open("a") as stream:
             stream.write(json.dumps(record) + "\n")
+
+    def export(self, save: Callable[[Path], None]) -> None:
+        """Let `save` write the model beside its place, then move every file there whole."""
+        temporary = self.path / "export.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        save(temporary)
+        for entry in sorted(temporary.iterdir()):
+            target = self.path / entry.name
+            if entry.is_dir():
+                shutil.rmtree(target, ignore_errors=True)
+            os.replace(entry, target)
+        temporary.rmdir()
 
     def last_checkpoint(self) -> Path | None:
         """The newest complete checkpoint, or `None`."""
@@ -159,11 +151,3 @@ class RunFolder:
 
     def _complete_checkpoints(self) -> list[Path]:
         return sorted(path for path in self.checkpoints.glob(f"{CHECKPOINT_PREFIX}*") if path.suffix != ".tmp")
-
-
-def _git(*arguments: str) -> str | None:
-    command = ["git", "-C", str(Path(__file__).parent), *arguments]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None

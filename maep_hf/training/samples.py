@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image as PILImage
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from ..data import DataError, ImageDataset, decode_image
 
@@ -78,7 +78,7 @@ class Augmentation:
 def make_sample(
     dataset: ImageDataset, row: dict, augmentation: Augmentation, draw: Draw | None, seed: int, position: int
 ) -> dict[str, Any]:
-    """One row as a sample: `pixel_values` uint8 (3, S, S), `labels`, `position`, `adversarial_pixel_values`, and the draw."""
+    """One row: `pixel_values` uint8 (3, S, S), `labels`, `position`, `adversarial_pixel_values`, and what is drawn."""
     columns = [name for name in (dataset.image_column, dataset.adversarial_column) if name]
     rng = np.random.default_rng((seed, position))
     tensors = augmentation([decode_image(row[name]) for name in columns], rng)
@@ -139,9 +139,12 @@ class StreamedImages(IterableDataset):
     ):
         self.dataset, self.total, self.augmentation, self.draw, self.seed = dataset, total, augmentation, draw, seed
         self.start = start
+        self._any_decoded = start > 0
         self._rows = dataset.rows.shuffle(seed=seed, buffer_size=shuffle_buffer)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
+        if get_worker_info() is not None:  # each worker would read the whole stream and count from the start
+            raise DataError("dataloader_num_workers: a streamed dataset is read in the main process; use 0")
         broken: list[int] = []  # positions that wait for the next good image
         for position, row in enumerate(self._endless()):
             if position >= self.total:
@@ -153,6 +156,7 @@ class StreamedImages(IterableDataset):
             except DECODE_ERRORS:
                 broken.append(position)
                 continue
+            self._any_decoded = True
             for waiting in broken:
                 filled = make_sample(self.dataset, row, self.augmentation, self.draw, self.seed, waiting)
                 yield filled | {"broken": waiting}
@@ -168,6 +172,8 @@ class StreamedImages(IterableDataset):
                 yield row
             if empty:
                 raise DataError("the streamed dataset holds no images")
+            if not self._any_decoded:
+                raise DataError("none of the streamed dataset's images can be decoded")
 
 
 def read_first(dataset: ImageDataset, augmentation: Augmentation, count: int) -> list[dict[str, Any]]:
