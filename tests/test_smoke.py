@@ -1,0 +1,37 @@
+"""The whole chain on the embedded images, as a newcomer starts it: classifier, pairs, both stages, report."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from maep_hf import MAEPModel, load_classifier
+from maep_hf.data import load_image_dataset
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.mark.slow
+def test_smoke_chain(tmp_path):
+    command = [sys.executable, str(ROOT / "train" / "smoke.py"), "--output_dir", str(tmp_path / "smoke")]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=os.environ | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, timeout=280
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    out = tmp_path / "smoke"
+    (result,) = json.loads((out / "report" / "results.json").read_text())["results"]
+    assert result["threat_model"] == "gray-box" and result["n"] == 20
+    accuracy = {name: share["correct"] for name, share in result["accuracy"].items()}
+    assert accuracy["clean"] == 20 and accuracy["attacked"] == 0
+    assert accuracy["purified_clean"] >= 18  # a purifier that harms clean images is broken, however little it saw
+    assert accuracy["purified_attacked"] > 0
+    assert (out / "report" / "classifier.png").stat().st_size > 10_000
+    assert len(load_image_dataset(str(out / "pairs"))) == 20
+    assert load_classifier(str(out / "classifier")).num_labels == 10
+    assert not MAEPModel.from_pretrained(out / "finetune").training
+    lines = [json.loads(line) for line in (out / "finetune" / "metrics.jsonl").read_text().splitlines()]
+    assert {"guidance_loss", "attack_time_share"} <= set().union(*lines)
+    assert len(list((out / "finetune" / "previews").glob("*.png"))) == 2
