@@ -241,3 +241,18 @@ def test_converter_refuses_other_files(tmp_path):
     with pytest.raises(ValueError, match="cannot be read as safetensors"):
         convert_file(tmp_path / "text.safetensors", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_folded_batch_norm_gives_the_same_logits():
+    torch.manual_seed(0)
+    model = CifarResNetForImageClassification(CifarResNetConfig(depth=8, width=4, num_labels=3))
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+            torch.nn.init.normal_(module.weight)
+    images = torch.randn(4, 3, 16, 16)
+    expected = model.eval()(images).logits
+    folded = model.fold_batch_norm()
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in folded.modules())
+    torch.testing.assert_close(folded(images).logits, expected, atol=1e-4, rtol=1e-4)

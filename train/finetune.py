@@ -4,7 +4,6 @@ accelerate launch train/finetune.py --model runs/pretrain-tiny-cifar10 --dataset
 accelerate launch train/finetune.py --model runs/pretrain-tiny-cifar10 --trainable decoder_lora
 """
 
-import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,7 +11,8 @@ from accelerate.utils import set_seed
 
 from maep_hf import MAEPModel
 from maep_hf.adaptation import add_lora, default_lora_config
-from maep_hf.training import DataArguments, LoopArguments, as_groups, parse_arguments, train
+from maep_hf.checkpoints import check_model
+from maep_hf.training import DataArguments, LoopArguments, as_groups, parse_arguments, run_script, train
 from maep_hf.training.purification import PurificationArguments
 from maep_hf.training.stages import AttackArguments, purification_task
 
@@ -38,6 +38,7 @@ def main(argv: list[str] | None = None) -> Path:
         default_recipe=RECIPE, argv=argv,
     )  # fmt: skip
     set_seed(loop.seed)
+    check_model(finetune.model, model_type="maep", kind="a purifier")
     model = MAEPModel.from_pretrained(finetune.model)
     if finetune.trainable == "decoder_lora":
         model = add_lora(model, default_lora_config(model, scope="decoder", rank=finetune.lora_rank))
@@ -47,5 +48,4 @@ def main(argv: list[str] | None = None) -> Path:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    main()
+    run_script(main)

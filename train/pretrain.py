@@ -4,13 +4,12 @@ accelerate launch train/pretrain.py                          # the tiny recipe o
 accelerate launch train/pretrain.py --dataset data/cifar10   # local parquet or images
 """
 
-import logging
 from pathlib import Path
 
 from accelerate.utils import set_seed
 
 from maep_hf import MAEPModel
-from maep_hf.training import DataArguments, LoopArguments, as_groups, parse_arguments, train
+from maep_hf.training import DataArguments, LoopArguments, as_groups, parse_arguments, run_script, train
 from maep_hf.training.purification import PurificationArguments
 from maep_hf.training.stages import AttackArguments, ModelArguments, purification_task
 
@@ -30,5 +29,4 @@ def main(argv: list[str] | None = None) -> Path:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    main()
+    run_script(main)

@@ -3,10 +3,10 @@
 accelerate launch train/train_classifier.py --dataset data/cifar10 --output_dir runs/resnet20
 """
 
-import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from accelerate.utils import set_seed
 from transformers import ViTImageProcessor
 
 from maep_hf.configuration_cifar_resnet import CifarResNetConfig
@@ -19,6 +19,7 @@ from maep_hf.training import (
     LoopArguments,
     as_groups,
     parse_arguments,
+    run_script,
     train,
 )
 
@@ -36,6 +37,7 @@ def main(argv: list[str] | None = None) -> Path:
     classifier, data, loop = parse_arguments(
         ClassifierArguments, DataArguments, LoopArguments, default_recipe=recipe, argv=argv
     )
+    set_seed(loop.seed)
     train_data, validation_data = data.load()
     if not train_data.class_names:
         raise DataError(
@@ -64,5 +66,4 @@ def main(argv: list[str] | None = None) -> Path:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    main()
+    run_script(main)

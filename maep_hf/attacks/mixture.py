@@ -58,7 +58,7 @@ class AttackMixture:
         return tuple(getattr(self, kind) for kind in KINDS)
 
     def draw(self, rng: np.random.Generator, image_shape: tuple[int, int, int]) -> dict[str, Tensor]:
-        """One sample's attack, keys as the fields of [`AttackParameters`] with the prefix `attack_`, and `attack_kind`."""
+        """One sample's attack: `attack_kind`, and the fields of [`AttackParameters`] with the prefix `attack_`."""
         shares = np.asarray(self.shares)
         kind = KINDS[rng.choice(len(KINDS), p=shares / shares.sum())]
         eps = rng.uniform(self.eps_min, self.eps_max) / 255

@@ -3,7 +3,7 @@
 from .arguments import DataArguments, LoopArguments
 from .classification import ClassificationTask
 from .loop import NonFiniteLossError, train
-from .recipes import as_groups, parse_arguments
+from .recipes import as_groups, parse_arguments, run_script
 from .run_folder import RunFolder, RunFolderError
 from .samples import Augmentation, PositionedImages, StreamedImages
 from .task import Task
@@ -21,5 +21,6 @@ __all__ = [
     "Task",
     "as_groups",
     "parse_arguments",
+    "run_script",
     "train",
 ]

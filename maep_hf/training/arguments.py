@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ..data import ImageDataset, load_image_dataset
+from ..data import DataError, ImageDataset, load_image_dataset
 
 
 @dataclass
@@ -114,5 +114,8 @@ class DataArguments:
         shared = {"config_name": self.dataset_config, "image_column": self.image_column,
                   "label_column": self.label_column, "streaming": self.streaming}  # fmt: skip
         train_data = load_image_dataset(self.dataset, self.train_split, max_images=self.max_train_images, **shared)
-        validation = self.validation_dataset or self.dataset
-        return train_data, load_image_dataset(validation, self.validation_split, **shared)
+        try:
+            validation = load_image_dataset(self.validation_dataset or self.dataset, self.validation_split, **shared)
+        except DataError as error:
+            raise DataError(f"{error} (validation_dataset and validation_split say what to validate on)") from error
+        return train_data, validation

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -50,6 +51,31 @@ class PurificationArguments:
             raise ValueError(f"attack_labels={self.attack_labels!r}: must be true or predicted")
 
 
+@dataclass(frozen=True)
+class PairDraw:
+    """Random numbers of one sample: the noise that its mask comes from, and its attack.
+
+    Args:
+        mixture: what attacks are drawn from.
+        image_size: side of the square, pixels.
+        patches: number of patches in it.
+        stored: attacked images are stored, so that only the attack's kind (whether the sample stays clean) and its
+            surrogate (whose logits guide it) are kept.
+    """
+
+    mixture: AttackMixture
+    image_size: int
+    patches: int
+    stored: bool = False
+
+    def __call__(self, rng: np.random.Generator) -> dict[str, Tensor]:
+        drawn = {"mask_noise": torch.from_numpy(rng.random(self.patches, dtype="float32"))}
+        attack = self.mixture.draw(rng, (3, self.image_size, self.image_size))
+        if self.stored:
+            attack = {key: attack[key] for key in ("attack_kind", "attack_surrogate")}
+        return drawn | attack
+
+
 class PurificationTask(Task):
     """Stages 1 to 3 of the method: what differs between them is the mask ratio and which weights are trainable.
 
@@ -85,16 +111,16 @@ class PurificationTask(Task):
         self._validation: dict[str, Tensor] | None = None
 
     def _check_labels(self) -> None:
-        names = self.train_data.class_names
         if self.arguments.attack_labels == "predicted":
             return
         if self.train_data.label_column is None:
             raise DataError("the dataset has no labels: name them with label_column, or use attack_labels=predicted")
+        found = self.train_data.num_classes
         for surrogate in self.surrogates:
             classes = surrogate.num_labels
-            if names and classes and len(names) > classes:
+            if found and classes and found > classes:
                 raise DataError(
-                    f"the dataset has {len(names)} classes and a surrogate only {classes}: "
+                    f"the dataset has {found} classes and a surrogate only {classes}: "
                     "give a surrogate of this dataset, or attack_labels=predicted"
                 )
 
@@ -104,18 +130,8 @@ class PurificationTask(Task):
             surrogate.to(device, memory_format=torch.channels_last)
 
     def draw(self) -> Draw:
-        shape = (3, self.augmentation.image_size, self.augmentation.image_size)
-        patches = (self.augmentation.image_size // self.model.config.patch_size) ** 2
         stored = self.train_data.adversarial_column is not None
-
-        def draw(rng) -> dict[str, Tensor]:
-            drawn = {"mask_noise": torch.from_numpy(rng.random(patches, dtype="float32"))}
-            attack = self.mixture.draw(rng, shape)
-            if stored:  # only whether the sample stays clean and whose logits guide it
-                attack = {key: attack[key] for key in ("attack_kind", "attack_surrogate")}
-            return drawn | attack
-
-        return draw
+        return PairDraw(self.mixture, self.augmentation.image_size, self._patches(self.model), stored)
 
     def _labels(self, batch: dict[str, Tensor]) -> Tensor | None:
         return None if self.arguments.attack_labels == "predicted" else batch["labels"]
@@ -183,9 +199,8 @@ class PurificationTask(Task):
         """Loss parts without and with masks, PSNR (dB) and accuracy (%), gray-box, on the validation subset."""
         data = self._validation_set()
         clean, attacked, labels = data["clean"], data["attacked"], data["labels"]
-        noise = torch.rand(len(clean), self._patches(model), generator=torch.Generator().manual_seed(0)).to(
-            clean.device
-        )
+        noise = torch.rand(len(clean), self._patches(model), generator=torch.Generator().manual_seed(0))
+        noise = noise.to(clean.device)
         sums: dict[str, float] = {}
         outputs: dict[str, list[Tensor]] = {"clean": [], "attacked": []}
         for rows in torch.arange(len(clean)).split(CHUNK):
@@ -236,4 +251,3 @@ class PurificationTask(Task):
         else:
             model.save_pretrained(folder)
         self.image_processor.save_pretrained(folder)
-

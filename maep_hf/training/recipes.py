@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import argparse
+import logging
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict, fields
+from collections.abc import Callable, Sequence
+from dataclasses import Field, asdict, fields
 from pathlib import Path
 from typing import Any
 
 import yaml
 from transformers import HfArgumentParser
+
+from ..checkpoints import CheckpointError
+from ..data import DataError
+from .loop import NonFiniteLossError
+from .run_folder import RunFolderError
 
 
 def parse_arguments(
@@ -24,7 +31,7 @@ def parse_arguments(
         default_recipe: recipe used when `--config` is not given.
         argv: the words after the script's name; `sys.argv` when `None`.
     """
-    parser = HfArgumentParser(types)
+    parser = HfArgumentParser(types, allow_abbrev=False)
     parser.add_argument(
         "--config", default=None, help=f"YAML recipe (default: {default_recipe.name if default_recipe else 'none'})"
     )
@@ -42,6 +49,15 @@ def parse_arguments(
     return tuple(parsed)
 
 
+def run_script(main: Callable[[], Any]) -> None:
+    """Run a script's `main` with its log on the screen, and end with one line where the user's input is at fault."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        main()
+    except (CheckpointError, DataError, NonFiniteLossError, RunFolderError) as error:
+        raise SystemExit(f"error: {error}") from None
+
+
 def as_groups(**groups: Any) -> dict[str, dict[str, Any]]:
     """Argument dataclasses as nested dictionaries, for `run.json`."""
     return {name: asdict(group) for name, group in groups.items()}
@@ -51,7 +67,7 @@ def _apply_recipe(parser: HfArgumentParser, types: Sequence[type], recipe: Path)
     try:
         values = yaml.safe_load(recipe.read_text()) or {}
     except (OSError, yaml.YAMLError) as error:
-        parser.error(f"--config {recipe}: {error}")
+        parser.error(f"--config {recipe}: {' '.join(str(error).split())}")
     if not isinstance(values, dict):
         parser.error(f"--config {recipe}: must hold `name: value` lines")
     known = {field.name: field for kind in types for field in fields(kind)}
@@ -60,9 +76,21 @@ def _apply_recipe(parser: HfArgumentParser, types: Sequence[type], recipe: Path)
         parser.error(f"--config {recipe}: unknown arguments {', '.join(unknown)}")
     for action in parser._actions:
         if action.dest in values:
-            value = values[action.dest]
-            if isinstance(value, list) or value is None or isinstance(value, bool):
-                action.default = value
-            else:
-                action.default = action.type(value) if action.type else value
+            action.default = _recipe_value(parser, action, known[action.dest], values[action.dest], recipe)
             action.required = False
+
+
+def _recipe_value(parser: HfArgumentParser, action: argparse.Action, field: Field, value: Any, recipe: Path) -> Any:
+    """A recipe's value, checked and converted as the same words on the command line would be."""
+    if value is None and field.default is None:
+        return None
+    words = value if isinstance(value, list) else [value]
+    takes_many = action.nargs in ("+", "*")
+    if value is None or value == [] or isinstance(value, dict) or (isinstance(value, list) and not takes_many):
+        parser.error(f"--config {recipe}: {field.name} cannot be {value!r}")
+    if action.nargs == 0:  # the --no_NAME twin of a switch; NAME itself holds the value
+        return action.default
+    try:
+        return parser._get_values(action, [str(word) for word in words])
+    except argparse.ArgumentError as error:
+        parser.error(f"--config {recipe}: {error}")

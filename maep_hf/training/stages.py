@@ -12,6 +12,7 @@ from ..checkpoints import released_checkpoint
 from ..classifier import PixelClassifier, load_classifier
 from ..configuration_maep import MAEPConfig
 from ..image_processing_maep import MAEPImageProcessor
+from ..modeling_cifar_resnet import CifarResNetForImageClassification
 from .arguments import DataArguments
 from .purification import PurificationArguments, PurificationTask
 from .samples import Augmentation
@@ -81,12 +82,15 @@ class ModelArguments:
 
 def load_surrogates(names: list[str]) -> list[PixelClassifier]:
     """Frozen classifiers by folder or Hub id; `checkpoints/NAME` is found from any working directory."""
-    resolved = []
+    surrogates = []
     for name in names:
         path = Path(name)
         released = path.parts[:1] == ("checkpoints",) and len(path.parts) == 2 and not path.is_dir()
-        resolved.append(load_classifier(str(released_checkpoint(path.name)) if released else name))
-    return resolved
+        surrogate = load_classifier(str(released_checkpoint(path.name)) if released else name)
+        if isinstance(surrogate.classifier, CifarResNetForImageClassification):
+            surrogate.classifier.fold_batch_norm()
+        surrogates.append(surrogate)
+    return surrogates
 
 
 def purification_task(
