@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import struct
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,9 @@ logger = logging.getLogger(__name__)
 
 EMBEDDED_DATASETS = {"embedded:cifar10": "cifar10", "embedded:imagenet": "imagenet"}
 LABEL_NAMES = ("label", "labels", "fine_label", "class", "target")
+# What PIL raises on bytes that are not an image, or not a whole one, and on damaged metadata.
+UNREADABLE = (SyntaxError, ValueError, TypeError, LookupError, AttributeError, EOFError, OverflowError, struct.error,
+              zlib.error, PILImage.DecompressionBombError)  # fmt: skip
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
@@ -36,26 +41,38 @@ class ImageDataset:
     adversarial_column: str | None = None
     class_names: list[str] | None = None
     streaming: bool = False
+    origin: str = ""
 
     def __len__(self) -> int:
         if self.streaming:
             raise TypeError("a streamed dataset has no length")
         return len(self.rows)
 
-    def fingerprint(self, rows: int = 256) -> str | None:
-        """Hash of the size, the columns and evenly spread rows' contents: the same wherever the data lies.
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the size, the columns and 256 or more evenly spread rows: the same wherever the data lies.
 
-        `None` for a stream, which would have to be read to know.
+        Of a stream, which would have to be read to know, only what was asked for and its columns.
         """
         if self.streaming:
-            return None
+            return hashlib.sha256(f"{self.origin} {self.rows.features}".encode()).hexdigest()[:16]
         digest = hashlib.sha256(repr((len(self.rows), self.image_column, self.label_column)).encode())
-        for index in range(0, len(self.rows), max(1, len(self.rows) // rows)):
+        for index in range(0, len(self.rows), max(1, len(self.rows) // 256)):
             row = self.rows[index]
             for column in filter(None, (self.image_column, self.adversarial_column)):
                 digest.update(_cell_bytes(row[column]))
             digest.update(str(self.label(row)).encode())
         return digest.hexdigest()[:16]
+
+    @property
+    def num_classes(self) -> int | None:
+        """Classes by name, or by the largest index in the label column; `None` where a stream does not say."""
+        if self.class_names:
+            return len(self.class_names)
+        if self.label_column is None or self.streaming:
+            return None
+        labels = [label for label in self.rows.unique(self.label_column) if label is not None]
+        return max(labels, default=-1) + 1
 
     def find_class_names(self) -> list[str]:
         """Names of the classes; where the labels are bare numbers, the numbers up to the largest one.
@@ -65,14 +82,15 @@ class ImageDataset:
         """
         if self.class_names:
             return self.class_names
-        if self.label_column is None:
-            raise DataError("the dataset has no labels: name their column with label_column")
-        if self.streaming:
-            raise DataError(f"label_column={self.label_column!r} of this stream has no class names; do not stream it")
-        return [str(index) for index in range(max(self.rows.unique(self.label_column)) + 1)]
+        if not self.num_classes:
+            raise DataError(
+                f"label_column={self.label_column!r} says nothing of the classes: name a column of labels, and do not "
+                "stream one whose labels are bare numbers"
+            )
+        return [str(index) for index in range(self.num_classes)]
 
     def label(self, row: dict) -> int:
-        """The row's class index, or -1 where it has none."""
+        """The row's class index, or -1 where there is none."""
         value = row[self.label_column] if self.label_column else None
         return -1 if value is None else int(value)
 
@@ -88,12 +106,13 @@ def load_image_dataset(
     streaming: bool = False,
     max_images: int | None = None,
 ) -> ImageDataset:
-    """Load images: a Hub dataset id, a folder (images or parquet), a parquet file, a saved dataset, or an embedded one.
+    """Load images from the Hub, a folder (images or parquet), a parquet file, a saved dataset, or `embedded:cifar10`.
 
     Args:
         source: Hub id (`uoft-cs/cifar10`), path, or one of `embedded:cifar10`, `embedded:imagenet`.
         split: split name; a single parquet file is that split by itself.
-        image_column, label_column: column names; found by feature type and usual names when `None`.
+        image_column, label_column: column names; found by feature type and usual names when `None`. Images may be
+            image features, encoded bytes, or `{bytes, path}`; labels are class indices.
         adversarial_column: column of attacked images (a stored pairs dataset); `adversarial_image` is found by itself.
         streaming: read without downloading first.
         max_images: keep only the first so many images.
@@ -114,7 +133,9 @@ def load_image_dataset(
         rows = rows.take(max_images) if streaming else rows.select(range(min(max_images, len(rows))))
     if not streaming and len(rows) == 0:
         raise DataError(f"dataset={source!r}, split={split!r}: there are no images in it")
-    return _with_columns(rows, source, image_column, label_column, adversarial_column, streaming)
+    found = _with_columns(rows, source, image_column, label_column, adversarial_column, streaming)
+    found.origin = repr((source, split, config_name, max_images))
+    return found
 
 
 def _cell_bytes(cell: dict | None) -> bytes:
@@ -136,11 +157,18 @@ def decode_image(value: Any) -> PILImage.Image:
     """
     import datasets
 
-    if isinstance(value, PILImage.Image):
-        return to_rgb(ImageOps.exif_transpose(value))
-    if not isinstance(value, dict):
-        raise OSError(f"not an image: {type(value).__name__}")
-    return to_rgb(datasets.Image().decode_example(value))  # local files, archives and the Hub alike
+    try:
+        if isinstance(value, PILImage.Image):
+            image = value
+        elif isinstance(value, np.ndarray):
+            image = PILImage.fromarray(value)
+        elif isinstance(value, dict):
+            image = datasets.Image().decode_example(value)  # local files, archives and the Hub alike
+        else:
+            raise OSError(f"not an image: {type(value).__name__}")
+        return to_rgb(ImageOps.exif_transpose(image))
+    except UNREADABLE as error:
+        raise OSError(f"not a readable image ({type(error).__name__}: {error})") from error
 
 
 def to_rgb(image: PILImage.Image) -> PILImage.Image:
@@ -151,7 +179,7 @@ def to_rgb(image: PILImage.Image) -> PILImage.Image:
         return PILImage.fromarray((np.asarray(image, dtype=np.float64) / 257).clip(0, 255).astype(np.uint8)).convert(
             "RGB"
         )
-    if "A" in image.mode or "transparency" in image.info:
+    if image.has_transparency_data:
         rgba = image.convert("RGBA")
         background = PILImage.new("RGBA", rgba.size, "white")
         return PILImage.alpha_composite(background, rgba).convert("RGB")
@@ -160,7 +188,7 @@ def to_rgb(image: PILImage.Image) -> PILImage.Image:
 
 def _load_rows(source: str, split: str, config_name: str | None, streaming: bool):
     import datasets
-    from datasets.exceptions import DatasetNotFoundError
+    from datasets.exceptions import DatasetsError
 
     path = Path(source).expanduser()
     try:
@@ -179,7 +207,7 @@ def _load_rows(source: str, split: str, config_name: str | None, streaming: bool
         return datasets.load_dataset(name, config_name, split=split, streaming=streaming)
     except DataError:
         raise
-    except (DatasetNotFoundError, ConnectionError, OSError, ValueError, KeyError, RuntimeError) as error:
+    except (DatasetsError, OSError, ValueError, LookupError, RuntimeError) as error:
         if path.exists():
             raise DataError(f"dataset={source!r}, split={split!r} cannot be read: {error}") from error
         raise DataError(
@@ -191,44 +219,39 @@ def _load_rows(source: str, split: str, config_name: str | None, streaming: bool
 
 def _with_columns(rows, source, image_column, label_column, adversarial_column, streaming) -> ImageDataset:
     import datasets
-    import pyarrow as pa
 
     features = rows.features
     if features is None:  # some streams do not say what they hold until they are read
         rows = rows._resolve_features()
         features = rows.features
-    image_columns = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+    image_columns = [name for name, feature in features.items() if _is_image(feature)]
     adversarial = adversarial_column or ("adversarial_image" if "adversarial_image" in image_columns else None)
     if image_column is None:
         candidates = [name for name in image_columns if name != adversarial]
         if len(candidates) != 1:
             raise DataError(
-                f"dataset={source!r} has {len(candidates)} image columns among {list(features)}: "
+                f"dataset={source!r} has {len(candidates)} image columns among {list(features)}; "
                 "name one with image_column"
             )
         image_column = candidates[0]
     if label_column is None:
         classes = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
-        known = [name for name in LABEL_NAMES if name in features]
+        known = [name for name in LABEL_NAMES if name in features and _is_label(features[name])]
         label_column = (classes if len(classes) == 1 else known or [None])[0]
-    for argument, name in (
-        ("image_column", image_column),
-        ("label_column", label_column),
-        ("adversarial_column", adversarial),
-    ):
+    images = {"image_column": image_column, "adversarial_column": adversarial}
+    for argument, name in (images | {"label_column": label_column}).items():
         if name is not None and name not in features:
             raise DataError(f"{argument}={name!r} is not in {source!r}; its columns are {list(features)}")
-    for name in (image_column, adversarial):
-        if name is not None:
-            try:  # parquet written by others holds bytes, paths or {bytes, path} without saying that they are images
-                rows = rows.cast_column(name, datasets.Image(decode=False))
-            except (TypeError, ValueError, pa.ArrowInvalid) as error:
-                raise DataError(f"image_column={name!r} of {source!r} holds {features[name]}, not images") from error
-    if label_column is not None and not _holds_class_indices(features[label_column]):
+    if label_column is not None and not _is_label(features[label_column]):
         raise DataError(
-            f"label_column={label_column!r} of {source!r} holds {features[label_column]}; class indices are needed: "
-            "name another column, or encode it with datasets' class_encode_column"
+            f"label_column={label_column!r} of {source!r} holds {features[label_column]}, not class indices; "
+            "turn them into indices with datasets' class_encode_column"
         )
+    for argument, name in images.items():
+        if name is not None:
+            if not _is_image(features[name], named=True):
+                raise DataError(f"{argument}={name!r} of {source!r} holds {features[name]}, not images")
+            rows = rows.cast_column(name, datasets.Image(decode=False))
     return ImageDataset(
         rows=rows,
         image_column=image_column,
@@ -239,8 +262,22 @@ def _with_columns(rows, source, image_column, label_column, adversarial_column, 
     )
 
 
-def _holds_class_indices(feature: Any) -> bool:
-    return hasattr(feature, "names") or str(getattr(feature, "dtype", "")).startswith(("int", "uint", "bool"))
+def _is_image(feature: Any, named: bool = False) -> bool:
+    """Whether a column holds images; plain bytes count only where the column was named."""
+    import datasets
+
+    if isinstance(feature, dict):  # what an image feature becomes when another library writes the file
+        return set(feature) == {"bytes", "path"}
+    encoded = isinstance(feature, datasets.Value) and feature.dtype in ("binary", "large_binary")
+    return isinstance(feature, datasets.Image) or (named and encoded)
+
+
+def _is_label(feature: Any) -> bool:
+    import datasets
+
+    if isinstance(feature, datasets.Value):
+        return feature.dtype == "bool" or feature.dtype.lstrip("u").startswith("int")
+    return isinstance(feature, datasets.ClassLabel)
 
 
 def _embedded_rows(name: str):

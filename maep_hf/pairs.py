@@ -135,7 +135,7 @@ def make_pairs(args: PairsArguments, attack: AttackArguments) -> Path:
     surrogates = load_surrogates(args.surrogates)
     attacker = _Attacker(args, dataset, surrogates, mixture)
     arguments = {"pairs": asdict(args), "attack": asdict(attack)}
-    data = {"dataset": dataset.fingerprint(), "surrogates": [_fingerprint(model) for model in surrogates]}
+    data = {"dataset": dataset.fingerprint, "surrogates": [_fingerprint(model) for model in surrogates]}
     if args.overwrite_output_dir:
         for stale in (folder.path / "data", folder.path / UNFINISHED):
             shutil.rmtree(stale, ignore_errors=True)

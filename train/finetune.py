@@ -11,6 +11,7 @@ from accelerate.utils import set_seed
 
 from maep_hf import MAEPModel
 from maep_hf.adaptation import add_lora, default_lora_config
+from maep_hf.checkpoints import check_model
 from maep_hf.training import DataArguments, LoopArguments, as_groups, parse_arguments, run_script, train
 from maep_hf.training.purification import PurificationArguments
 from maep_hf.training.stages import AttackArguments, purification_task
@@ -41,6 +42,7 @@ def main(argv: list[str] | None = None) -> Path:
         default_recipe=RECIPE, argv=argv,
     )  # fmt: skip
     set_seed(loop.seed)
+    check_model(finetune.model, model_type="maep", kind="a purifier")
     chosen = {name: getattr(finetune, name) for name in ("pixel_loss", "purification_loss_weight")}
     model = MAEPModel.from_pretrained(
         finetune.model, **{name: value for name, value in chosen.items() if value is not None}

@@ -36,6 +36,7 @@ def main(argv: list[str] | None = None) -> Path:
     classifier, data, loop = parse_arguments(
         ClassifierArguments, DataArguments, LoopArguments, default_recipe=recipe, argv=argv
     )
+    set_seed(loop.seed)
     train_data, validation_data = data.load()
     names = dict(enumerate(train_data.find_class_names()))
     set_seed(loop.seed)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ..data import ImageDataset, load_image_dataset
+from ..data import DataError, ImageDataset, load_image_dataset
 
 
 @dataclass
@@ -114,6 +114,9 @@ class DataArguments:
         described = {"config_name": self.dataset_config, "image_column": self.image_column,
                      "label_column": self.label_column, "streaming": self.streaming}  # fmt: skip
         train_data = load_image_dataset(self.dataset, self.train_split, max_images=self.max_train_images, **described)
-        if self.validation_dataset is not None:  # another dataset: its own columns, found by themselves
-            return train_data, load_image_dataset(self.validation_dataset, self.validation_split)
-        return train_data, load_image_dataset(self.dataset, self.validation_split, **described)
+        try:
+            if self.validation_dataset is not None:  # another dataset: its own columns, found by themselves
+                return train_data, load_image_dataset(self.validation_dataset, self.validation_split)
+            return train_data, load_image_dataset(self.dataset, self.validation_split, **described)
+        except DataError as error:
+            raise DataError(f"{error} (validation_dataset and validation_split say what to validate on)") from error

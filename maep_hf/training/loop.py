@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
-from accelerate.utils import set_seed
+from accelerate.utils import gather_object, set_seed
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, IterableDataset
@@ -82,6 +82,8 @@ class _Loop:
         )
         self.main = self.accelerator.is_main_process
         torch.backends.cudnn.deterministic = True  # a resumed run repeats what an uninterrupted one computes
+        if self.accelerator.device.type == "cpu" and args.mixed_precision == "fp16":
+            raise ValueError("mixed_precision='fp16' needs a GPU; use bf16 or no")
         if self.accelerator.device.type == "cpu":  # `accelerate launch` leaves a process one thread
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
             torch.set_num_threads(args.cpu_threads or max(1, cores // self.accelerator.num_processes))
@@ -116,6 +118,7 @@ class _Loop:
         if args.gradient_checkpointing:
             model.activation_checkpointing_enable()
         self.state = _LoopState()
+        self.partial: dict[str, Tensor] = {}  # losses of the micro-batches since the last step
         self.optimizer = build_optimizer(model, args)
         self.scheduler = get_cosine_schedule_with_warmup(self.optimizer, args.warmup_steps, args.max_steps)
         self.model, self.optimizer = accelerator.prepare(model, self.optimizer)
@@ -145,8 +148,13 @@ class _Loop:
         args, state = self.args, self.state
         if state.step < args.max_steps:
             self._train()
-        elif self.main:
-            logger.info("%s holds this run, finished: all %d steps are done", self.folder.path, args.max_steps)
+        else:
+            if self.main:
+                logger.info(
+                    "this run is finished: %s holds its %d steps; --overwrite_output_dir starts over",
+                    self.folder.path, state.step,
+                )  # fmt: skip
+            self._export()  # it may have been stopped between its last checkpoint and this
         if args.report_to != "none":
             self.accelerator.end_training()
         return self.folder.path
@@ -160,23 +168,29 @@ class _Loop:
             total=args.max_steps * images_per_step, start=state.step * images_per_step, seed=args.seed
         )
         sampler = None if isinstance(samples, IterableDataset) else range(state.step * images_per_step, len(samples))
+        workers = args.dataloader_num_workers
+        if sampler is None and workers > 1:
+            logger.warning("dataloader_num_workers=%d: a stream is read by one", workers)
+            workers = 1
         loader = accelerator.prepare(
             DataLoader(
                 samples,
                 batch_size=args.per_device_train_batch_size,
                 sampler=sampler,
                 collate_fn=collate,
-                num_workers=args.dataloader_num_workers,
-                persistent_workers=args.dataloader_num_workers > 0,
-                multiprocessing_context="spawn" if args.dataloader_num_workers else None,
+                num_workers=workers,
+                persistent_workers=workers > 0,
+                multiprocessing_context="spawn" if workers else None,
+                generator=torch.Generator(),  # or it draws from the global one, once more in a resumed run
             )
         )
         progress = tqdm(
             total=args.max_steps, initial=state.step, desc=self.task.name, disable=not self.main, unit="step"
         )
+        self._start_clock()
         if state.step == 0:
             self._validate()
-        self.clock, self.attack_seconds, self.images = time.perf_counter(), 0.0, 0
+        self.model.train()
         for batch in loader:
             self._micro_step(batch)
             if not accelerator.sync_gradients:
@@ -190,8 +204,6 @@ class _Loop:
                 self._validate()
             if state.step % args.save_steps == 0 or state.step == args.max_steps:
                 self._save()
-            if state.step == args.max_steps:
-                break
         progress.close()
         if state.step < args.max_steps:
             raise RunFolderError(
@@ -211,22 +223,35 @@ class _Loop:
             with accelerator.autocast():
                 losses = self.task.loss(self.model, batch)
             accelerator.backward(losses["loss"])
+            norm = None
             if accelerator.sync_gradients and args.max_grad_norm:
-                accelerator.clip_grad_norm_(self.model.parameters(), args.max_grad_norm)
+                norm = accelerator.clip_grad_norm_(self.model.parameters(), args.max_grad_norm)
             self.optimizer.step()
             self.optimizer.zero_grad()
+        for name, value in losses.items():
+            self.partial[name] = self.partial.get(name, 0.0) + value.detach().float()
         if accelerator.sync_gradients:
             self.scheduler.step()
             if self.ema is not None:
                 self.ema.update_parameters(accelerator.unwrap_model(self.model))
-        for name, value in losses.items():
-            total = accelerator.reduce(value.detach().float(), "mean").item() / args.gradient_accumulation_steps
-            self.state.sums[name] = self.state.sums.get(name, 0.0) + total
-        if not math.isfinite(self.state.sums["loss"]):
+            self._add_up(norm)
+
+    def _add_up(self, norm: Tensor | None) -> None:
+        """Add the step's losses, averaged over micro-batches and processes, to the sums; one transfer a step."""
+        accelerator, sums = self.accelerator, self.state.sums
+        if norm is None or accelerator.scaler is not None:  # a loss scale that overflows skips its step by itself
+            norm = torch.zeros(())
+        values = torch.stack([*self.partial.values(), norm.float().to(accelerator.device)])
+        *values, norm = accelerator.reduce(values, "mean").tolist()
+        for name, value in zip(self.partial, values, strict=True):
+            sums[name] = sums.get(name, 0.0) + value / self.args.gradient_accumulation_steps
+        self.partial = {}
+        if not (math.isfinite(sums["loss"]) and math.isfinite(norm)):
+            what = "gradient" if math.isfinite(sums["loss"]) else "loss"
             raise NonFiniteLossError(
-                f"the loss is not finite at step {self.state.step + 1}; lower learning_rate (now {args.learning_rate}) "
-                f"or max_grad_norm, lengthen warmup_steps or use mixed_precision=no. "
-                f"The last checkpoint is in {self.folder.checkpoints}"
+                f"the {what} is not finite at step {self.state.step + 1}; lower learning_rate (now "
+                f"{self.args.learning_rate}), lengthen warmup_steps or use mixed_precision=no. "
+                f"Checkpoints from before are in {self.folder.checkpoints}"
             )
 
     def _note_broken(self, broken: Tensor) -> None:
@@ -235,8 +260,17 @@ class _Loop:
             self.state.broken |= new
             logger.warning("%d images could not be decoded and were skipped so far", len(self.state.broken))
 
+    def _share_broken(self) -> None:
+        """Every process learns which images the others skipped."""
+        if self.accelerator.num_processes > 1:
+            self.state.broken = set(gather_object(sorted(self.state.broken)))
+
+    def _start_clock(self) -> None:
+        self.clock, self.attack_seconds, self.images = time.perf_counter(), 0.0, 0
+
     def _log(self) -> dict[str, str]:
         state = self.state
+        self._share_broken()
         losses = {name: total / state.summed for name, total in state.sums.items()}
         seconds = time.perf_counter() - self.clock
         timing = {"images_per_second": self.images / seconds, "attack_time_share": self.attack_seconds / seconds}
@@ -245,7 +279,7 @@ class _Loop:
             self.folder.append_metrics(record | timing | {"broken_images": len(state.broken)})
             self.accelerator.log({f"train/{k}": v for k, v in (losses | timing).items()}, step=state.step)
         state.sums, state.summed = {}, 0
-        self.clock, self.attack_seconds, self.images = time.perf_counter(), 0.0, 0
+        self._start_clock()
         return {"loss": f"{losses['loss']:.4g}", "images/s": f"{timing['images_per_second']:.0f}",
                 "attack": f"{timing['attack_time_share']:.0%}"}  # fmt: skip
 
@@ -265,11 +299,11 @@ class _Loop:
             line = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
             tqdm.write(f"step {self.state.step}: {line}")
         self.accelerator.wait_for_everyone()
-        if hasattr(self, "clock"):
-            self.clock += time.perf_counter() - started  # validation is not training time
+        self.clock += time.perf_counter() - started  # validation is not training time
 
     def _save(self) -> None:
         started = time.perf_counter()
+        self._share_broken()
         self.folder.save_checkpoint(
             self.state.step,
             lambda path: self.accelerator.save_state(str(path)),
@@ -282,7 +316,8 @@ class _Loop:
 
     def _export(self) -> None:
         if self.main:
-            self.folder.export(lambda folder: self.task.export(self.best_model, folder))
+            with self.folder.writing("the model"):
+                self.folder.export(lambda folder: self.task.export(self.best_model, folder))
         self.accelerator.wait_for_everyone()
 
 

@@ -52,23 +52,23 @@ class PurificationArguments:
 
 
 @dataclass(frozen=True)
-class PurificationDraw:
-    """A sample's mask noise and attack; a class of its own so that data workers can be handed it.
+class PairDraw:
+    """Random numbers of one sample: the noise that its mask comes from, and its attack.
 
     Args:
-        mixture: see [`AttackMixture`].
-        image_size, patch_size: pixels.
-        stored: the dataset brings its attacked images, so only the guiding surrogate is drawn.
+        mixture: what attacks are drawn from.
+        image_size: side of the square, pixels.
+        patches: number of patches in it.
+        stored: the dataset brings its attacked images, so that only the guiding surrogate is drawn.
     """
 
     mixture: AttackMixture
     image_size: int
-    patch_size: int
+    patches: int
     stored: bool = False
 
     def __call__(self, rng: np.random.Generator) -> dict[str, Tensor]:
-        patches = (self.image_size // self.patch_size) ** 2
-        drawn = {"mask_noise": torch.from_numpy(rng.random(patches, dtype="float32"))}
+        drawn = {"mask_noise": torch.from_numpy(rng.random(self.patches, dtype="float32"))}
         attack = self.mixture.draw(rng, (3, self.image_size, self.image_size))
         return drawn | ({"attack_surrogate": attack["attack_surrogate"]} if self.stored else attack)
 
@@ -108,7 +108,6 @@ class PurificationTask(Task):
         self._validation: dict[str, Tensor] | None = None
 
     def _check_labels(self) -> None:
-        names = self.train_data.class_names
         if self.arguments.attack_labels == "predicted":
             return
         for role, data in (("training", self.train_data), ("validation", self.validation_data)):
@@ -116,11 +115,12 @@ class PurificationTask(Task):
                 raise DataError(
                     f"the {role} dataset has no labels: name them with label_column, or use attack_labels=predicted"
                 )
+        found = self.train_data.num_classes
         for surrogate in self.surrogates:
             classes = surrogate.num_labels
-            if names and classes and len(names) > classes:
+            if found and classes and found > classes:
                 raise DataError(
-                    f"the dataset has {len(names)} classes and a surrogate only {classes}: "
+                    f"the dataset has {found} classes and a surrogate only {classes}: "
                     "give a surrogate of this dataset, or attack_labels=predicted"
                 )
 
@@ -130,12 +130,8 @@ class PurificationTask(Task):
             surrogate.to(device, memory_format=torch.channels_last)
 
     def draw(self) -> Draw:
-        return PurificationDraw(
-            self.mixture,
-            self.augmentation.image_size,
-            self.model.config.patch_size,
-            stored=self.train_data.adversarial_column is not None,
-        )
+        stored = self.train_data.adversarial_column is not None
+        return PairDraw(self.mixture, self.augmentation.image_size, self._patches(self.model), stored)
 
     def _labels(self, batch: dict[str, Tensor]) -> Tensor | None:
         return None if self.arguments.attack_labels == "predicted" else batch["labels"]
@@ -202,9 +198,8 @@ class PurificationTask(Task):
         """Loss parts without and with masks, PSNR (dB) and accuracy (%), gray-box, on the validation subset."""
         data = self._validation_set()
         clean, attacked, labels = data["clean"], data["attacked"], data["labels"]
-        noise = torch.rand(len(clean), self._patches(model), generator=torch.Generator().manual_seed(0)).to(
-            clean.device
-        )
+        noise = torch.rand(len(clean), self._patches(model), generator=torch.Generator().manual_seed(0))
+        noise = noise.to(clean.device)
         sums: dict[str, float] = {}
         outputs: dict[str, list[Tensor]] = {"clean": [], "attacked": []}
         for rows in torch.arange(len(clean)).split(CHUNK):

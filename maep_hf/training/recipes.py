@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, fields
+from dataclasses import Field, asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ def parse_arguments(
         default_recipe: recipe used when `--config` is not given.
         argv: the words after the script's name; `sys.argv` when `None`.
     """
-    parser = HfArgumentParser(types)
+    parser = HfArgumentParser(types, allow_abbrev=False)
     parser.add_argument(
         "--config", default=None, help=f"YAML recipe (default: {default_recipe.name if default_recipe else 'none'})"
     )
@@ -47,13 +48,12 @@ def parse_arguments(
 
 
 def run_script(main: Callable[[], Any]) -> None:
-    """Run a script's `main`; what a user can cause (data, arguments, disk) ends in one line and exit code 1."""
+    """Run a script's `main` with its log on the screen; what a user can cause ends in one line and exit code 1."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         main()
-    except (ValueError, OSError, ImportError, RunFolderError, NonFiniteLossError) as error:
-        logging.getLogger(__name__).debug("where it happened", exc_info=True)
-        sys.exit(f"error: {error}")
+    except (ValueError, OSError, ImportError, NonFiniteLossError, RunFolderError) as error:
+        raise SystemExit(f"error: {error}") from None
 
 
 def as_groups(**groups: Any) -> dict[str, dict[str, Any]]:
@@ -65,7 +65,7 @@ def _apply_recipe(parser: HfArgumentParser, types: Sequence[type], recipe: Path)
     try:
         values = yaml.safe_load(recipe.read_text()) or {}
     except (OSError, yaml.YAMLError) as error:
-        parser.error(f"--config {recipe}: {error}")
+        parser.error(f"--config {recipe}: {' '.join(str(error).split())}")
     if not isinstance(values, dict):
         parser.error(f"--config {recipe}: must hold `name: value` lines")
     known = {field.name: field for kind in types for field in fields(kind)}
@@ -74,9 +74,21 @@ def _apply_recipe(parser: HfArgumentParser, types: Sequence[type], recipe: Path)
         parser.error(f"--config {recipe}: unknown arguments {', '.join(unknown)}")
     for action in parser._actions:
         if action.dest in values:
-            value = values[action.dest]
-            if isinstance(value, list) or value is None or isinstance(value, bool):
-                action.default = value
-            else:
-                action.default = action.type(value) if action.type else value
+            action.default = _recipe_value(parser, action, known[action.dest], values[action.dest], recipe)
             action.required = False
+
+
+def _recipe_value(parser: HfArgumentParser, action: argparse.Action, field: Field, value: Any, recipe: Path) -> Any:
+    """A recipe's value, checked and converted as the same words on the command line would be."""
+    if value is None and field.default is None:
+        return None
+    words = value if isinstance(value, list) else [value]
+    takes_many = action.nargs in ("+", "*")
+    if value is None or value == [] or isinstance(value, dict) or (isinstance(value, list) and not takes_many):
+        parser.error(f"--config {recipe}: {field.name} cannot be {value!r}")
+    if action.nargs == 0:  # the --no_NAME twin of a switch; NAME itself holds the value
+        return action.default
+    try:
+        return parser._get_values(action, [str(word) for word in words])
+    except argparse.ArgumentError as error:
+        parser.error(f"--config {recipe}: {error}")

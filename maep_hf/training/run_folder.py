@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from .arguments import FREE_ARGUMENTS
 
@@ -45,6 +48,7 @@ class RunFolder:
             checkpoint_bytes: estimated size of one checkpoint.
             kept: checkpoints that exist side by side.
             overwrite: remove a run that is already here.
+            num_processes: processes of the run, where their number is a part of what is computed.
 
         Raises:
             RunFolderError: not writable, too little disk, or another run's folder.
@@ -65,16 +69,32 @@ class RunFolder:
                 f"need about {needed / 2**20:.0f} MiB. Free some space, give another folder, or lower save_total_limit."
             )
         if overwrite:
-            for stale in (self.record, self.metrics):
-                stale.unlink(missing_ok=True)
-            for stale in (self.previews, self.checkpoints):
-                shutil.rmtree(stale, ignore_errors=True)
+            self._remove_run()
+        for stale in self.checkpoints.glob("*.tmp"):  # of a run that was killed while it wrote them
+            shutil.rmtree(stale, ignore_errors=True)
         if self.record.is_file():
             self._refuse_other_run(arguments, data, num_processes)
 
+    def _remove_run(self) -> None:
+        # The record goes last: whatever an interruption leaves is still known as the old run's.
+        doomed = self.path / "removed.tmp"
+        for stale in (self.checkpoints, self.previews, self.path / "adapter"):
+            if stale.is_dir():
+                shutil.rmtree(doomed, ignore_errors=True)
+                os.replace(stale, doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+        for stale in (self.metrics, self.record):
+            stale.unlink(missing_ok=True)
+
     def _refuse_other_run(self, arguments: dict[str, Any], data: dict[str, Any], num_processes: int) -> None:
-        record = json.loads(self.record.read_text())
-        stored = record["arguments"]
+        try:
+            record = json.loads(self.record.read_text())
+            stored = record["arguments"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise RunFolderError(
+                f"{self.record} is not the record of a run ({type(error).__name__}: {error}). "
+                "Give another folder, or start over with --overwrite_output_dir."
+            ) from error
         current = json.loads(json.dumps(arguments, default=str))
         different = [
             f"{group}.{name}: {stored.get(group, {}).get(name)!r} there, {value!r} now"
@@ -82,10 +102,11 @@ class RunFolder:
             for name, value in values.items()
             if name not in FREE_ARGUMENTS and stored.get(group, {}).get(name) != value
         ]
-        if record["data"] != data:
+        if record.get("data", data) != json.loads(json.dumps(data, default=str)):
             different.append(f"the data: {record['data']} there, {data} now")
-        if record.get("num_processes", 1) != num_processes:
-            different.append(f"num_processes: {record['num_processes']} there, {num_processes} now")
+        before = record.get("num_processes", num_processes)
+        if before != num_processes:
+            different.append(f"num_processes: {before} there, {num_processes} now")
         if different:
             raise RunFolderError(
                 f"output_dir={str(self.path)!r} holds a run with other arguments ({'; '.join(different)}). "
@@ -109,7 +130,7 @@ class RunFolder:
 
     def append_metrics(self, record: dict[str, Any]) -> None:
         """Add one line to `metrics.jsonl`."""
-        with self.metrics.open("a") as stream:
+        with self.writing(self.metrics.name), self.metrics.open("a") as stream:
             stream.write(json.dumps(record) + "\n")
 
     def export(self, save: Callable[[Path], None]) -> None:
@@ -130,17 +151,39 @@ class RunFolder:
         found = self._complete_checkpoints()
         return found[-1] if found else None
 
+    @contextmanager
+    def writing(self, what: str) -> Iterator[None]:
+        """Turn what a full or failing disk raises into a [`RunFolderError`] that says what is safe."""
+        try:
+            yield
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own
+            last = self.last_checkpoint()
+            raise RunFolderError(
+                f"output_dir={str(self.path)!r}: {what} could not be written: {error}. "
+                + (f"The last whole checkpoint is {last.name}; " if last else "There is no checkpoint yet; ")
+                + "with space on the disk, the same command goes on from there."
+            ) from error
+
     def save_checkpoint(
         self, step: int, save: Callable[[Path], None], wait: Callable[[], None], main: bool, limit: int
-    ):
-        """Write a checkpoint beside the others and give it its name only when it is whole, then rotate."""
+    ) -> None:
+        """Write a checkpoint beside the others and give it its name only when it is whole, then rotate.
+
+        Raises:
+            RunFolderError: it could not be written; the checkpoints before it are whole.
+        """
         target = self.checkpoints / f"{CHECKPOINT_PREFIX}{step:07d}"
         temporary = target.with_name(target.name + ".tmp")
-        if main:
+        try:
+            with self.writing(f"the checkpoint of step {step}"):
+                if main:
+                    shutil.rmtree(temporary, ignore_errors=True)
+                    temporary.mkdir(parents=True)
+                wait()
+                save(temporary)
+        except RunFolderError:
             shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-        wait()
-        save(temporary)
+            raise
         wait()
         if main:
             shutil.rmtree(target, ignore_errors=True)

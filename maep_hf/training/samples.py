@@ -20,8 +20,7 @@ from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from ..data import DataError, ImageDataset, decode_image
 
 Draw = Callable[[np.random.Generator], dict[str, torch.Tensor]]
-# What PIL raises on bytes that are not an image, or not a whole one.
-DECODE_ERRORS = (OSError, SyntaxError, ValueError, PILImage.DecompressionBombError)
+DECODE_ERRORS = (OSError,)  # what decode_image raises
 CROPS = ("native", "resized", "mixed", "center")
 
 
@@ -78,7 +77,12 @@ class Augmentation:
 def make_sample(
     dataset: ImageDataset, row: dict, augmentation: Augmentation, draw: Draw | None, seed: int, position: int
 ) -> dict[str, Any]:
-    """One row: `pixel_values` uint8 (3, S, S), `labels`, `position`, `adversarial_pixel_values`, and what is drawn."""
+    """One row as a sample: `pixel_values` and, where stored, `adversarial_pixel_values`, uint8 (3, S, S), `labels`,
+    `position`, and the draw.
+
+    Raises:
+        OSError: the image is broken.
+    """
     columns = [name for name in (dataset.image_column, dataset.adversarial_column) if name]
     rng = np.random.default_rng((seed, position))
     tensors = augmentation([decode_image(row[name]) for name in columns], rng)
@@ -125,7 +129,10 @@ class PositionedImages(Dataset):
 
 
 class StreamedImages(IterableDataset):
-    """The same over a streamed dataset: shuffled in a buffer, epoch after epoch, from `start` on."""
+    """The same over a streamed dataset: shuffled in a buffer, epoch after epoch, from `start` on.
+
+    A stream is read in one piece, so a loader may use one worker at most.
+    """
 
     def __init__(
         self,
@@ -139,41 +146,43 @@ class StreamedImages(IterableDataset):
     ):
         self.dataset, self.total, self.augmentation, self.draw, self.seed = dataset, total, augmentation, draw, seed
         self.start = start
-        self._any_decoded = start > 0
         self._rows = dataset.rows.shuffle(seed=seed, buffer_size=shuffle_buffer)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        if get_worker_info() is not None:  # each worker would read the whole stream and count from the start
-            raise DataError("dataloader_num_workers: a streamed dataset is read in the main process; use 0")
-        broken: list[int] = []  # positions that wait for the next good image
-        for position, row in enumerate(self._endless()):
-            if position >= self.total:
+        worker = get_worker_info()
+        if worker is not None and worker.num_workers > 1:
+            raise ValueError(f"dataloader_num_workers={worker.num_workers}: a stream is read by one at most")
+        waiting: list[int] = []  # positions of broken images that wait for the next good one
+        waiting_since = 0
+        for position, (epoch, row) in enumerate(self._endless()):
+            if position >= self.total and not waiting:
                 return
             if position < self.start:
                 continue
+            positions = [*waiting, position] if position < self.total else waiting
             try:
-                sample = make_sample(self.dataset, row, self.augmentation, self.draw, self.seed, position)
+                samples = [
+                    make_sample(self.dataset, row, self.augmentation, self.draw, self.seed, each) for each in positions
+                ]
             except DECODE_ERRORS:
-                broken.append(position)
+                waiting_since = waiting_since if waiting else epoch
+                if epoch > waiting_since + 1:  # a whole epoch went by
+                    raise DataError("none of the dataset's images can be decoded") from None
+                waiting = positions
                 continue
-            self._any_decoded = True
-            for waiting in broken:
-                filled = make_sample(self.dataset, row, self.augmentation, self.draw, self.seed, waiting)
-                yield filled | {"broken": waiting}
-            broken.clear()
-            yield sample | {"broken": -1}
+            for sample in samples:
+                yield sample | {"broken": -1 if sample["position"] == position else sample["position"]}
+            waiting = []
 
-    def _endless(self) -> Iterator[dict]:
+    def _endless(self) -> Iterator[tuple[int, dict]]:
         for epoch in count():
             self._rows.set_epoch(epoch)
             empty = True
-            for row in self._rows:
+            for rows in self._rows.iter(batch_size=1):  # plain iteration is shuffled otherwise in a loader's worker
                 empty = False
-                yield row
+                yield epoch, {name: values[0] for name, values in rows.items()}
             if empty:
                 raise DataError("the streamed dataset holds no images")
-            if not self._any_decoded:
-                raise DataError("none of the streamed dataset's images can be decoded")
 
 
 def read_first(dataset: ImageDataset, augmentation: Augmentation, count: int) -> list[dict[str, Any]]:

@@ -86,7 +86,7 @@ class Task(ABC):
         described = {}
         for role, data in (("train", self.train_data), ("validation", self.validation_data)):
             described[role] = {
-                "fingerprint": data.fingerprint(),
+                "fingerprint": data.fingerprint,
                 "images": None if data.streaming else len(data),
                 "image_column": data.image_column,
                 "label_column": data.label_column,

@@ -1,0 +1,274 @@
+"""Images in: every kind of source, columns found or named, every mode of picture, and errors that name the argument."""
+
+import io
+
+import datasets
+import numpy as np
+import pandas
+import pytest
+from conftest import CLASSES, image_rows, picture
+from PIL import Image
+
+from maep_hf.data import DataError, decode_image, load_image_dataset, to_rgb
+from maep_hf.training import DataArguments
+
+
+def pixels(dataset) -> list[np.ndarray]:
+    return [np.asarray(decode_image(row[dataset.image_column])) for row in dataset.rows]
+
+
+def check_train_split(dataset, count: int = 24) -> None:
+    found = pixels(dataset)
+    assert len(found) == count and dataset.class_names == CLASSES and dataset.num_classes == 3
+    assert all(np.array_equal(image, np.asarray(picture(i))) for i, image in enumerate(found))
+    assert [dataset.label(row) for row in dataset.rows] == [i % 3 for i in range(count)]
+
+
+@pytest.fixture(scope="module")
+def sources(image_folder, tmp_path_factory):
+    """The same 24 + 9 images in every form."""
+    root = tmp_path_factory.mktemp("sources")
+    splits = datasets.DatasetDict({"train": image_rows(24), "test": image_rows(9, first=24)})
+    splits.save_to_disk(root / "saved_dict")
+    splits["train"].save_to_disk(root / "saved")
+    for i in range(33):
+        path = root / "imagefolder" / ("train" if i < 24 else "test") / CLASSES[i % 3] / f"{i:03}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture(i).save(path)
+    return {
+        "parquet": image_folder / "train.parquet",
+        "folder": image_folder,
+        "saved": root / "saved",
+        "saved_dict": root / "saved_dict",
+        "imagefolder": root / "imagefolder",
+    }
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("kind", ["parquet", "folder", "saved", "saved_dict"])
+def test_local_sources(sources, kind, streaming):
+    dataset = load_image_dataset(str(sources[kind]), streaming=streaming)
+    check_train_split(dataset)
+    assert dataset.streaming == streaming and dataset.fingerprint
+    if kind in ("folder", "saved_dict"):
+        test = load_image_dataset(str(sources[kind]), "test", streaming=streaming)
+        assert np.array_equal(pixels(test)[0], np.asarray(picture(24)))
+        assert test.fingerprint != dataset.fingerprint
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_image_folder(sources, streaming):
+    dataset = load_image_dataset(str(sources["imagefolder"]), streaming=streaming)
+    assert dataset.class_names == sorted(CLASSES)
+    found = {(dataset.class_names[dataset.label(row)], decode_image(row["image"]).tobytes()) for row in dataset.rows}
+    assert found == {(CLASSES[i % 3], picture(i).tobytes()) for i in range(24)}
+
+
+def test_max_images(sources):
+    check_train_split(load_image_dataset(str(sources["folder"]), max_images=5), 5)
+    check_train_split(load_image_dataset(str(sources["folder"]), max_images=5, streaming=True), 5)
+    check_train_split(load_image_dataset(str(sources["folder"]), max_images=99))
+    with pytest.raises(DataError, match="max_images"):
+        load_image_dataset(str(sources["folder"]), max_images=0)
+
+
+def test_fingerprint_follows_content(sources):
+    def fingerprint(**options):
+        return load_image_dataset(str(sources["saved"]), **options).fingerprint
+
+    assert fingerprint() == fingerprint() != fingerprint(max_images=3)
+    assert fingerprint(streaming=True) == fingerprint(streaming=True) != fingerprint(streaming=True, max_images=3)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_hub_out_of_reach_says_how_to_go_on(streaming):
+    with pytest.raises(DataError, match="--dataset FOLDER.*--dataset FILE.parquet.*embedded:cifar10"):
+        load_image_dataset("uoft-cs/cifar10", streaming=streaming)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_unusable_local_sources(tmp_path, image_folder, streaming):
+    (tmp_path / "torn.parquet").write_bytes(b"PAR1 and no more")
+    (tmp_path / "notes.txt").write_text("not images")
+    (tmp_path / "nothing").mkdir()
+    for name in ("torn.parquet", "notes.txt", "nothing"):
+        with pytest.raises(DataError, match=name):
+            load_image_dataset(str(tmp_path / name), streaming=streaming)
+    with pytest.raises(DataError, match="split='dev'"):
+        load_image_dataset(str(image_folder), "dev", streaming=streaming)
+
+
+def test_split_that_a_saved_dataset_lacks(sources):
+    with pytest.raises(DataError, match="split='dev'.*train, test"):
+        load_image_dataset(str(sources["saved_dict"]), "dev")
+
+
+def test_missing_validation_split_names_its_argument(sources):
+    arguments = DataArguments(dataset=str(sources["folder"]), validation_split="dev")
+    with pytest.raises(DataError, match="'dev'.*validation_split"):
+        arguments.load()
+
+
+def test_no_images_at_all(tmp_path):
+    empty = image_rows(3).select([])
+    empty.to_parquet(tmp_path / "empty.parquet")
+    with pytest.raises(DataError, match="empty.parquet.*no data"):
+        load_image_dataset(str(tmp_path / "empty.parquet"))
+    empty.save_to_disk(tmp_path / "saved")
+    with pytest.raises(DataError, match="saved"):
+        load_image_dataset(str(tmp_path / "saved"))
+
+
+def saved(tmp_path, **columns) -> str:
+    """A saved dataset with the given columns; a list of pictures becomes an image column."""
+    features = {}
+    for name, values in columns.items():
+        if isinstance(values[0], Image.Image):
+            features[name] = datasets.Image()
+        else:
+            features[name] = datasets.Dataset.from_dict({name: values}).features[name]
+    datasets.Dataset.from_dict(columns, features=datasets.Features(features)).save_to_disk(tmp_path)
+    return str(tmp_path)
+
+
+def test_unusual_column_names(tmp_path):
+    source = saved(tmp_path, photo=[picture(0)], target=[2], size=[3])
+    found = load_image_dataset(source)
+    assert (found.image_column, found.label_column, found.num_classes) == ("photo", "target", 3)
+    named = load_image_dataset(source, image_column="photo", label_column="size")
+    assert named.label(named.rows[0]) == 3
+
+
+def test_several_image_columns_must_be_named(tmp_path):
+    source = saved(tmp_path, left=[picture(0)], right=[picture(1)])
+    with pytest.raises(DataError, match="2 image columns.*image_column"):
+        load_image_dataset(source)
+    right = load_image_dataset(source, image_column="right")
+    assert np.array_equal(pixels(right)[0], np.asarray(picture(1)))
+
+
+@pytest.mark.parametrize("argument", ["image_column", "label_column", "adversarial_column"])
+def test_wrong_column_is_named(image_folder, argument):
+    with pytest.raises(DataError, match=rf"{argument}='nonsense'.*\['image', 'label'\]"):
+        load_image_dataset(str(image_folder), **{argument: "nonsense"})
+
+
+@pytest.mark.parametrize("argument", ["image_column", "adversarial_column"])
+def test_column_without_images_is_named(image_folder, argument):
+    with pytest.raises(DataError, match=f"{argument}='label'.*not images"):
+        load_image_dataset(str(image_folder), **{argument: "label"})
+
+
+def test_labels_must_be_indices(tmp_path):
+    source = saved(tmp_path, image=[picture(0)], label=["cat"])
+    assert load_image_dataset(source).label_column is None
+    with pytest.raises(DataError, match="label_column='label'.*not class indices"):
+        load_image_dataset(source, label_column="label")
+
+
+def test_unlabelled_and_missing_labels(tmp_path):
+    image_rows(2, labelled=False).save_to_disk(tmp_path / "none")
+    dataset = load_image_dataset(str(tmp_path / "none"))
+    assert dataset.label_column is None and dataset.num_classes is None and dataset.label(dataset.rows[0]) == -1
+    dataset = load_image_dataset(saved(tmp_path / "some", image=[picture(0), picture(1)], label=[1, None]))
+    assert [dataset.label(row) for row in dataset.rows] == [1, -1] and dataset.num_classes == 2
+
+
+def test_adversarial_column_is_found(tmp_path):
+    source = saved(tmp_path, image=[picture(0)], adversarial_image=[picture(1)], label=[0])
+    dataset = load_image_dataset(source)
+    assert (dataset.image_column, dataset.adversarial_column) == ("image", "adversarial_image")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_parquet_of_another_library(tmp_path, streaming):
+    """Without the Hub's metadata an image column is a struct, or plain bytes."""
+    buffer = io.BytesIO()
+    picture(0).save(buffer, "PNG")
+    struct = {"bytes": buffer.getvalue(), "path": None}
+    pandas.DataFrame({"image": [struct], "raw": [buffer.getvalue()], "label": [1]}).to_parquet(tmp_path / "x.parquet")
+    source = str(tmp_path / "x.parquet")
+    for dataset in (
+        load_image_dataset(source, streaming=streaming),
+        load_image_dataset(source, image_column="raw", streaming=streaming),
+    ):
+        assert np.array_equal(pixels(dataset)[0], np.asarray(picture(0)))
+        assert [dataset.label(row) for row in dataset.rows] == [1]
+
+
+def test_embedded_images():
+    dataset = load_image_dataset("embedded:cifar10", "whatever")
+    assert len(dataset) == 20 and dataset.num_classes == 10
+    assert all(image.shape == (32, 32, 3) for image in pixels(dataset))
+    # the test set's first ten: cat, ship, ship, airplane, frog, frog, automobile, frog, cat, automobile
+    assert [dataset.label(row) for row in dataset.rows][:10] == [3, 8, 8, 0, 6, 6, 1, 6, 3, 1]
+    assert len(load_image_dataset("embedded:cifar10", max_images=3)) == 3
+    assert len(load_image_dataset("embedded:imagenet")) == 20
+
+
+def test_unknown_embedded_name():
+    with pytest.raises(DataError, match="embedded:mnist.*embedded:cifar10"):
+        load_image_dataset("embedded:mnist")
+
+
+def encoded(image: Image.Image, format: str = "PNG", **options) -> dict:
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return {"bytes": buffer.getvalue(), "path": None}
+
+
+GREY = np.arange(64, dtype="u1").reshape(8, 8) * 4
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        Image.fromarray(GREY),
+        Image.fromarray(GREY).convert("LA"),
+        Image.fromarray(GREY).convert("RGBA"),
+        Image.fromarray(GREY).convert("P"),
+        Image.fromarray(GREY.astype("u2") * 257),
+        Image.fromarray(GREY.astype("i4") * 257),
+    ],
+    ids=lambda image: image.mode,
+)
+def test_every_mode_becomes_the_same_rgb(image):
+    expected = np.stack([GREY] * 3, axis=-1)
+    for value in (image, encoded(image, "TIFF" if image.mode == "I" else "PNG")):
+        decoded = decode_image(value)
+        assert decoded.mode == "RGB" and np.array_equal(np.asarray(decoded), expected)
+
+
+def test_transparent_pixels_show_white():
+    image = Image.new("RGBA", (2, 1), (10, 20, 30, 255))
+    image.putpixel((1, 0), (10, 20, 30, 0))
+    assert np.asarray(to_rgb(image)).tolist() == [[[10, 20, 30], [255, 255, 255]]]
+    palette = Image.new("P", (2, 1))
+    palette.putpalette([10, 20, 30, 40, 50, 60])
+    palette.putpixel((1, 0), 1)
+    decoded = decode_image(encoded(palette, transparency=1))
+    assert np.asarray(decoded).tolist() == [[[10, 20, 30], [255, 255, 255]]]
+
+
+def test_pictures_come_upright():
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned
+    turned = encoded(picture(0, width=24, height=20), "JPEG", exif=exif)
+    assert decode_image(turned).size == (20, 24)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [None, 7, {"bytes": None, "path": None}, {"bytes": b"text", "path": None}, {"bytes": None, "path": "/nowhere.png"}],
+)
+def test_what_is_no_image_raises_oserror(value):
+    with pytest.raises(OSError):
+        decode_image(value)
+
+
+def test_torn_images_raise_oserror():
+    for name, options in (("PNG", {}), ("JPEG", {}), ("TIFF", {}), ("GIF", {}), ("WEBP", {"lossless": True})):
+        whole = encoded(picture(1), name, **options)["bytes"]
+        for share in (0.2, 0.5, 0.8):
+            with pytest.raises(OSError):
+                decode_image({"bytes": whole[: int(len(whole) * share)], "path": None})

@@ -1,0 +1,547 @@
+"""The loop and the purification task: runs go on exactly where they were stopped, and errors say what to do."""
+
+import errno
+import json
+import logging
+import shutil
+from collections import namedtuple
+
+import datasets
+import pytest
+import torch
+from accelerate import Accelerator
+from conftest import CLASSES, TINY, image_rows, picture, save_classifier, tiny_purifier
+from running import (
+    assert_close_weights,
+    assert_same_run,
+    checkpoints,
+    launch,
+    records,
+    reset_accelerate,
+    run,
+    words,
+)
+from safetensors import SafetensorError
+
+from maep_hf import MAEPConfig, MAEPImageProcessor, MAEPModel, load_classifier
+from maep_hf.attacks import KINDS
+from maep_hf.data import DataError, load_image_dataset
+from maep_hf.training import DataArguments, LoopArguments, NonFiniteLossError, RunFolderError, train
+from maep_hf.training import loop as loop_module
+from maep_hf.training import purification as purification_module
+from maep_hf.training.purification import PurificationArguments
+from maep_hf.training.samples import collate
+from maep_hf.training.stages import AttackArguments, purification_task
+
+
+@pytest.fixture(scope="module")
+def options(image_folder, classifier_folder, purifier_folder):
+    """A function of the folder and of what is changed, to the words of a short run of `finetune.py`."""
+
+    def build(output_dir, **changed) -> list[str]:
+        usual = {
+            "dataset": image_folder, "surrogates": [classifier_folder], "model": purifier_folder,
+            "per_device_train_batch_size": 4, "max_steps": 8, "warmup_steps": 2, "learning_rate": 0.01,
+            "ema_decay": 0.5, "mask_ratio": 0.5, "guidance_weight": 0.1, "attack_steps": 2, "logging_steps": 1,
+            "eval_steps": 4, "save_steps": 2, "validation_images": 5, "cpu_threads": 1, "output_dir": output_dir,
+        }  # fmt: skip
+        return words(**usual | changed)
+
+    return build
+
+
+@pytest.fixture(scope="module")
+def whole_run(options, tmp_path_factory):
+    """A run that nothing interrupted."""
+    return run("finetune", options(tmp_path_factory.mktemp("whole") / "run"))
+
+
+# --- what a run leaves ---------------------------------------------------------------------------------------------
+
+
+def test_the_folder_tells_all_of_the_run(whole_run, image_folder, purifier_folder):
+    record = json.loads((whole_run / "run.json").read_text())
+    assert record["arguments"]["loop"]["max_steps"] == 8 and record["arguments"]["attack"]["attack_steps"] == 2
+    assert record["arguments"]["data"]["dataset"] == str(image_folder)
+    assert record["arguments"]["finetune"]["model"] == str(purifier_folder)
+    assert record["versions"]["torch"] == torch.__version__ and record["versions"]["transformers"]
+    assert "git_revision" in record and "command" in record and record["num_processes"] == 1
+    expected = load_image_dataset(str(image_folder)).fingerprint
+    assert record["data"]["train"] == {
+        "fingerprint": expected, "images": 24, "image_column": "image", "label_column": "label"
+    }  # fmt: skip
+    assert record["data"]["validation"]["images"] == 9
+    assert not list(whole_run.rglob("*.tmp"))
+
+
+def test_losses_and_validation_are_recorded(whole_run):
+    lines = records(whole_run)
+    losses = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in losses] == list(range(1, 9))
+    assert losses[0].keys() > {"loss", "reconstruction_loss", "purification_loss", "guidance_loss", "learning_rate"}
+    for line in losses:
+        parts = line["reconstruction_loss"] + line["purification_loss"] + 0.1 * line["guidance_loss"]
+        assert line["loss"] == pytest.approx(parts, rel=1e-5)
+    validations = {line["step"]: line["validation"] for line in lines if "validation" in line}
+    assert list(validations) == [0, 4, 8]
+    assert validations[0]["psnr_attacked"] == validations[8]["psnr_attacked"]  # one fixed, attacked subset
+    assert validations[0]["psnr_purified"] != validations[8]["psnr_purified"]
+    for name in ("accuracy_clean", "accuracy_attacked", "accuracy_clean_purified", "accuracy_attacked_purified"):
+        assert 0 <= validations[8][name] <= 100
+    assert sorted(path.name for path in (whole_run / "previews").iterdir()) == [
+        "step-0000000.png", "step-0000004.png", "step-0000008.png"
+    ]  # fmt: skip
+
+
+def test_checkpoints_are_rotated(whole_run):
+    assert checkpoints(whole_run) == ["step-0000006", "step-0000008"]
+
+
+def test_the_folder_loads_and_holds_the_averaged_weights(whole_run, options, tmp_path, task_of):
+    model = MAEPModel.from_pretrained(whole_run)
+    MAEPImageProcessor.from_pretrained(whole_run)
+    raw = checkpoint_model(whole_run)
+    assert any(not torch.equal(value, raw[key]) for key, value in model.state_dict().items())
+    validated = [line["validation"] for line in records(whole_run) if "validation" in line][-1]
+    again = task_of(validation_images=5).evaluate(model.eval())
+    assert again == pytest.approx(validated, rel=1e-4)
+
+
+def checkpoint_model(folder):
+    from safetensors.torch import load_file
+
+    return load_file(folder / "checkpoints" / checkpoints(folder)[-1] / "model.safetensors")
+
+
+# --- going on exactly ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_killed_twice_and_started_again_equals_uninterrupted(whole_run, options, tmp_path):
+    words = options(tmp_path / "run")
+    assert launch("finetune", words, stop=("log", 5)) == [-9]
+    assert records(tmp_path / "run")[-1]["step"] == 5 and checkpoints(tmp_path / "run")[-1] == "step-0000004"
+    assert launch("finetune", words, stop=("save", 6)) == [-9]
+    assert "step-0000006.tmp" in checkpoints(tmp_path / "run")
+    run("finetune", words)
+    assert_same_run(whole_run, tmp_path / "run")
+
+
+def test_killed_before_the_first_checkpoint_starts_over(whole_run, options, tmp_path):
+    run("finetune", options(tmp_path / "run"), stop=("log", 1))
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as stream:
+        stream.write('{"step": 1, "lo')  # the line that was being written
+    run("finetune", options(tmp_path / "run"))
+    assert_same_run(whole_run, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"streaming": True},
+        {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2, "logging_steps": 3, "optimizer": "sgd"},
+        {"model": "dropout"},
+    ],
+    ids=["streaming", "accumulation", "dropout"],
+)
+def test_resumed_equals_uninterrupted(options, tmp_path, changed):
+    changed = {"ema_decay": 0, "max_steps": 5, "eval_steps": 5} | changed
+    if changed.get("model") == "dropout":
+        changed["model"] = tmp_path / "purifier"
+        tiny_purifier(hidden_dropout_prob=0.3).save_pretrained(changed["model"])
+    run("finetune", options(tmp_path / "whole", **changed))
+    words = options(tmp_path / "run", **changed)
+    run("finetune", words, stop=("log", 5 if changed.get("logging_steps") else 3))
+    run("finetune", words)
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
+def test_dropout_is_on_in_training(options, tmp_path):
+    changed = {"max_steps": 1, "guidance_weight": 0}
+    tiny_purifier(hidden_dropout_prob=0.3).save_pretrained(tmp_path / "dropout")
+    with_dropout = run("finetune", options(tmp_path / "with", model=tmp_path / "dropout", **changed))
+    without = run("finetune", options(tmp_path / "without", **changed))
+    loss = [next(line["loss"] for line in records(folder) if "loss" in line) for folder in (with_dropout, without)]
+    assert loss[0] != loss[1]
+
+
+def test_accumulation_equals_a_larger_batch(options, tmp_path):
+    usual = {"max_steps": 3, "optimizer": "sgd", "learning_rate": 0.1}
+    run("finetune", options(tmp_path / "one", per_device_train_batch_size=8, **usual))
+    run("finetune", options(tmp_path / "eight", per_device_train_batch_size=1, gradient_accumulation_steps=8, **usual))
+    assert_close_weights(tmp_path / "one", tmp_path / "eight", atol=1e-6)
+    for one, eight in zip(records(tmp_path / "one"), records(tmp_path / "eight"), strict=True):
+        assert one.get("loss") == pytest.approx(eight.get("loss"), rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def torn_folder(tmp_path_factory):
+    """24 training images of which two are broken, and the test images."""
+    folder = tmp_path_factory.mktemp("torn")
+    rows = image_rows(24)
+    cells = list(rows.cast_column("image", datasets.Image(decode=False))["image"])
+    for index in (3, 10):
+        cells[index] = {"bytes": cells[index]["bytes"][:40], "path": None}
+    torn = datasets.Dataset.from_dict({"image": cells, "label": rows["label"]}, features=rows.features)
+    torn.to_parquet(folder / "train.parquet")
+    image_rows(9, first=24).to_parquet(folder / "test.parquet")
+    return folder
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one_with_twice_the_batch(options, tmp_path, torn_folder):
+    usual = {"dataset": torn_folder, "max_steps": 6, "optimizer": "sgd", "learning_rate": 0.1, "mask_ratio": 0}
+    run("finetune", options(tmp_path / "one", **usual))
+    shared = usual | {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
+    assert launch("finetune", options(tmp_path / "two", **shared), processes=2) == [0, 0]
+    assert_close_weights(tmp_path / "one", tmp_path / "two", atol=1e-6)
+    for one, two in zip(records(tmp_path / "one"), records(tmp_path / "two"), strict=True):
+        assert one.get("loss") == pytest.approx(two.get("loss"), rel=1e-5)
+    assert records(tmp_path / "one")[-2]["broken_images"] == records(tmp_path / "two")[-2]["broken_images"] == 2
+
+    words = options(tmp_path / "killed", **shared)
+    assert launch("finetune", words, stop=("log", 5), processes=2)[0] == -9
+    with pytest.raises(RunFolderError, match="num_processes: 2 there, 1 now"):
+        run("finetune", words)
+    assert launch("finetune", words, processes=2) == [0, 0]
+    assert_same_run(tmp_path / "two", tmp_path / "killed")
+
+
+def test_broken_images_are_counted_and_warned_of(options, tmp_path, torn_folder, caplog):
+    words = options(tmp_path / "run", dataset=torn_folder, max_steps=6)
+    run("finetune", words, stop=("log", 5))
+    run("finetune", words)
+    assert [line["broken_images"] for line in records(tmp_path / "run") if "loss" in line][-1] == 2
+    assert "2 images could not be decoded" in caplog.text
+
+
+@pytest.mark.slow
+def test_a_worker_changes_nothing(options, tmp_path):
+    run("finetune", options(tmp_path / "none", max_steps=2))
+    run("finetune", options(tmp_path / "one", max_steps=2, dataloader_num_workers=1))
+    assert_same_run(tmp_path / "none", tmp_path / "one")
+
+
+def test_activation_checkpointing_changes_nothing(whole_run, options, tmp_path):
+    run("finetune", options(tmp_path / "run", gradient_checkpointing=True))
+    assert_close_weights(whole_run, tmp_path / "run", atol=1e-6)
+
+
+def test_bf16_trains_the_averaged_weights_it_validates(options, tmp_path, task_of):
+    folder = run("finetune", options(tmp_path / "run", mixed_precision="bf16", ema_decay=0.9))
+    model = MAEPModel.from_pretrained(folder).eval()
+    assert model.dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        again = task_of(validation_images=5).evaluate(model)
+    validated = [line["validation"] for line in records(folder) if "validation" in line][-1]
+    assert again["purification_loss"] == pytest.approx(validated["purification_loss"], rel=1e-3)
+    assert again["psnr_purified"] == pytest.approx(validated["psnr_purified"], rel=1e-3)
+
+
+# --- the folder is guarded -----------------------------------------------------------------------------------------
+
+
+def test_other_arguments_are_refused_by_name(options, tmp_path):
+    folder = tmp_path / "run"
+    run("finetune", options(folder, max_steps=1))
+    with pytest.raises(
+        RunFolderError, match=r"loop.learning_rate: 0.01 there, 0.5 now; .*overwrite|overwrite"
+    ) as error:
+        run("finetune", options(folder, max_steps=1, learning_rate=0.5, eps_max=9))
+    for part in ("loop.learning_rate: 0.01 there, 0.5 now", "attack.eps_max: 12.0 there, 9.0 now"):
+        assert part in str(error.value)
+    assert "seed" not in str(error.value)
+
+
+def test_what_changes_no_result_may_change(options, tmp_path):
+    words = options(tmp_path / "run", max_steps=4)
+    run("finetune", words, stop=("log", 3))
+    run("finetune", options(tmp_path / "run", max_steps=4, save_steps=1, save_total_limit=5))
+    assert checkpoints(tmp_path / "run") == ["step-0000002", "step-0000003", "step-0000004"]
+
+
+def test_overwriting_starts_over(whole_run, options, tmp_path):
+    folder = tmp_path / "run"
+    run("finetune", options(folder, max_steps=3, seed=5))
+    (folder / "adapter").mkdir()
+    run("finetune", options(folder, overwrite_output_dir=True))
+    assert_same_run(whole_run, folder)
+    assert len(list((folder / "previews").iterdir())) == 3 and not (folder / "adapter").exists()
+
+
+def test_a_finished_run_says_so_and_stays(options, tmp_path, caplog):
+    words = options(tmp_path / "run", max_steps=2)
+    folder = run("finetune", words)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with caplog.at_level(logging.INFO):
+        assert run("finetune", words) == folder
+    assert "this run is finished" in caplog.text and "overwrite_output_dir" in caplog.text
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_changed_data_are_warned_of(options, tmp_path, image_folder, caplog):
+    shutil.copytree(image_folder, tmp_path / "data")
+    words = options(tmp_path / "run", max_steps=3, dataset=tmp_path / "data")
+    run("finetune", words, stop=("log", 3))
+    assert "not those this run began with" not in caplog.text
+    image_rows(24, first=1).to_parquet(tmp_path / "data" / "train.parquet")
+    run("finetune", words)
+    assert "not those this run began with" in caplog.text
+
+
+def test_a_foreign_record_is_refused(options, tmp_path):
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(RunFolderError, match="run.json.*overwrite_output_dir"):
+        run("finetune", options(tmp_path))
+
+
+def test_a_folder_that_cannot_be_written(options, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(RunFolderError, match="output_dir=.*cannot be written"):
+        run("finetune", options(tmp_path / "file" / "run"))
+
+
+def test_too_little_disk_is_said_before_training(options, tmp_path, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(2**30, 2**30, 2**10))
+    with pytest.raises(RunFolderError, match="output_dir=.*MiB free.*save_total_limit"):
+        run("finetune", options(tmp_path / "run"))
+    assert not (tmp_path / "run" / "run.json").exists()
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("write failed")])
+def test_a_full_disk_leaves_the_checkpoint_before(whole_run, options, tmp_path, monkeypatch, error):
+    save, words = torch.save, options(tmp_path / "run")
+
+    def full(obj, target, *args, **kwargs):
+        if "step-0000004" in str(target):
+            raise error
+        save(obj, target, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(RunFolderError, match="checkpoint of step 4.*last whole checkpoint is step-0000002"):
+        run("finetune", words)
+    assert checkpoints(tmp_path / "run") == ["step-0000002"]
+    monkeypatch.undo()
+    run("finetune", words)
+    assert_same_run(whole_run, tmp_path / "run")
+
+
+def test_a_full_disk_at_the_model_leaves_the_checkpoint(options, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr(MAEPModel, "save_pretrained", full)
+    with pytest.raises(RunFolderError, match="the model could not be written.*step-0000002"):
+        run("finetune", options(tmp_path / "run"))
+
+
+# --- what goes wrong in training -----------------------------------------------------------------------------------
+
+
+def test_divergence_names_step_and_fixes(options, tmp_path):
+    wild = {"optimizer": "sgd", "learning_rate": 1e30, "max_grad_norm": 0, "warmup_steps": 0}
+    with pytest.raises(NonFiniteLossError, match="loss is not finite at step [234];.*learning_rate.*warmup_steps"):
+        run("finetune", options(tmp_path / "run", **wild))
+
+
+def test_an_infinite_gradient_is_never_saved(options, tmp_path, monkeypatch):
+    monkeypatch.setattr(Accelerator, "clip_grad_norm_", lambda *args, **kwargs: torch.tensor(float("inf")))
+    with pytest.raises(NonFiniteLossError, match="gradient is not finite at step 1"):
+        run("finetune", options(tmp_path / "run", save_steps=1))
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_fp16_needs_a_gpu(options, tmp_path):
+    with pytest.raises(ValueError, match="mixed_precision='fp16'.*bf16"):
+        run("finetune", options(tmp_path / "run", mixed_precision="fp16"))
+
+
+def test_a_tracker_gets_the_figures(options, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder = run("finetune", options(tmp_path / "run", max_steps=2, report_to="tensorboard"))
+    events = EventAccumulator(str(next(folder.rglob("events.out*")).parent)).Reload()
+    assert {"train/loss", "validation/psnr_purified"} <= set(events.Tags()["scalars"])
+
+
+# --- the other scripts ---------------------------------------------------------------------------------------------
+
+
+def test_pretraining_makes_a_new_purifier(image_folder, classifier_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(MAEPConfig, "tiny", classmethod(lambda cls, **fields: cls(**TINY | fields)))
+    argv = words(
+        dataset=image_folder, surrogates=[classifier_folder], output_dir=tmp_path / "run", max_steps=2,
+        warmup_steps=0, per_device_train_batch_size=4, validation_images=4, attack_steps=2, cpu_threads=1,
+    )  # fmt: skip
+    folder = run("pretrain", argv)
+    model = MAEPModel.from_pretrained(folder)
+    assert model.config.mask_ratio == 0.5 and bool(model.local_branch.head.weight.any())
+    assert [line["step"] for line in records(folder) if "validation" in line] == [0, 2]
+
+
+def test_training_a_classifier_repeats_and_loads(image_folder, tmp_path):
+    argv = words(
+        dataset=image_folder, depth=8, width=4, image_size=16, padding=2, max_steps=4, warmup_steps=1,
+        per_device_train_batch_size=8, validation_images=9, ema_decay=0.5, cpu_threads=1, logging_steps=1,
+        save_steps=2,
+    )  # fmt: skip
+    run("train_classifier", argv + words(output_dir=tmp_path / "first"))
+    torch.rand(3)  # the process's random state is not the run's
+    run("train_classifier", argv + words(output_dir=tmp_path / "second"), stop=("log", 3))
+    run("train_classifier", argv + words(output_dir=tmp_path / "second"))
+    assert_same_run(tmp_path / "first", tmp_path / "second")
+    classifier = load_classifier(str(tmp_path / "first"))
+    assert list(classifier.id2label.values()) == CLASSES
+    assert classifier(torch.rand(2, 3, 16, 16)).shape == (2, 3)
+    validated = [line["validation"] for line in records(tmp_path / "first") if "validation" in line][-1]
+    assert {"accuracy_clean", "accuracy_pgd10_8"} < validated.keys()
+
+
+def test_a_classifier_needs_labels(tmp_path):
+    image_rows(6, labelled=False).save_to_disk(tmp_path / "data")
+    argv = words(dataset=tmp_path / "data", output_dir=tmp_path / "run")
+    with pytest.raises(DataError, match="label_column"):
+        run("train_classifier", argv)
+
+
+# --- the purification task -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def task_of(image_folder, classifier_folder):
+    """A function of what is changed, to a task on the tiny purifier."""
+
+    def build(dataset=image_folder, surrogates=None, data=None, model=None, validation_images=4, **loss):
+        names = [str(folder) for folder in surrogates or [classifier_folder]]
+        return purification_task(
+            model or tiny_purifier(),
+            DataArguments(
+                dataset=str(dataset), validation_dataset=str(image_folder), validation_images=validation_images,
+                **data or {},
+            ),
+            AttackArguments(attack_steps=2),
+            PurificationArguments(surrogates=names, **loss),
+        )  # fmt: skip
+
+    return build
+
+
+def batch_of(task, count: int = 12) -> dict[str, torch.Tensor]:
+    samples = task.samples(total=count, start=0, seed=0)
+    return task.prepare(collate([samples[i] for i in range(count)]))
+
+
+def test_guidance_reaches_the_purifier_and_only_it(task_of):
+    task = task_of(guidance_weight=0.5)
+    task.model.config.reconstruction_loss_weight = task.model.config.purification_loss_weight = 0
+    losses = task.loss(task.model, batch_of(task))
+    torch.testing.assert_close(losses["loss"], 0.5 * losses["guidance_loss"])
+    losses["loss"].backward()
+    assert losses["guidance_loss"] > 0
+    assert task.model.encoder.projection.weight.grad.abs().sum() > 0
+    assert all(parameter.grad is None for parameter in task.surrogates[0].parameters())
+    assert "guidance_loss" not in task_of().loss(task.model, batch_of(task_of()))
+
+
+def test_guidance_is_the_distance_to_the_clean_logits(task_of):
+    task = task_of(guidance_weight=1)
+    batch = batch_of(task)
+    loss = task.loss(task.model, batch)["guidance_loss"]
+    with torch.no_grad():
+        purified = task.model(batch["attacked"], mask_ratio=0.5, noise=batch["mask_noise"]).purified_pixel_values
+        surrogate = task.surrogates[0]
+        expected = (surrogate(purified) - surrogate(batch["pixel_values"])).abs().mean()
+    torch.testing.assert_close(loss.detach(), expected)
+
+
+def test_surrogates_stay_as_they_are(task_of, tmp_path):
+    task = task_of(guidance_weight=1)
+    before = {key: value.clone() for key, value in task.surrogates[0].state_dict().items()}
+    assert any("running_mean" in key for key in before)
+    reset_accelerate()
+    train(task, LoopArguments(str(tmp_path), max_steps=2, per_device_train_batch_size=4, cpu_threads=1), {})
+    assert not task.surrogates[0].training
+    for key, value in task.surrogates[0].state_dict().items():
+        assert torch.equal(value, before[key]), key
+
+
+def test_samples_are_spread_over_several_surrogates(task_of, classifier_folder, tmp_path):
+    other = save_classifier(tmp_path / "other", classes=5, seed=1)
+    task = task_of(surrogates=[classifier_folder, other], guidance_weight=1)
+    batch = batch_of(task, 24)
+    assert set(batch["attack_surrogate"].tolist()) == {0, 1}
+    assert batch["clean_logits"].shape == (24, 5)
+    for index, surrogate in enumerate(task.surrogates):
+        rows = batch["attack_surrogate"] == index
+        logits = surrogate(batch["pixel_values"][rows])
+        torch.testing.assert_close(batch["clean_logits"][rows, : logits.shape[1]], logits)
+        assert not batch["clean_logits"][rows, logits.shape[1] :].any()
+    assert torch.isfinite(task.loss(task.model, batch)["loss"])
+
+
+def test_attacks_start_from_the_labels_or_the_predictions(task_of, tmp_path):
+    def attacked(**options):
+        return batch_of(task_of(**options))["attacked"]
+
+    assert not torch.equal(attacked(), attacked(attack_labels="predicted"))
+    image_rows(24, labelled=False).save_to_disk(tmp_path)
+    unlabelled = task_of(dataset=tmp_path, attack_labels="predicted")
+    assert torch.equal(attacked(attack_labels="predicted"), batch_of(unlabelled)["attacked"])
+    assert unlabelled.evaluate(unlabelled.model)["accuracy_clean"] == 100  # judged by the predictions too
+    with pytest.raises(DataError, match="label_column.*attack_labels=predicted"):
+        task_of(dataset=tmp_path)
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_surrogate_must_know_every_class(task_of, tmp_path, named):
+    few = save_classifier(tmp_path / "few", classes=2)
+    rows = image_rows(24)
+    if not named:
+        rows = rows.cast_column("label", datasets.Value("int64"))
+    rows.save_to_disk(tmp_path / "data")
+    with pytest.raises(DataError, match="3 classes and a surrogate only 2.*attack_labels=predicted"):
+        task_of(dataset=tmp_path / "data", surrogates=[few])
+    task_of(dataset=tmp_path / "data", surrogates=[few], attack_labels="predicted")
+
+
+def test_stored_pairs_take_the_place_of_attacks(task_of, tmp_path, monkeypatch):
+    columns = {"image": [picture(i, 16, 16) for i in range(24)], "label": [i % 3 for i in range(24)],
+               "adversarial_image": [picture(99 - i, 16, 16) for i in range(24)]}  # fmt: skip
+    features = {"image": datasets.Image(), "label": datasets.ClassLabel(names=CLASSES),
+                "adversarial_image": datasets.Image()}  # fmt: skip
+    datasets.Dataset.from_dict(columns, features=datasets.Features(features)).save_to_disk(tmp_path)
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("no attack is needed")
+
+    monkeypatch.setattr(purification_module, "perturb", refuse)
+    task = task_of(dataset=tmp_path)
+    batch = batch_of(task, 48)
+    clean = batch["attack_kind"] == KINDS.index("clean")
+    assert 0 < clean.sum() < 24 and "attack_start" not in batch
+    assert torch.equal(batch["attacked"][clean], batch["pixel_values"][clean])
+    assert torch.equal(batch["attacked"][~clean], batch["adversarial_pixel_values"][~clean])
+    assert not torch.equal(batch["attacked"][~clean], batch["pixel_values"][~clean])
+    assert torch.isfinite(task.loss(task.model, batch)["loss"])
+
+
+def test_windows_must_be_the_models(task_of):
+    with pytest.raises(ValueError, match="image_size=32.*16 pixels"):
+        task_of(data={"image_size": 32})
+
+
+def test_a_surrogate_is_needed(task_of):
+    with pytest.raises(ValueError, match="surrogates"):
+        purification_module.PurificationTask(tiny_purifier(), None, [], None, None, None, None, None)
+
+
+def test_weight_decay_leaves_vectors_alone():
+    model = tiny_purifier()
+    decayed, free = loop_module.build_optimizer(model, LoopArguments(weight_decay=0.1)).param_groups
+    assert decayed["weight_decay"] == 0.1 and free["weight_decay"] == 0
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    assert all(names[id(parameter)].endswith("weight") for parameter in decayed["params"])
+    assert {"decoder.mask_token", "encoder.layernorm.weight"} <= {names[id(parameter)] for parameter in free["params"]}
+    assert len(decayed["params"]) + len(free["params"]) == len(names)
