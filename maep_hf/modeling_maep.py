@@ -437,7 +437,7 @@ class MAEPModel(MAEPPreTrainedModel):
         mean, std = self.image_mean.to(pixel_values.dtype), self.image_std.to(pixel_values.dtype)
         normalised = ((pixel_values - mean) / std).to(self.decoder.mask_token.dtype)
         patches = normalised.view(batch, -1, rows, patch, columns, patch).permute(0, 2, 4, 1, 3, 5)
-        positions = [part.position_embeddings for part in (self.encoder, self.decoder)]
+        positions = [part.position_embeddings.to(normalised.dtype) for part in (self.encoder, self.decoder)]
         if interpolate_pos_encoding and (height, width) != (config.image_size, config.image_size):
             native = config.image_size // patch
             positions = [

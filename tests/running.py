@@ -120,6 +120,11 @@ def records(folder: Path) -> list[dict]:
     return [{key: value for key, value in line.items() if key not in TIMING} for line in lines]
 
 
+def losses(folder: Path) -> list[float]:
+    """The loss of every record, in order."""
+    return [line["loss"] for line in records(folder) if "loss" in line]
+
+
 def checkpoints(folder: Path) -> list[str]:
     return sorted(path.name for path in (folder / "checkpoints").iterdir())
 

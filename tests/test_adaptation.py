@@ -71,6 +71,22 @@ def test_a_fresh_adapter_changes_nothing():
     torch.testing.assert_close(adapted(model).eval().purify(x), before, atol=1e-6, rtol=0)
 
 
+def test_activation_checkpointing_reaches_the_adapter():
+    gradients = []
+    for recompute in (False, True):
+        model = adapted(tiny_purifier(), scope="all", rank=2)
+        nudge(model)
+        if recompute:
+            model.activation_checkpointing_enable()
+        x = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+        model.train()(pixel_values=x, clean_pixel_values=1 - x, mask_ratio=0.0).loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    plain, recomputed = gradients
+    assert all(gradient is not None and gradient.abs().sum() > 0 for gradient in plain.values())
+    for name, gradient in plain.items():
+        torch.testing.assert_close(recomputed[name], gradient, atol=1e-6, rtol=1e-4)
+
+
 def test_saved_adapter_equals_merged_purifier(tmp_path):
     tiny_purifier().save_pretrained(tmp_path / "base")
     model = adapted(MAEPModel.from_pretrained(tmp_path / "base"), scope="all", rank=2)

@@ -371,9 +371,9 @@ def test_command_line_and_recipe(source, surrogate, tmp_path, capsys):
     main(["--config", str(recipe), "--dataset", source, "--output_dir", str(out), "--copies", "1"])
     assert list(contents(out)) == ["train-00000-of-00001.parquet"]
     assert max(read(out)["eps"]) <= 6
-    with pytest.raises(SystemExit, match="error: .*pairs.copies"):
+    with pytest.raises(RunFolderError, match="pairs.copies"):
         main(["--config", str(recipe), "--dataset", source, "--output_dir", str(out)])
-    with pytest.raises(SystemExit, match="error: .*neither a local path nor reachable"):
+    with pytest.raises(DataError, match="neither a local path nor reachable"):
         main(["--dataset", str(tmp_path / "nothing"), "--output_dir", str(tmp_path / "other")])
     with pytest.raises(SystemExit):
         main(["--config", str(recipe), "--eps_min", "many"])

@@ -16,12 +16,12 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.mark.slow
 def test_smoke_chain(tmp_path):
-    command = [sys.executable, str(ROOT / "train" / "smoke.py"), "--output_dir", str(tmp_path / "smoke")]
+    script, out = ROOT / "train" / "smoke.py", tmp_path / "smoke"
+    command = [sys.executable, str(script), "--output_dir", str(out), "--cpu_threads", "1"]
     done = subprocess.run(
         command, cwd=tmp_path, env=os.environ | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, timeout=280
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    out = tmp_path / "smoke"
     (result,) = json.loads((out / "report" / "results.json").read_text())["results"]
     assert result["threat_model"] == "gray-box" and result["n"] == 20
     accuracy = {name: share["correct"] for name, share in result["accuracy"].items()}

@@ -7,6 +7,7 @@ import shutil
 from collections import namedtuple
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -16,6 +17,7 @@ from running import (
     assert_same_run,
     checkpoints,
     launch,
+    losses,
     records,
     reset_accelerate,
     run,
@@ -24,11 +26,11 @@ from running import (
 from safetensors import SafetensorError
 
 from maep_hf import MAEPConfig, MAEPImageProcessor, MAEPModel, load_classifier
-from maep_hf.attacks import KINDS
 from maep_hf.data import DataError, load_image_dataset
 from maep_hf.training import DataArguments, LoopArguments, NonFiniteLossError, RunFolderError, train
 from maep_hf.training import loop as loop_module
 from maep_hf.training import purification as purification_module
+from maep_hf.training import stages as stages_module
 from maep_hf.training.purification import PurificationArguments
 from maep_hf.training.samples import collate
 from maep_hf.training.stages import AttackArguments, purification_task
@@ -42,7 +44,8 @@ def options(image_folder, classifier_folder, purifier_folder):
         usual = {
             "dataset": image_folder, "surrogates": [classifier_folder], "model": purifier_folder,
             "per_device_train_batch_size": 4, "max_steps": 8, "warmup_steps": 2, "learning_rate": 0.01,
-            "ema_decay": 0.5, "mask_ratio": 0.5, "guidance_weight": 0.1, "attack_steps": 2, "logging_steps": 1,
+            "ema_decay": 0.5, "mask_ratio": 0.5, "purification_loss_weight": 2, "guidance_weight": 0.1,
+            "attack_steps": 2, "logging_steps": 1,
             "eval_steps": 4, "save_steps": 2, "validation_images": 5, "cpu_threads": 1, "output_dir": output_dir,
         }  # fmt: skip
         return words(**usual | changed)
@@ -76,11 +79,11 @@ def test_the_folder_tells_all_of_the_run(whole_run, image_folder, purifier_folde
 
 def test_losses_and_validation_are_recorded(whole_run):
     lines = records(whole_run)
-    losses = [line for line in lines if "loss" in line]
-    assert [line["step"] for line in losses] == list(range(1, 9))
-    assert losses[0].keys() > {"loss", "reconstruction_loss", "purification_loss", "guidance_loss", "learning_rate"}
-    for line in losses:
-        parts = line["reconstruction_loss"] + line["purification_loss"] + 0.1 * line["guidance_loss"]
+    training = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in training] == list(range(1, 9))
+    assert training[0].keys() > {"loss", "reconstruction_loss", "purification_loss", "guidance_loss", "learning_rate"}
+    for line in training:
+        parts = line["reconstruction_loss"] + 2 * line["purification_loss"] + 0.1 * line["guidance_loss"]
         assert line["loss"] == pytest.approx(parts, rel=1e-5)
     validations = {line["step"]: line["validation"] for line in lines if "validation" in line}
     assert list(validations) == [0, 4, 8]
@@ -161,8 +164,7 @@ def test_dropout_is_on_in_training(options, tmp_path):
     tiny_purifier(hidden_dropout_prob=0.3).save_pretrained(tmp_path / "dropout")
     with_dropout = run("finetune", options(tmp_path / "with", model=tmp_path / "dropout", **changed))
     without = run("finetune", options(tmp_path / "without", **changed))
-    loss = [next(line["loss"] for line in records(folder) if "loss" in line) for folder in (with_dropout, without)]
-    assert loss[0] != loss[1]
+    assert losses(with_dropout) != losses(without)
 
 
 def test_accumulation_equals_a_larger_batch(options, tmp_path):
@@ -170,8 +172,8 @@ def test_accumulation_equals_a_larger_batch(options, tmp_path):
     run("finetune", options(tmp_path / "one", per_device_train_batch_size=8, **usual))
     run("finetune", options(tmp_path / "eight", per_device_train_batch_size=1, gradient_accumulation_steps=8, **usual))
     assert_close_weights(tmp_path / "one", tmp_path / "eight", atol=1e-6)
-    for one, eight in zip(records(tmp_path / "one"), records(tmp_path / "eight"), strict=True):
-        assert one.get("loss") == pytest.approx(eight.get("loss"), rel=1e-5)
+    assert len(losses(tmp_path / "one")) == 3
+    assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "eight"), rel=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -195,8 +197,7 @@ def test_two_processes_equal_one_with_twice_the_batch(options, tmp_path, torn_fo
     shared = usual | {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
     assert launch("finetune", options(tmp_path / "two", **shared), processes=2) == [0, 0]
     assert_close_weights(tmp_path / "one", tmp_path / "two", atol=1e-6)
-    for one, two in zip(records(tmp_path / "one"), records(tmp_path / "two"), strict=True):
-        assert one.get("loss") == pytest.approx(two.get("loss"), rel=1e-5)
+    assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "two"), rel=1e-5)
     assert records(tmp_path / "one")[-2]["broken_images"] == records(tmp_path / "two")[-2]["broken_images"] == 2
 
     words = options(tmp_path / "killed", **shared)
@@ -279,14 +280,15 @@ def test_a_finished_run_says_so_and_stays(options, tmp_path, caplog):
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
-def test_changed_data_are_warned_of(options, tmp_path, image_folder, caplog):
+def test_changed_data_are_refused(options, tmp_path, image_folder):
     shutil.copytree(image_folder, tmp_path / "data")
     words = options(tmp_path / "run", max_steps=3, dataset=tmp_path / "data")
     run("finetune", words, stop=("log", 3))
-    assert "not those this run began with" not in caplog.text
     image_rows(24, first=1).to_parquet(tmp_path / "data" / "train.parquet")
+    with pytest.raises(RunFolderError, match="the data: .*fingerprint"):
+        run("finetune", words)
+    shutil.copy(image_folder / "train.parquet", tmp_path / "data" / "train.parquet")  # the same data, a newer file
     run("finetune", words)
-    assert "not those this run began with" in caplog.text
 
 
 def test_a_foreign_record_is_refused(options, tmp_path):
@@ -456,7 +458,9 @@ def test_guidance_is_the_distance_to_the_clean_logits(task_of):
     torch.testing.assert_close(loss.detach(), expected)
 
 
-def test_surrogates_stay_as_they_are(task_of, tmp_path):
+def test_surrogates_stay_as_they_are(task_of, classifier_folder, tmp_path, monkeypatch):
+    # with batch normalisation, which CIFAR ResNets would have folded away
+    monkeypatch.setattr(stages_module, "load_surrogates", lambda names: [load_classifier(name) for name in names])
     task = task_of(guidance_weight=1)
     before = {key: value.clone() for key, value in task.surrogates[0].state_dict().items()}
     assert any("running_mean" in key for key in before)
@@ -517,14 +521,19 @@ def test_stored_pairs_take_the_place_of_attacks(task_of, tmp_path, monkeypatch):
         raise AssertionError("no attack is needed")
 
     monkeypatch.setattr(purification_module, "perturb", refuse)
-    task = task_of(dataset=tmp_path)
-    batch = batch_of(task, 48)
-    clean = batch["attack_kind"] == KINDS.index("clean")
-    assert 0 < clean.sum() < 24 and "attack_start" not in batch
-    assert torch.equal(batch["attacked"][clean], batch["pixel_values"][clean])
-    assert torch.equal(batch["attacked"][~clean], batch["adversarial_pixel_values"][~clean])
-    assert not torch.equal(batch["attacked"][~clean], batch["pixel_values"][~clean])
+    task = task_of(dataset=tmp_path, data={"flip": False})
+    batch = batch_of(task, 24)
+    stored = {content(picture(99 - i, 16, 16)) for i in range(24)}
+    assert {content(image) for image in batch["attacked"]} == stored and "attack_start" not in batch
+    assert {content(image) for image in batch["pixel_values"]}.isdisjoint(stored)
     assert torch.isfinite(task.loss(task.model, batch)["loss"])
+
+
+def content(image) -> bytes:
+    """The bytes of a picture, or of a (3, S, S) tensor in [0, 1]."""
+    if isinstance(image, torch.Tensor):
+        image = (image * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    return np.asarray(image).tobytes()
 
 
 def test_windows_must_be_the_models(task_of):

@@ -39,7 +39,6 @@ def main(argv: list[str] | None = None) -> Path:
     set_seed(loop.seed)
     train_data, validation_data = data.load()
     names = dict(enumerate(train_data.find_class_names()))
-    set_seed(loop.seed)
     model = CifarResNetForImageClassification(
         CifarResNetConfig(
             depth=classifier.depth, width=classifier.width, id2label=names, label2id={v: k for k, v in names.items()}
