@@ -122,8 +122,8 @@ def run_demo(
         print_table(console, part, f"ImageNet, {IMAGENET_SIZE} pixels, the same purifier as it is", measured)
         if imagenet_classifier is None:
             console.print(
-                "No ImageNet classifier is shipped: the CIFAR-10 classifier, fully convolutional, is\n"
-                "attacked away from its own prediction on the clean image.\n"
+                "No ImageNet classifier is shipped: the CIFAR-10 classifier, fully convolutional,\n"
+                "is attacked away from its own prediction on the clean image.\n"
                 "--imagenet-classifier measures with labels.",
                 highlight=False,
             )
