@@ -58,3 +58,8 @@ def test_card_and_readme_state_the_recorded_results():
         (row,) = (line for line in readme.splitlines() if line.startswith(f"| {record['classifier']} |"))
         for name in ("clean", "attacked", "purified_clean", "purified_attacked"):
             assert f"{record['accuracy'][name]['percent']:.1f}" in row
+
+
+def test_code_beside_the_weights_is_the_packages():
+    for copy in (ROOT / "checkpoints").glob("*/*.py"):
+        assert copy.read_text() == (ROOT / "maep_hf" / copy.name).read_text(), f"{copy}: copy maep_hf/{copy.name} again"
