@@ -475,10 +475,12 @@ def test_samples_are_spread_over_several_surrogates(task_of, classifier_folder, 
     other = save_classifier(tmp_path / "other", classes=5, seed=1)
     task = task_of(surrogates=[classifier_folder, other], guidance_weight=1)
     batch = batch_of(task, 24)
-    assert set(batch["attack_surrogate"].tolist()) == {0, 1}
+    assert {tuple(pair) for pair in zip(batch["attack_surrogate"].tolist(), batch["guidance_surrogate"].tolist(), strict=True)} == {
+        (0, 0), (0, 1), (1, 0), (1, 1)
+    }
     assert batch["clean_logits"].shape == (24, 5)
     for index, surrogate in enumerate(task.surrogates):
-        rows = batch["attack_surrogate"] == index
+        rows = batch["guidance_surrogate"] == index
         logits = surrogate(batch["pixel_values"][rows])
         torch.testing.assert_close(batch["clean_logits"][rows, : logits.shape[1]], logits)
         assert not batch["clean_logits"][rows, logits.shape[1] :].any()

@@ -53,13 +53,16 @@ class PurificationArguments:
 
 @dataclass(frozen=True)
 class PairDraw:
-    """Random numbers of one sample: the noise that its mask comes from, and its attack.
+    """Random numbers of one sample: the noise that its mask comes from, its attack, and the surrogate that guides it.
+
+    The guide is drawn apart from the attacked surrogate: a correction that undoes an attack only in the eyes of the
+    classifier that was attacked does not transfer.
 
     Args:
         mixture: what attacks are drawn from.
         image_size: side of the square, pixels.
         patches: number of patches in it.
-        stored: the dataset brings its attacked images, so that only the guiding surrogate is drawn.
+        stored: the dataset brings its attacked images, so that no attack is drawn.
     """
 
     mixture: AttackMixture
@@ -69,8 +72,8 @@ class PairDraw:
 
     def __call__(self, rng: np.random.Generator) -> dict[str, Tensor]:
         drawn = {"mask_noise": torch.from_numpy(rng.random(self.patches, dtype="float32"))}
-        attack = self.mixture.draw(rng, (3, self.image_size, self.image_size))
-        return drawn | ({"attack_surrogate": attack["attack_surrogate"]} if self.stored else attack)
+        drawn["guidance_surrogate"] = torch.tensor(int(rng.integers(self.mixture.num_surrogates)))
+        return drawn if self.stored else drawn | self.mixture.draw(rng, (3, self.image_size, self.image_size))
 
 
 class PurificationTask(Task):
@@ -146,11 +149,11 @@ class PurificationTask(Task):
             batch["attacked"] = perturb(self.surrogates, clean, self._labels(batch), parameters)
         if self.arguments.guidance_weight:
             with torch.no_grad():
-                batch["clean_logits"] = self._surrogate_logits(clean, batch["attack_surrogate"])
+                batch["clean_logits"] = self._surrogate_logits(clean, batch["guidance_surrogate"])
         return batch
 
     def _surrogate_logits(self, pixel_values: Tensor, surrogate: Tensor) -> Tensor:
-        """Each sample's logits on the surrogate drawn for it (the one it is attacked on, unless pairs are stored)."""
+        """Each sample's logits on the surrogate drawn to guide it."""
         if len(self.surrogates) == 1:
             return self.surrogates[0](pixel_values).float()
         classes = max(model.num_labels for model in self.surrogates)
@@ -175,7 +178,7 @@ class PurificationTask(Task):
             "purification_loss": output.purification_loss,
         }
         if self.arguments.guidance_weight:
-            logits = self._surrogate_logits(output.purified_pixel_values, batch["attack_surrogate"])
+            logits = self._surrogate_logits(output.purified_pixel_values, batch["guidance_surrogate"])
             losses["guidance_loss"] = (logits - batch["clean_logits"]).abs().mean()
             losses["loss"] = losses["loss"] + self.arguments.guidance_weight * losses["guidance_loss"]
         return losses
