@@ -14,6 +14,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from .cli_evaluation import attacks, evaluate, report
+
 if TYPE_CHECKING:
     import torch
 
@@ -29,6 +31,8 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
+for command in (evaluate, report, attacks):
+    app.command()(command)
 errors = Console(stderr=True, highlight=False)
 
 
@@ -144,11 +148,11 @@ def demo(
     in the L-infinity ball on the classifier alone (gray-box).
     """
     with one_line_errors():
-        from .attacks import LinfPGD
+        from .attacks import make_attack
         from .checkpoints import CLASSIFIER, PURIFIER, check_model, released_checkpoint
         from .demo import run_demo
 
-        attack = LinfPGD(eps=eps, steps=steps, seed=seed)
+        attack = make_attack("pgd", norm="Linf", eps=eps, steps=steps)
         purifier = _load_purifier(model, device, Precision.float32)
         classifier_path = classifier or str(released_checkpoint(CLASSIFIER))
         for path in filter(None, (classifier_path, imagenet_classifier)):
@@ -166,6 +170,7 @@ def demo(
             imagenet_classifier=imagenet,
             imagenet_name=imagenet_classifier or "",
             attack=attack,
+            seed=seed,
             imagenet_images=imagenet_images,
         )
 

@@ -7,24 +7,35 @@ far the defence holds is what an evaluation on a test set measures.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from rich.console import Console
+from rich.table import Table
 from torch import Tensor, nn
 
-from .attacks import LinfPGD
+from .attacks import Attack, make_attack
 from .data import CIFAR10_CLASSES, decode_image, load_image_dataset
-from .evaluation import THREAT_MODEL, GrayBoxResult, evaluate_gray_box, predict, print_table
+from .evaluation import BenchmarkResult, EvaluationImages, benchmark
+from .evaluation.statistics import PSNR_LIMIT
 from .figures import RIGHT, WRONG, difference_image, image_grid
-from .records import describe_environment, write_json
+from .records import append_jsonl
 
 if TYPE_CHECKING:
     from .modeling_maep import MAEPModel
 
+Caption = Callable[[int, bool], str]  # of a predicted class and whether it is right
 DIFFERENCE_FACTOR = 8
+RIGHT_LABEL = "right: the prediction is the label"
+VARIANTS = {
+    "clean": "clean",
+    "purified_clean": "clean, purified",
+    "attacked": "attacked",
+    "purified_attacked": "attacked, purified",
+}
 IMAGENET_SIZE = 224
 
 
@@ -41,11 +52,12 @@ def run_demo(
     classifier_name: str,
     imagenet_classifier: nn.Module | None = None,
     imagenet_name: str = "",
-    attack: LinfPGD | None = None,
+    attack: Attack | None = None,
+    seed: int = 0,
     imagenet_images: int = 20,
     console: Console | None = None,
-) -> dict:
-    """Run both parts, print their tables, and write `cifar10.png`, `imagenet.png` and `results.json` into `out`.
+) -> list[dict]:
+    """Run both parts, print their tables, and write `cifar10.png`, `imagenet.png` and `results.jsonl` into `out`.
 
     Args:
         out: folder for the pictures and the record; made when missing.
@@ -54,72 +66,71 @@ def run_demo(
         imagenet_classifier: `PixelClassifier` of the 1,000 ImageNet classes. Without it the CIFAR-10 classifier is run
             fully convolutionally on the 224-pixel images and held against its own clean predictions.
         purifier_name, classifier_name, imagenet_name: what the record calls them.
-        attack: by default PGD-20, 8/255, seed 0.
+        attack: by default PGD-20, 8/255.
+        seed: of the attack.
         imagenet_images: how many of the 20 embedded ImageNet images are used; 0 leaves that part out.
 
     Returns:
-        What `results.json` holds.
+        The records that `results.jsonl` holds, one for each part.
 
     Raises:
         DemoError: foolbox is missing, or a classifier has the wrong number of classes.
         OSError: `out` cannot be written.
     """
     console = console or Console()
-    attack = attack or LinfPGD()
+    attack = attack or make_attack("pgd")
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     device = next(purifier.parameters()).device
     classifier.eval()
     parameters = sum(parameter.numel() for parameter in purifier.parameters())
-    protocol = {
-        "purifier": purifier_name,
-        "purifier_parameters": parameters,
-        "threat_model": THREAT_MODEL,
-        "attack": attack.record(),
-        "seed": attack.seed,
-    }
+    title = attack_title(attack)
     console.print(
-        f"attack     [bold]{attack.name}[/bold], threat model [bold]{THREAT_MODEL}[/bold]: it differentiates the\n"
+        f"attack     [bold]{title}[/bold], threat model [bold]gray-box[/bold]: it differentiates the\n"
         "           classifier alone. An attacker who knows the purifier is stronger.\n"
         f"classifier {classifier_name}\n"
         f"purifier   {purifier_name} ({parameters / 1e6:.2f} M parameters)",
         highlight=False,
     )
 
+    def measure(judge: nn.Module, name: str, images: EvaluationImages, counted: str, batch: int) -> BenchmarkResult:
+        options = {"attack": attack, "seed": seed, "batch_size": batch, "device": device, "progress": False}
+        result = benchmark(judge, purifier, images, classifier_name=name, purifier_name=purifier_name, **options)
+        result.record["counted"] = counted
+        append_jsonl(out / "results.jsonl", result.record)
+        return result
+
+    (out / "results.jsonl").unlink(missing_ok=True)
     pixels, labels = embedded_images("cifar10", device=device)
     _expect_classes(classifier, pixels, len(CIFAR10_CLASSES), classifier_name)
     with console.status("CIFAR-10: attacking and purifying ..."):
-        part = evaluate_gray_box(classifier, purifier, pixels, labels, attack)
-    part.record |= protocol | {
-        "dataset": "CIFAR-10",
-        "images": "the 20 test images embedded in foolbox",
-        "classifier": classifier_name,
-        "counted": "right: the prediction is the label",
-    }
+        images = EvaluationImages(pixels, labels, "embedded:cifar10")
+        part = measure(classifier, classifier_name, images, RIGHT_LABEL, 20)
     records = [part.record]
-    print_table(console, part, "CIFAR-10", "accuracy")
-    pictures = [cifar_picture(part, out / "cifar10.png", attack)]
+    print_table(console, part.record, "CIFAR-10", "accuracy")
+    heading = f"{title} on the classifier alone (gray-box), then one pass of the purifier"
+    names = [CIFAR10_CLASSES[index] for index in range(len(CIFAR10_CLASSES))]
+    pictures = [
+        _picture(part, classifier, labels, out / "cifar10.png", f"CIFAR-10: {heading}", 10, lambda k, right: names[k])
+    ]
 
     if imagenet_images:
         pixels, labels = embedded_images("imagenet", IMAGENET_SIZE, device=device, count=imagenet_images)
         if imagenet_classifier is not None:
             _expect_classes(imagenet_classifier, pixels, 1000, imagenet_name)
-            judge, reference = imagenet_classifier, labels
-            about = {"classifier": imagenet_name, "counted": "right: the prediction is the label"}
+            judge, judge_name, counted = imagenet_classifier, imagenet_name, RIGHT_LABEL
         else:
-            judge, reference = fully_convolutional(classifier), None
+            judge = fully_convolutional(classifier)
             _expect_any_size(judge, pixels, classifier_name)
-            about = {
-                "classifier": f"{classifier_name}, fully convolutional at {IMAGENET_SIZE} pixels",
-                "counted": "kept: the prediction is the classifier's own on the clean image (not an accuracy)",
-            }
+            judge_name = f"{classifier_name}, fully convolutional at {IMAGENET_SIZE} pixels"
+            counted = "kept: the prediction is the classifier's own on the clean image (not an accuracy)"
+            labels = _predict(judge, pixels)
         with console.status("ImageNet: attacking and purifying ..."):
-            part = evaluate_gray_box(judge, purifier, pixels, reference, attack, batch_size=4)
-        images = f"the first {len(pixels)} embedded in foolbox, reduced to {IMAGENET_SIZE} pixels"
-        part.record |= protocol | {"dataset": "ImageNet", "images": images} | about
+            images = EvaluationImages(pixels, labels, "embedded:imagenet")
+            part = measure(judge, judge_name, images, counted, 4)
         records.append(part.record)
         measured = "accuracy" if imagenet_classifier is not None else "prediction kept"
-        print_table(console, part, f"ImageNet, {IMAGENET_SIZE} pixels, the same purifier as it is", measured)
+        print_table(console, part.record, f"ImageNet, {IMAGENET_SIZE} pixels, the same purifier as it is", measured)
         if imagenet_classifier is None:
             console.print(
                 "No ImageNet classifier is shipped: the CIFAR-10 classifier, fully convolutional,\n"
@@ -127,16 +138,47 @@ def run_demo(
                 "--imagenet-classifier measures with labels.",
                 highlight=False,
             )
-        pictures.append(imagenet_picture(part, out / "imagenet.png", attack))
+        heading = f"ImageNet, {IMAGENET_SIZE} pixels: {title} (gray-box), the CIFAR-10-trained purifier as it is"
+        words = ("right", "wrong") if counted == RIGHT_LABEL else ("prediction kept", "changed")
+        pictures.append(
+            _picture(part, judge, labels, out / "imagenet.png", heading, 5, lambda k, right: words[0 if right else 1])
+        )
 
-    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    environment = describe_environment() | {"device": hardware, "threads": torch.get_num_threads()}
-    results = {"environment": environment, "results": records}
-    write_json(out / "results.json", results)
     console.print("\nwritten:")
-    for path in (*pictures, out / "results.json"):
+    for path in (*pictures, out / "results.jsonl"):
         console.print(f"  {path}", highlight=False, soft_wrap=True)
-    return results
+    return records
+
+
+def attack_title(attack: Attack) -> str:
+    """`PGD-20 L∞ 8/255`."""
+    unit = "/255" if attack.norm == "Linf" else ""
+    return f"{attack.name} {(attack.norm or '').replace('inf', '∞')} {attack.eps:g}{unit}"
+
+
+def print_table(console: Console, record: dict, title: str, measured: str) -> None:
+    """Print one part's results: share and 95 % interval, PSNR against the clean image, the purifier's time."""
+    n = record["protocol"]["dataset"]["n"]
+    table = Table(title=f"{title} (n = {n})", title_style="bold", title_justify="left")
+    for heading in ("images", measured, "of n", "95 % interval", "PSNR"):
+        table.add_column(heading, justify="left" if heading == "images" else "right")
+    for variant, name in VARIANTS.items():
+        share = record["accuracy"][variant]
+        decibel = record["psnr_db"].get(variant)
+        table.add_row(
+            name,
+            f"{share['percent']:.0f} %",
+            f"{share['correct']}/{share['n']}",
+            "{:.0f} to {:.0f} %".format(*share["interval_95"]),
+            "" if decibel is None else "identical" if decibel >= PSNR_LIMIT else f"{decibel:.1f} dB",
+            style="bold" if variant == "purified_attacked" else "",
+        )
+    console.print()
+    console.print(table)
+    console.print(f"purifier: {record['ms_per_image']['purify']:.2f} ms per image", highlight=False)
+    if record["cosine"]:
+        cosine = record["cosine"]["true_direction"]
+        console.print(f"cosine of its correction with the one that undoes the attack: {cosine:.2f}", highlight=False)
 
 
 def embedded_images(
@@ -168,20 +210,6 @@ def embedded_images(
     return pixels.to(device), torch.tensor(labels, device=device)
 
 
-def cifar_picture(part: GrayBoxResult, path: Path, attack: LinfPGD, count: int = 10) -> Path:
-    """Rows clean / attacked / purified / differences of the first images, with the predicted class under each."""
-    names = [CIFAR10_CLASSES[index] for index in range(len(CIFAR10_CLASSES))]
-    title = f"CIFAR-10: {attack.name} on the classifier alone ({THREAT_MODEL}), then one pass of the purifier"
-    return _picture(part, path, title, count, lambda predicted, right: names[predicted])
-
-
-def imagenet_picture(part: GrayBoxResult, path: Path, attack: LinfPGD, count: int = 5) -> Path:
-    """The same rows for the ImageNet images at their own size, with whether the prediction is right or kept."""
-    words = ("right", "wrong") if part.record["counted"].startswith("right") else ("prediction kept", "changed")
-    title = f"ImageNet, {IMAGENET_SIZE} pixels: {attack.name} ({THREAT_MODEL}), the CIFAR-10-trained purifier as it is"
-    return _picture(part, path, title, count, lambda predicted, right: words[0] if right else words[1])
-
-
 def fully_convolutional(classifier: nn.Module) -> nn.Module:
     """The same classifier with its normalisation and without its resize: it pools over whatever size it is given."""
     from .classifier import PixelClassifier
@@ -192,27 +220,32 @@ def fully_convolutional(classifier: nn.Module) -> nn.Module:
     ).eval()
 
 
-def _picture(part: GrayBoxResult, path: Path, title: str, count: int, caption) -> Path:
+def _picture(
+    part: BenchmarkResult, judge: nn.Module, labels: Tensor, path: Path, title: str, count: int, caption: Caption
+) -> Path:
+    """Rows clean / attacked / purified / differences of the first images, with what was predicted under each."""
     images = {name: batch[:count] for name, batch in part.images.items()}
-    clean, attacked, purified = images["clean"], images["attacked"], images["purified_attacked"]
-    rows = {
-        "clean": clean,
-        "attacked": attacked,
-        "purified": purified,
+    clean, attacked, purified = images["clean"], images["attacked"], images["purified"]
+    rows = images | {
         f"attacked − clean\n× {DIFFERENCE_FACTOR}": difference_image(attacked, clean, DIFFERENCE_FACTOR),
         f"purified − clean\n× {DIFFERENCE_FACTOR}": difference_image(purified, clean, DIFFERENCE_FACTOR),
     }
+    expected = labels[:count].tolist()
     captions = {}
-    for row, variant in (("clean", "clean"), ("attacked", "attacked"), ("purified", "purified_attacked")):
-        if variant == "clean" and part.record["counted"].startswith("kept"):
+    for name, batch in images.items():
+        if name == "clean" and part.record["counted"] != RIGHT_LABEL:
             continue  # the reference itself
-        captions[row] = [
-            (caption(predicted, predicted == expected), RIGHT if predicted == expected else WRONG)
-            for predicted, expected in zip(
-                part.predictions[variant][:count].tolist(), part.reference[:count].tolist(), strict=True
-            )
+        predicted = _predict(judge, batch.to(labels.device)).tolist()
+        captions[name] = [
+            (caption(found, found == label), RIGHT if found == label else WRONG)
+            for found, label in zip(predicted, expected, strict=True)
         ]
     return image_grid(rows, path, title=title, captions=captions)
+
+
+@torch.no_grad()
+def _predict(judge: nn.Module, pixels: Tensor, batch_size: int = 4) -> Tensor:
+    return torch.cat([judge(batch).argmax(-1) for batch in pixels.split(batch_size)])
 
 
 def _expect_classes(classifier: nn.Module, pixels: Tensor, expected: int, name: str) -> None:
@@ -224,7 +257,7 @@ def _expect_classes(classifier: nn.Module, pixels: Tensor, expected: int, name: 
 
 def _expect_any_size(classifier: nn.Module, pixels: Tensor, name: str) -> None:
     try:
-        predict(classifier, pixels[:1])
+        _predict(classifier, pixels[:1])
     except (ValueError, RuntimeError) as error:
         raise DemoError(
             f"classifier: {name} does not take {IMAGENET_SIZE}-pixel images ({str(error).splitlines()[0]}); "

@@ -10,6 +10,9 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from .evaluation.results import attack_name
+from .records import read_jsonl
+
 THREAT_MODELS = ("gray-box", "bpda", "white-box", "black-box")
 TEMPLATE = Path(__file__).resolve().parent.parent / "model_card.md"
 _PRIVATE = ("output_dir",)  # where it lay on the machine that trained it
@@ -21,7 +24,7 @@ def render_model_card(
     results: Sequence[Mapping[str, Any]] | None = None,
     template: str | os.PathLike = TEMPLATE,
 ) -> ModelCard:
-    """Render the card of a purifier from its folder: `config.json`, the run's `run.json` and `results.json`.
+    """Render a purifier's card from its folder: `config.json`, the run's `run.json`, the evaluation's `results.jsonl`.
 
     What was not recorded is named as such: a missing `run.json` as no record of training, each threat model without a
     result as not measured.
@@ -29,7 +32,7 @@ def render_model_card(
     Args:
         folder: of `MAEPModel.save_pretrained` or of a training run.
         repo_id: Hub id for the card's code; by default the folder's name.
-        results: records as `maep demo` writes them under `results`; by default those of `results.json`, if it is there.
+        results: records of `benchmark`; by default those of `results.jsonl`, if it is there.
         template: Jinja template in the form of `model_card.md`.
 
     Raises:
@@ -45,8 +48,8 @@ def render_model_card(
     purifier = load_purifier(folder.resolve())
     run = _read_json(folder / "run.json") or {}
     if results is None:
-        results = (_read_json(folder / "results.json") or {}).get("results", [])
-    rows = [_row(record) for record in results]
+        results = read_jsonl(folder / "results.jsonl")
+    rows = [_row(record) for record in results if record.get("protocol", {}).get("purifier") is not None]
     measured = {row["threat_model"] for row in rows}
     repo_id = repo_id or folder.resolve().name
     card_data = ModelCardData(
@@ -76,17 +79,20 @@ def render_model_card(
 
 def _row(record: Mapping[str, Any]) -> dict[str, str]:
     try:
-        attack, accuracy = record["attack"], record["accuracy"]
-        if record["threat_model"] not in THREAT_MODELS:
-            raise ValueError(f"results: threat model {record['threat_model']!r} is not one of {THREAT_MODELS}")
+        protocol, accuracy = record["protocol"], record["accuracy"]
+        threat_model, data, attack = protocol["threat_model"], protocol["dataset"], protocol["attack"]
+        if threat_model not in THREAT_MODELS and threat_model != "transfer":
+            raise ValueError(f"results: threat model {threat_model!r} is not one of {THREAT_MODELS} or transfer")
         low, high = accuracy["purified_attacked"]["interval_95"]
-        percent = {name: f"{share['percent']:.1f}" for name, share in accuracy.items()}
+        percent = {name: f"{accuracy[name]['percent']:.1f}" for name in ("clean", "purified_clean", "attacked")}
+        unreliable = (record["checks"] or {}).get("failed")
+        robust = f"{accuracy['purified_attacked']['percent']:.1f} ({low:.1f} to {high:.1f})"
         return percent | {
-            "threat_model": record["threat_model"],
-            "attack": f"{attack['name']}-{attack['steps']} {attack['norm']} {attack['eps_255']:g}/255",
-            "data": f"{record['dataset']}, {record['images']} (n = {record['n']}); {record['counted']}",
-            "classifier": PurePath(record["classifier"]).name,
-            "purified_attacked": f"{percent['purified_attacked']} ({low:.1f} to {high:.1f})",
+            "threat_model": threat_model,
+            "attack": attack_name(attack),
+            "data": f"{data['name']} {data['split'] or ''}, {data['images']} (n = {data['n']})".replace(" ,", ","),
+            "classifier": PurePath(protocol["classifier"]["name"]).name,
+            "purified_attacked": robust + (f" ⚠ unreliable: {', '.join(unreliable)} failed" if unreliable else ""),
         }
     except KeyError as error:
         raise ValueError(f"results: a record has no {error}; a result is shown with its full protocol only") from error

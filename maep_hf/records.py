@@ -21,6 +21,33 @@ def write_json(path: Path, value: Any) -> None:
     os.replace(temporary, path)
 
 
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The records of a JSON-lines file; none where there is no file.
+
+    Raises:
+        ValueError: a line that is not JSON, with its number.
+    """
+    if not path.is_file():
+        return []
+    records = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if line.strip():
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
+    return records
+
+
+def append_jsonl(path: Path, record: dict[str, Any]) -> None:
+    """Add a record to a JSON-lines file, in place of one with the same `key`; readers see the old file or the new."""
+    records = [known for known in read_jsonl(path) if known.get("key") != record.get("key")] + [record]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text("".join(json.dumps(entry, default=str) + "\n" for entry in records), encoding="utf-8")
+    os.replace(temporary, path)
+
+
 def describe_environment() -> dict[str, Any]:
     """Versions, git revision and machine, for the record of a run."""
     versions = {}
@@ -30,13 +57,18 @@ def describe_environment() -> dict[str, Any]:
         except metadata.PackageNotFoundError:
             versions[name] = None
     return {
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": [Path(sys.argv[0]).name, *map(_without_folder, sys.argv[1:])],
         "versions": versions,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "git_revision": _git("rev-parse", "HEAD"),
         "git_dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
     }
+
+
+def _without_folder(word: str) -> str:
+    """Absolute paths say nothing elsewhere, and perhaps too much of this machine: their last part is kept."""
+    return Path(word).name if Path(word).is_absolute() else word
 
 
 def _git(*arguments: str) -> str | None:

@@ -118,6 +118,29 @@ def tiny_purifier(trained: bool = True, **overrides):
     return model
 
 
+class FragileClassifier(torch.nn.Module):
+    """Three classes by random projections of what sets an image apart from the mean of `pixels`: as accurate on its
+    own predictions as it is easy to attack."""
+
+    num_classes = 3
+
+    def __init__(self, pixels: torch.Tensor):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.projection = torch.nn.Linear(pixels[0].numel(), self.num_classes, bias=False).requires_grad_(False)
+        self.projection.weight.copy_(torch.randn(self.projection.weight.shape, generator=generator))
+        self.register_buffer("mean", pixels.mean(0))
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self.projection((pixel_values - self.mean).flatten(1))
+
+
+def pixels_of(count: int) -> torch.Tensor:
+    """The first pictures as (N, 3, SIZE, SIZE) uint8."""
+    arrays = [np.asarray(picture(i, SIZE, SIZE)) for i in range(count)]
+    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
+
+
 @pytest.fixture(scope="session")
 def purifier_folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("purifier")

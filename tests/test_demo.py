@@ -8,17 +8,17 @@ import pytest
 import torch
 from PIL import Image
 from rich.console import Console
-from torch import nn
 from transformers import ViTImageProcessor
 from typer.testing import CliRunner
 
 from maep_hf import MAEPConfig, MAEPModel, cli
-from maep_hf.attacks import LinfPGD
+from maep_hf.attacks import make_attack
 from maep_hf.classifier import PixelClassifier
 from maep_hf.configuration_cifar_resnet import CifarResNetConfig
 from maep_hf.demo import DemoError, embedded_images, fully_convolutional, run_demo
-from maep_hf.evaluation import evaluate_gray_box, predict, psnr, wilson_interval
+from maep_hf.evaluation import psnr, wilson_interval
 from maep_hf.modeling_cifar_resnet import CifarResNetForImageClassification
+from maep_hf.records import read_jsonl
 
 PROCESSOR = {"size": {"height": 32, "width": 32}, "image_mean": [0.5] * 3, "image_std": [0.25] * 3}
 
@@ -44,17 +44,6 @@ def purifier():
     return MAEPModel(config).eval()
 
 
-class Oracle(nn.Module):
-    """A perfect purifier: it knows the clean images."""
-
-    def __init__(self, clean):
-        super().__init__()
-        self.clean = clean
-
-    def purify(self, pixel_values):
-        return self.clean[: len(pixel_values)].clone()
-
-
 def test_embedded_images_are_the_first_of_the_test_set():
     pixels, labels = embedded_images("cifar10")
     assert pixels.shape == (20, 3, 32, 32) and 0 <= pixels.min() and 0.9 < pixels.max() <= 1
@@ -63,47 +52,6 @@ def test_embedded_images_are_the_first_of_the_test_set():
     assert pixels.shape == (2, 3, 224, 224) and labels.tolist() == [243, 559]
     with pytest.raises(DemoError, match="no such embedded dataset"):
         embedded_images("fashion")
-
-
-def test_attack_keeps_its_ball_its_seed_and_the_global_generator(classifier):
-    pixels, labels = embedded_images("cifar10", count=4)
-    state = torch.get_rng_state()
-    first, again = (LinfPGD(eps=8, steps=3, seed=1)(classifier, pixels, labels, batch_size=2) for _ in range(2))
-    other = LinfPGD(eps=8, steps=3, seed=2)(classifier, pixels, labels, batch_size=2)
-    assert torch.equal(torch.get_rng_state(), state)
-    assert torch.equal(first, again) and not torch.equal(first, other)
-    assert (first - pixels).abs().max() <= 8 / 255 + 1e-6 and 0 <= first.min() and first.max() <= 1
-    loss = nn.functional.cross_entropy
-    with torch.no_grad():
-        assert loss(classifier(first), labels) > loss(classifier(pixels), labels)
-
-
-def test_attack_arguments_are_checked():
-    for wrong in ({"eps": 0}, {"eps": 256}, {"steps": 0}):
-        with pytest.raises(ValueError, match=next(iter(wrong))):
-            LinfPGD(**wrong)
-
-
-def test_perfect_purifier_measures_as_perfect(classifier):
-    pixels, _ = embedded_images("cifar10", count=6)
-    part = evaluate_gray_box(classifier, Oracle(pixels), pixels, None, LinfPGD(steps=2))
-    assert part.record["accuracy"]["clean"]["correct"] == 6
-    assert part.record["accuracy"]["purified_attacked"]["correct"] == 6
-    assert part.record["psnr_db"]["purified_attacked"] == pytest.approx(100)
-    assert part.record["psnr_db"]["attacked"] < 45
-    assert part.record["direction"] == pytest.approx(1, abs=1e-3)
-    assert part.record["purify_ms_per_image"] > 0
-
-
-def test_accuracy_is_that_of_the_labels(classifier, purifier):
-    pixels, labels = embedded_images("cifar10")
-    part = evaluate_gray_box(classifier, purifier, pixels, labels, LinfPGD(steps=2))
-    expected = (classifier(pixels).argmax(1) == labels).sum().item()
-    assert part.record["accuracy"]["clean"]["correct"] == expected
-    attacked = part.images["attacked"]
-    assert part.record["accuracy"]["attacked"]["correct"] == (predict(classifier, attacked) == labels).sum().item()
-    # an untrained purifier changes nothing
-    assert part.record["psnr_db"]["purified_attacked"] == pytest.approx(part.record["psnr_db"]["attacked"], abs=1e-2)
 
 
 def test_psnr_is_the_mean_over_images():
@@ -142,19 +90,24 @@ def test_run_writes_table_pictures_and_protocol(classifier, purifier, tmp_path):
         purifier_name="tiny",
         classifier=classifier,
         classifier_name="random",
-        attack=LinfPGD(eps=4, steps=2, seed=3),
+        attack=make_attack("pgd", eps=4, steps=2),
+        seed=3,
         imagenet_images=2,
         console=console,
     )
     out = tmp_path / "out"
-    assert sorted(path.name for path in out.iterdir()) == ["cifar10.png", "imagenet.png", "results.json"]
-    assert json.loads((out / "results.json").read_text()) == results
-    cifar, imagenet = results["results"]
-    for record in (cifar, imagenet):
-        assert record["threat_model"] == "gray-box" and record["purifier"] == "tiny" and record["seed"] == 3
-        assert record["attack"] | {"eps_255": 4, "steps": 2, "norm": "Linf"} == record["attack"]
+    assert sorted(path.name for path in out.iterdir()) == ["cifar10.png", "imagenet.png", "results.jsonl"]
+    assert read_jsonl(out / "results.jsonl") == json.loads(json.dumps(results))
+    cifar, imagenet = results
+    for record in results:
+        protocol = record["protocol"]
+        assert protocol["threat_model"] == "gray-box" and protocol["purifier"]["name"] == "tiny"
+        assert protocol["seed"] == 3 and protocol["attack"] | {"eps": 4, "steps": 2} == protocol["attack"]
         assert set(record["accuracy"]) == {"clean", "attacked", "purified_clean", "purified_attacked"}
-    assert (cifar["n"], imagenet["n"]) == (20, 2) and imagenet["size"] == [224, 224]
+        # an untrained purifier changes nothing
+        assert record["psnr_db"]["purified_attacked"] == pytest.approx(record["psnr_db"]["attacked"], abs=1e-2)
+    assert cifar["protocol"]["dataset"]["n"] == 20 and imagenet["protocol"]["dataset"]["n"] == 2
+    assert imagenet["protocol"]["dataset"]["size"] == [224, 224]
     assert imagenet["accuracy"]["clean"]["percent"] == 100 and "not an accuracy" in imagenet["counted"]
     text = console.file.getvalue()
     assert "gray-box" in text and "attacked, purified" in text and "ms per image" in text
@@ -167,11 +120,11 @@ def test_run_with_an_imagenet_classifier_counts_its_labels(classifier, purifier,
     torch.manual_seed(0)
     many = CifarResNetForImageClassification(CifarResNetConfig(depth=8, width=4, num_labels=1000))
     options = {"purifier": purifier, "purifier_name": "tiny", "classifier": classifier, "classifier_name": "random"}
-    options |= {"attack": LinfPGD(steps=1), "console": Console(file=io.StringIO()), "imagenet_images": 2}
+    options |= {"attack": make_attack("pgd", steps=1), "console": Console(file=io.StringIO()), "imagenet_images": 2}
     judge = PixelClassifier(many, ViTImageProcessor(**PROCESSOR))
     results = run_demo(tmp_path, imagenet_classifier=judge, imagenet_name="many", **options)
-    record = results["results"][1]
-    assert record["classifier"] == "many" and record["counted"].startswith("right")
+    record = results[1]
+    assert record["protocol"]["classifier"]["name"] == "many" and record["counted"].startswith("right")
     with pytest.raises(DemoError, match="has 10 classes; the embedded images need one of 1000"):
         run_demo(tmp_path, imagenet_classifier=classifier, imagenet_name="ten", **options)
     options["classifier"] = judge
@@ -189,5 +142,6 @@ def test_command_runs_on_folders(network, purifier, tmp_path):
     assert result.exit_code == 0, result.output
     assert "PGD-1 L∞ 2.5/255" in result.output
     assert not (tmp_path / "out" / "imagenet.png").exists()
-    [record] = json.loads((tmp_path / "out" / "results.json").read_text())["results"]
-    assert record["attack"]["eps_255"] == 2.5 and record["classifier"] == str(tmp_path / "classifier")
+    [record] = read_jsonl(tmp_path / "out" / "results.jsonl")
+    assert record["protocol"]["attack"]["eps"] == 2.5
+    assert record["protocol"]["classifier"]["name"] == str(tmp_path / "classifier")

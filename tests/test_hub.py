@@ -11,15 +11,17 @@ from maep_hf import MAEPConfig, MAEPModel
 from maep_hf.hub import render_model_card
 
 SHARE = {"correct": 16, "n": 20, "percent": 80.0, "interval_95": [58.4, 91.9]}
-RESULT = {
+PROTOCOL = {
     "threat_model": "gray-box",
-    "attack": {"name": "PGD", "steps": 20, "norm": "Linf", "eps_255": 8.0},
-    "dataset": "CIFAR-10",
-    "images": "the first 20",
-    "n": 20,
-    "counted": "right: the prediction is the label",
-    "classifier": "resnet20-cifar10",
+    "attack": {"name": "PGD-20", "norm": "Linf", "eps": 8.0, "steps": 20},
+    "dataset": {"name": "CIFAR-10", "split": "test", "images": "the first 20", "n": 20},
+    "classifier": {"name": "resnet20-cifar10"},
+    "purifier": {"name": "my-purifier"},
+}
+RESULT = {
+    "protocol": PROTOCOL,
     "accuracy": {name: SHARE for name in ("clean", "attacked", "purified_clean", "purified_attacked")},
+    "checks": None,
 }
 RUN = {
     "arguments": {"data": {"dataset": "/home/someone/cifar10.parquet", "eps": 8}, "loop": {"output_dir": "/tmp/x"}},
@@ -40,11 +42,11 @@ def folder(tmp_path):
 
 def test_card_shows_protocol_recipe_and_versions(folder):
     (folder / "run.json").write_text(json.dumps(RUN))
-    (folder / "results.json").write_text(json.dumps({"results": [RESULT]}))
+    (folder / "results.jsonl").write_text(json.dumps(RESULT) + "\n")
     card = render_model_card(folder, repo_id="someone/my-purifier")
     assert card.data.license == "apache-2.0" and card.data.library_name == "transformers"
     text = card.text
-    assert "| gray-box | PGD-20 Linf 8/255 | CIFAR-10, the first 20 (n = 20)" in text
+    assert "| gray-box | PGD-20, Linf 8/255 | CIFAR-10 test, the first 20 (n = 20)" in text
     assert "80.0 (58.4 to 91.9) |" in text
     assert "Not measured: bpda, white-box, black-box." in text
     assert 'from_pretrained("someone/my-purifier")' in text
@@ -76,11 +78,18 @@ def test_template_that_asks_for_more_is_refused(folder, tmp_path):
 
 
 def test_result_without_its_protocol_is_refused(folder):
-    for name in ("threat_model", "attack", "n", "classifier"):
+    for name in ("threat_model", "attack", "dataset", "classifier"):
         with pytest.raises(ValueError, match=f"no '{name}'"):
-            render_model_card(folder, results=[{key: value for key, value in RESULT.items() if key != name}])
+            protocol = {key: value for key, value in PROTOCOL.items() if key != name}
+            render_model_card(folder, results=[RESULT | {"protocol": protocol}])
     with pytest.raises(ValueError, match="threat model 'grey'"):
-        render_model_card(folder, results=[RESULT | {"threat_model": "grey"}])
+        render_model_card(folder, results=[RESULT | {"protocol": PROTOCOL | {"threat_model": "grey"}}])
+
+
+def test_unreliable_results_say_so(folder):
+    checks = {"reliable": False, "failed": ["gradient", "transfer"], "results": []}
+    result = RESULT | {"protocol": PROTOCOL | {"threat_model": "white-box"}, "checks": checks}
+    assert "⚠ unreliable: gradient, transfer failed |" in render_model_card(folder, results=[result]).text
 
 
 def test_what_is_no_purifier_is_refused(tmp_path):

@@ -8,10 +8,9 @@ import pytest
 import torch
 
 from maep_hf import MAEPModel, load_classifier
-from maep_hf.attacks import LinfPGD
 from maep_hf.checkpoints import CLASSIFIER, PURIFIER, load_purifier, released_checkpoint
 from maep_hf.demo import embedded_images
-from maep_hf.evaluation import evaluate_gray_box
+from maep_hf.evaluation import benchmark
 from maep_hf.hub import render_model_card
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -19,14 +18,13 @@ pytestmark = pytest.mark.checkpoint
 
 
 def test_released_purifier_defends_the_released_classifier():
-    pixels, labels = embedded_images("cifar10")
     classifier = load_classifier(str(released_checkpoint(CLASSIFIER)))
-    result = evaluate_gray_box(classifier, load_purifier(), pixels, labels, LinfPGD(eps=8, steps=20))
+    result = benchmark(classifier, load_purifier(), embedded_images("cifar10"), attack="pgd-20", eps=8, progress=False)
     correct = {name: share["correct"] for name, share in result.record["accuracy"].items()}
     assert correct["clean"] >= 16 and correct["attacked"] <= 1
     assert correct["purified_clean"] >= correct["clean"] - 1
     assert correct["purified_attacked"] >= 15
-    assert result.record["direction"] > 0.2  # the correction points back to the clean image
+    assert result.record["cosine"]["true_direction"] > 0.2  # the correction points back to the clean image
 
 
 def test_released_purifier_takes_larger_images_and_passes_gradients():

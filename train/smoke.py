@@ -8,12 +8,12 @@ It shows that every part works here. Twenty images train no purifier worth using
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import evaluate_gray_box
 import finetune
 import make_pairs
 import pretrain
 import train_classifier
 
+from maep_hf.evaluation.run import EvaluationArguments, run_evaluation
 from maep_hf.training import parse_arguments
 
 DATA = "embedded:cifar10"
@@ -35,8 +35,9 @@ def main(argv: list[str] | None = None) -> list[dict]:
     purifier = ["--surrogates", classifier, "--validation_dataset", DATA, *threads]
     pretrain.main([*_recipe("pretrain"), *purifier, "--dataset", pairs, "--output_dir", first])
     finetune.main([*_recipe("finetune"), *purifier, "--model", first, "--output_dir", second])
-    report = ["--dataset", DATA, "--out", str(out / "report")]
-    return evaluate_gray_box.main(["--purifier", second, "--classifiers", classifier, *report])
+    return run_evaluation(
+        EvaluationArguments([second], [classifier], DATA, attacks=["pgd"], device="cpu", out=out / "report")
+    )
 
 
 def _recipe(stage: str) -> list[str]:

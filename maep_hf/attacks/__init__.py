@@ -1,7 +1,12 @@
-"""Attacks: the gradient iteration used in training, the mixture pairs are drawn from, the attack library."""
+"""Attacks: the registry for evaluation, and the gradient iteration and mixture that training draws pairs from."""
 
+from .base import Attack, AttackSpec, check_attacked
 from .gradient import AttackParameters, perturb, pgd
 from .library import LinfPGD
 from .mixture import KINDS, AttackMixture
+from .registry import ATTACKS, attack_options, make_attack
 
-__all__ = ["KINDS", "AttackMixture", "AttackParameters", "LinfPGD", "perturb", "pgd"]
+__all__ = [
+    "ATTACKS", "KINDS", "Attack", "AttackMixture", "AttackParameters", "AttackSpec", "LinfPGD", "check_attacked",
+    "attack_options", "make_attack", "perturb", "pgd",
+]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Adapters to the attack library: PGD as foolbox does it, with eps in units of 1/255 and its protocol as a record."""
+"""PGD as foolbox does it on any number of images, with eps in units of 1/255 and its protocol as a record."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from importlib.metadata import version
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
+
+from .base import import_library
 
 
 @dataclass(frozen=True)
@@ -39,11 +41,7 @@ class LinfPGD:
         self, classifier: nn.Module, pixels: Tensor, labels: Tensor, batch_size: int = 20, progress: bool = False
     ) -> Tensor:
         """Attack (N, 3, H, W) pixels in [0, 1] of labels (N,); returns pixels of the same shape, in [0, 1]."""
-        try:
-            import foolbox
-        except ImportError as error:
-            raise ImportError("attacks for evaluation come with foolbox: pip install 'maep-hf[attacks]'") from error
-
+        foolbox = import_library("foolbox")
         model = foolbox.PyTorchModel(classifier, bounds=(0, 1), device=pixels.device)
         attack = foolbox.attacks.LinfPGD(abs_stepsize=self.step_size / 255, steps=self.steps, random_start=True)
         attacked = []

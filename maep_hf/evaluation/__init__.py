@@ -1,16 +1,25 @@
-"""Evaluation: the gray-box measurement and the figures it is stated in."""
+"""Evaluation: `benchmark` over the threat models, gradient-masking checks, records, tables and pictures."""
 
-from .gray_box import THREAT_MODEL, GrayBoxResult, evaluate_gray_box, predict, print_table
+from .benchmark import BenchmarkResult, benchmark
+from .checks import CheckResult, MaskingReport, gradient_masking_checks
+from .images import EvaluationImages, read_images
+from .protocol import Protocol
 from .statistics import mean_cosine, psnr, share, wilson_interval
+from .threat_models import THREAT_MODELS, attacked_model
 
 __all__ = [
-    "THREAT_MODEL",
-    "GrayBoxResult",
-    "evaluate_gray_box",
+    "THREAT_MODELS",
+    "BenchmarkResult",
+    "CheckResult",
+    "EvaluationImages",
+    "MaskingReport",
+    "Protocol",
+    "attacked_model",
+    "benchmark",
+    "gradient_masking_checks",
     "mean_cosine",
-    "predict",
-    "print_table",
     "psnr",
+    "read_images",
     "share",
     "wilson_interval",
 ]

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from torch import nn
 
 from ..attacks import AttackMixture
-from ..checkpoints import released_checkpoint
-from ..classifier import PixelClassifier, load_classifier
+from ..checkpoints import load_frozen_classifier
+from ..classifier import PixelClassifier
 from ..configuration_maep import MAEPConfig
 from ..image_processing_maep import MAEPImageProcessor
-from ..modeling_cifar_resnet import CifarResNetForImageClassification
 from .arguments import DataArguments
 from .purification import PurificationArguments, PurificationTask
 from .samples import Augmentation
@@ -82,15 +80,7 @@ class ModelArguments:
 
 def load_surrogates(names: list[str]) -> list[PixelClassifier]:
     """Frozen classifiers by folder or Hub id; `checkpoints/NAME` is found from any working directory."""
-    surrogates = []
-    for name in names:
-        path = Path(name)
-        released = path.parts[:1] == ("checkpoints",) and len(path.parts) == 2 and not path.is_dir()
-        surrogate = load_classifier(str(released_checkpoint(path.name)) if released else name)
-        if isinstance(surrogate.classifier, CifarResNetForImageClassification):
-            surrogate.classifier.fold_batch_norm()
-        surrogates.append(surrogate)
-    return surrogates
+    return [load_frozen_classifier(name) for name in names]
 
 
 def purification_task(

@@ -1,0 +1,323 @@
+"""`benchmark`: one purifier, one classifier, one threat model, one attack, one record.
+
+The images are attacked in batches of `batch_size`; each batch depends on the protocol alone. With a folder, every
+finished batch is kept in it, so that an interrupted evaluation goes on where it was, several processes share the
+batches, and another purifier is measured on the same gray-box images without attacking again.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from ..attacks import Attack, make_attack
+from ..classifier import PixelClassifier, PurifiedClassifier
+from ..data import load_image_dataset
+from ..randomised import is_randomised
+from ..records import append_jsonl, describe_environment, read_jsonl
+from .attacked_store import AttackedStore
+from .checks import gradient_masking_checks
+from .fingerprint import fingerprint
+from .images import EvaluationImages, fingerprint_images, read_images
+from .judge import judge_batch, peak_memory, summarise, timed
+from .processes import process_state
+from .protocol import Protocol
+from .threat_models import ADAPTIVE, attacked_model, check_attack
+
+RESULTS = "results.jsonl"
+PICTURED = 10
+CHECK_IMAGES = 50
+
+
+@dataclass
+class BenchmarkResult:
+    """A record (see `protocol.py` and THREAT_MODELS.md), and the first images of the evaluation for a picture.
+
+    Attributes:
+        record: the JSON line.
+        images: `clean`, `attacked` and, with a purifier, `purified`: up to 10 of each from the first
+            batch, (N, 3, H, W) in [0, 1].
+        resumed: how many batches came from an earlier, interrupted call; -1 when the whole record did.
+    """
+
+    record: dict
+    images: dict[str, Tensor]
+    resumed: int = 0
+
+
+def benchmark(
+    classifier: nn.Module | Callable[[Tensor], Any],
+    purifier: Any = None,
+    dataset: str | EvaluationImages | tuple[Tensor, Tensor] = "uoft-cs/cifar10",
+    *,
+    threat_model: str = "gray-box",
+    attack: str | Attack = "autoattack",
+    norm: str | None = None,
+    eps: float | None = None,
+    attack_options: Mapping[str, Any] | None = None,
+    split: str = "test",
+    max_images: int | None = 1000,
+    image_size: int | None = None,
+    batch_size: int = 100,
+    seed: int = 0,
+    source: nn.Module | None = None,
+    purify_kwargs: Mapping[str, Any] | None = None,
+    passes: int | None = None,
+    checks: bool = True,
+    check_images: int = CHECK_IMAGES,
+    classifier_name: str | None = None,
+    purifier_name: str | None = None,
+    source_name: str | None = None,
+    device: str | torch.device | None = None,
+    out: str | Path | None = None,
+    progress: bool = True,
+) -> BenchmarkResult:
+    """Clean and robust accuracy of a purifier in front of a classifier, with the whole protocol (DESIGN, section 3).
+
+    Args:
+        classifier: see [`PixelClassifier`]; may be one already.
+        purifier: a `MAEPModel`, also with a PEFT adapter; any module or callable from images to images of the same
+            shape; `None` measures the bare classifier (as `white-box`, since there is nothing it does not see).
+        dataset: Hub id, folder, file or `embedded:cifar10`; [`EvaluationImages`]; or pixels (N, 3, H, W) in [0, 1]
+            and labels (N,).
+        threat_model: `gray-box`, `bpda`, `white-box`, `black-box` or `transfer`; see [`attacked_model`].
+        attack: a name of [`ATTACKS`], or an attack made by [`make_attack`].
+        norm: `Linf`, `L2` or `L1`; the attack's first one when `None`.
+        eps: radius; in units of 1/255 for Linf (8 = 8/255), of pixels in [0, 1] for L2 and L1. The attack's own
+            default when `None`.
+        attack_options: further options of [`make_attack`].
+        split, max_images, image_size: see [`read_images`].
+        batch_size: images attacked at once; part of the protocol, since attacks draw per batch.
+        seed: of every batch's attack and of a randomised purifier's draws.
+        source: surrogate pipeline for `transfer`, [0, 1] pixels to logits.
+        purify_kwargs: for every call of the purifier, such as `{"overlap": 0.5}`.
+        passes: final passes over the attacked images, averaged; 10 for a randomised purifier by default, otherwise 1.
+        checks: run the gradient-masking checks with `bpda` and `white-box` (with a purifier).
+        check_images: on how many of the first images.
+        classifier_name, purifier_name, source_name: what the record calls them.
+        device: where everything runs; that of the classifier when `None`.
+        out: folder for the attacked batches and `results.jsonl`; `None` keeps nothing. All processes must see it.
+        progress: show a bar.
+
+    Raises:
+        DataError: the dataset cannot be used.
+        ValueError: an unknown name or option, labels outside the classifier's classes, logits that are not finite, an
+            attack that the threat model does not allow.
+    """
+    state = process_state()
+    if not isinstance(classifier, PixelClassifier):
+        classifier = PixelClassifier(classifier)
+    device = torch.device(device) if device is not None else _device(classifier, state)
+    classifier.to(device).eval()
+    if isinstance(purifier, nn.Module):
+        purifier.to(device).eval()
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}: must be at least 1")
+    attack = make_attack(attack, norm=norm, eps=eps, **(attack_options or {})) if isinstance(attack, str) else attack
+    check_attack(threat_model, attack)
+    if purifier is None and threat_model in ("gray-box", "bpda"):
+        threat_model = "white-box"
+    images = _images(dataset, split, max_images, image_size)
+    pixels, labels = images.batch(0, min(2, len(images)), device)
+    _check_labels(classifier, pixels, images.labels)
+
+    defended = PurifiedClassifier(purifier, classifier, purify_kwargs=purify_kwargs if purifier is not None else None)
+    target = attacked_model(threat_model, classifier, _with_options(purifier, purify_kwargs), source)
+    randomised = purifier is not None and is_randomised(_with_options(purifier, purify_kwargs), pixels)
+    passes = passes or (10 if randomised else 1)
+    protocol = Protocol(
+        threat_model=threat_model,
+        attack=attack.record(),
+        seed=seed,
+        batch_size=batch_size,
+        passes=passes,
+        dataset=images.describe(),
+        classifier={"name": classifier_name or _name(classifier.classifier), "fingerprint": fingerprint(classifier)},
+        purifier=_describe_purifier(purifier, purifier_name, purify_kwargs, randomised),
+        source=None if source is None else {"name": source_name or _name(source), "fingerprint": fingerprint(source)},
+    )
+    adaptive = checks and threat_model in ADAPTIVE and purifier is not None
+    folder = Path(out) if out is not None else None
+    store = AttackedStore(None if folder is None else folder / "attacked" / protocol.attacked_key())
+    known = _known_record(folder, protocol.key, adaptive)
+    if known is not None:
+        return BenchmarkResult(known, _pictures(store, images, defended, device, seed), resumed=-1)
+
+    rows: list[dict[str, Any]] = []
+    resumed = 0
+    starts = range(0, len(images), batch_size)
+    mine = starts[state.process_index :: state.num_processes]
+    title = f"{attack.name}, {threat_model}"
+    bar = tqdm(mine, desc=title, unit="batch", disable=not (progress and state.is_main_process))
+    for start in bar:
+        x, y = images.batch(start, start + batch_size, device)
+        attacked, about = store.load(start, x)
+        if attacked is None:
+            before = peak_memory(device)
+            attacked, seconds = timed(lambda x=x, y=y: attack(target, x, y, seed=seed), device)
+            memory = max(0, peak_memory(device) - before) / len(x)
+            about = {"attack_seconds": seconds, "memory_bytes_per_image": memory}
+            store.save(start, attacked, about)
+        else:
+            resumed += 1
+        rows.extend(judge_batch(classifier, defended, x, attacked, y, passes, seed, about, start))
+        bar.set_postfix(robust=f"{100 * sum(row['right_purified_attacked'] for row in rows) / len(rows):.1f}%")
+    rows = gather_object(rows) if state.num_processes > 1 else rows
+    report = None
+    if adaptive:
+        options = {"threat_model": threat_model, "seed": seed, "randomised": randomised, "source": source}
+        report = _checks(defended, images.batch(0, check_images, device), attack, options, folder, progress)
+    record = protocol.record() | summarise(rows, purified=purifier is not None, passes=passes)
+    record["checks"] = report
+    record["environment"] = describe_environment() | {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "threads": torch.get_num_threads(),
+        "processes": state.num_processes,
+    }
+    if folder is not None and state.is_main_process:
+        append_jsonl(folder / RESULTS, record)
+    state.wait_for_everyone()
+    return BenchmarkResult(record, _pictures(store, images, defended, device, seed), resumed)
+
+
+def _images(dataset: Any, split: str, max_images: int | None, image_size: int | None) -> EvaluationImages:
+    if isinstance(dataset, EvaluationImages):
+        return dataset
+    if isinstance(dataset, tuple):
+        images = EvaluationImages(*dataset)
+        if images.pixels.dtype != torch.uint8 and (images.pixels.min() < 0 or images.pixels.max() > 1):
+            raise ValueError("dataset: pixels must be in [0, 1]; divide 8-bit images by 255")
+        if max_images is None:
+            return images
+        return replace(images, pixels=images.pixels[:max_images], labels=images.labels[:max_images])
+    return read_images(load_image_dataset(dataset, split), max_images, image_size, Path(dataset).name, split)
+
+
+@torch.no_grad()
+def _check_labels(classifier: PixelClassifier, pixels: Tensor, labels: Tensor) -> None:
+    logits = classifier(pixels)
+    if not torch.isfinite(logits).all():
+        raise ValueError("classifier: its logits are not finite (NaN or inf) on the first images of the dataset")
+    classes = logits.shape[1]
+    if classes < 2:
+        raise ValueError("classifier: it has a single class; accuracy under attack needs at least two")
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= classes:
+        raise ValueError(
+            f"dataset: labels go from {low} to {high}, the classifier knows 0 to {classes - 1}: "
+            "give a classifier of this dataset's classes"
+        )
+
+
+def _device(classifier: nn.Module, state: PartialState) -> torch.device:
+    if state.num_processes > 1:
+        return state.device
+    parameter = next(classifier.parameters(), None)
+    return torch.device("cpu") if parameter is None else parameter.device
+
+
+def _with_options(purifier: Any, purify_kwargs: Mapping[str, Any] | None) -> Any:
+    if purifier is None or not purify_kwargs:
+        return purifier
+    return _Configured(purifier, dict(purify_kwargs))
+
+
+class _Configured(nn.Module):
+    """A purifier with its options bound, so that every threat model sees the purifier that is measured."""
+
+    def __init__(self, purifier: Any, options: dict[str, Any]):
+        super().__init__()
+        self.front = PurifiedClassifier(purifier, nn.Identity(), purify_kwargs=options)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        return self.front.purify(pixel_values)
+
+
+def _name(model: Any) -> str:
+    folder = getattr(getattr(model, "config", None), "_name_or_path", None)
+    return Path(folder).name if folder else getattr(model, "name", None) or type(model).__name__
+
+
+def _describe_purifier(purifier: Any, name: str | None, options: Mapping | None, randomised: bool) -> dict | None:
+    if purifier is None:
+        return None
+    adapters = getattr(purifier, "active_adapters", None)
+    described = {"name": name or _name(purifier), "fingerprint": fingerprint(purifier), "options": dict(options or {})}
+    if callable(getattr(purifier, "record", None)):
+        described["options"] |= purifier.record()
+    if isinstance(adapters, list):  # of PEFT; without one, transformers has a method of this name that raises
+        described["adapter"] = ", ".join(adapters)
+    if not isinstance(purifier, nn.Module):
+        warnings.warn("purifier: a plain callable has no weights to fingerprint; it is known by its name", stacklevel=3)
+    return described | {"randomised": randomised}
+
+
+def _known_record(folder: Path | None, key: str, adaptive: bool) -> dict | None:
+    if folder is None:
+        return None
+    for record in read_jsonl(folder / RESULTS):
+        if record.get("key") == key and (record.get("checks") is not None or not adaptive):
+            return record
+    return None
+
+
+def _checks(
+    defended: PurifiedClassifier,
+    images: tuple[Tensor, Tensor],
+    attack: Attack,
+    options: dict[str, Any],
+    folder: Path | None,
+    progress: bool,
+) -> dict | None:
+    """Run once for a pipeline, threat model and radius, whatever the attacks; kept beside the results."""
+    if attack.norm not in ("Linf", "L2", "L1") or attack.eps is None:
+        return None  # no ball to sweep
+    state = process_state()
+    eot = attack.record().get("eot_samples", 1)
+    source = None if options["source"] is None else fingerprint(options["source"])
+    about = [options["threat_model"], options["seed"], attack.norm, attack.eps, eot]
+    about += [fingerprint(defended), fingerprint_images(*images), source]
+    path = None if folder is None else folder / "checks.jsonl"
+    for known in read_jsonl(path) if path else ():
+        if known["about"] == about:
+            return known["checks"]
+    report = None
+    if state.is_main_process:
+        with tqdm(total=5, desc="gradient-masking checks", unit="check", disable=not progress) as bar:
+
+            def say(name: str) -> None:
+                bar.set_postfix_str(name)
+                bar.update()
+
+            options |= {"norm": attack.norm, "eps": attack.eps, "eot_samples": eot, "progress": say}
+            report = gradient_masking_checks(defended, *images, **options).record()
+        if path:
+            append_jsonl(path, {"key": str(about), "about": about, "checks": report})
+    return gather_object([report])[0] if state.num_processes > 1 else report
+
+
+@torch.no_grad()
+def _pictures(
+    store: AttackedStore, images: EvaluationImages, defended: PurifiedClassifier, device: torch.device, seed: int
+) -> dict[str, Tensor]:
+    """The first images of the first batch; more are not kept without a folder."""
+    x, _ = images.batch(0, PICTURED, device)
+    attacked, _ = store.load(0, None)
+    if attacked is None:
+        return {"clean": x.cpu()}
+    attacked = attacked[: len(x)].to(device)
+    shown = {"clean": x[: len(attacked)], "attacked": attacked}
+    if defended.purifier is not None:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            shown["purified"] = defended.purify(attacked)
+    return {name: value.cpu() for name, value in shown.items()}

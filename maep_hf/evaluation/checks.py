@@ -1,0 +1,248 @@
+"""Checks for gradient masking, after Carlini et al. 2019 and Athalye et al. 2018: signs that an adaptive figure is not
+the defence's robustness but the attack's failure.
+
+Each compares attacks on the same few images, so that small samples suffice: one attack is held to be stronger than
+another only where the images that it alone breaks outnumber the opposite beyond chance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from ..attacks import make_attack
+from ..classifier import PurifiedClassifier
+from .threat_models import AttackView, attacked_model
+
+SIGNIFICANCE = 0.01
+STEPS = (1, 5, 20, 60)
+SWEEP_STEPS = 20
+# radii of the sweep as multiples of eps; the last one is large enough to turn any image into any other
+MULTIPLES = (0.5, 1, 2, 4)
+LARGEST = {"Linf": 128.0, "L2": 24.0, "L1": 900.0}
+ALMOST_NOTHING = 5.0  # percent that may stay right at the largest radius
+SQUARE_QUERIES = 300
+LEAST_EOT = 10
+
+
+@dataclass
+class CheckResult:
+    """One check: whether it passed, what was seen in words, and the figures behind it."""
+
+    name: str
+    passed: bool
+    detail: str
+    data: dict = field(default_factory=dict)
+
+
+@dataclass
+class MaskingReport:
+    """All checks of one defended classifier at one radius."""
+
+    results: list[CheckResult]
+
+    @property
+    def failed(self) -> list[str]:
+        return [result.name for result in self.results if not result.passed]
+
+    @property
+    def reliable(self) -> bool:
+        return not self.failed
+
+    def record(self) -> dict:
+        return {
+            "reliable": self.reliable,
+            "failed": self.failed,
+            "results": [asdict(result) for result in self.results],
+        }
+
+
+def gradient_masking_checks(
+    defended: PurifiedClassifier,
+    pixels: Tensor,
+    labels: Tensor,
+    *,
+    threat_model: str = "white-box",
+    norm: str = "Linf",
+    eps: float = 8.0,
+    seed: int = 0,
+    randomised: bool = False,
+    eot_samples: int = 1,
+    source: nn.Module | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> MaskingReport:
+    """Attack the pipeline on a few images in the ways that expose a gradient that leads nowhere.
+
+    Args:
+        defended: purifier and classifier.
+        pixels: (N, 3, H, W) in [0, 1]; those that the pipeline has wrong already are left out.
+        labels: (N,).
+        threat_model: `white-box`, or `bpda`, whose attack takes the identity for the purifier's gradient; either is
+            judged on the pipeline itself.
+        norm, eps: of the evaluation that is checked (eps in units of 1/255 for Linf, of pixels for L2 and L1).
+        randomised: whether the purifier draws at random.
+        eot_samples: passes that the evaluation's attack averages gradients over.
+        source: surrogate pipeline to transfer from; by default the bare classifier, and the pipeline by the gradient
+            that the evaluation's attack does not take (BPDA for `white-box`, the full one for `bpda`).
+        progress: called with the name of each check as it begins.
+
+    Returns:
+        A report with one result a check: `gradient`, `randomness`, `eps sweep`, `step sweep`, `black-box`, `transfer`.
+    """
+    say = progress or (lambda name: None)
+    bare, purifier = defended.classifier, _configured(defended)
+    view = attacked_model(threat_model, bare, purifier)
+    right = _right(defended, pixels, labels)
+    pixels, labels = pixels[right], labels[right]
+    results = []
+    say("gradient")
+    if not len(pixels):
+        return MaskingReport([CheckResult("images", False, "the pipeline has no image right: nothing to check")])
+    results.append(_gradient(view, pixels, labels))
+    if randomised:
+        results.append(_randomness(eot_samples))
+
+    def survivors(model: nn.Module, name: str, radius: float, **options) -> Tensor:
+        attack = make_attack(name, norm=norm, eps=radius, **options)
+        return _right(defended, attack(model, pixels, labels, seed=seed), labels)
+
+    eot = {"eot_samples": eot_samples} if eot_samples > 1 else {}
+
+    def pgd(model: nn.Module, radius: float, steps: int = SWEEP_STEPS) -> Tensor:
+        # the step covers the ball from the start however few there are
+        return survivors(model, "pgd", radius, steps=steps, step_size=radius * max(0.25, 1 / steps), **eot)
+
+    say("eps sweep")
+    sweep = {radius: pgd(view, radius) for radius in _radii(norm, eps)}
+    results.append(_eps_sweep(sweep))
+    say("step sweep")
+    steps = {count: sweep[eps] if count == SWEEP_STEPS else pgd(view, eps, count) for count in STEPS}
+    results.append(_step_sweep(steps))
+    white_box = steps[STEPS[-1]]
+    say("black-box")
+    square = survivors(view, "square", eps, n_queries=SQUARE_QUERIES)
+    results.append(_not_stronger("black-box", f"Square ({SQUARE_QUERIES} queries)", square, white_box))
+    say("transfer")
+    if source is not None:
+        sources = {"the surrogate pipeline": source}
+    else:
+        sources = {"the bare classifier": bare}
+        if purifier is not None and threat_model == "white-box":
+            sources["BPDA"] = attacked_model("bpda", bare, purifier)
+        elif purifier is not None:
+            sources["the full gradient"] = attacked_model("white-box", bare, purifier)
+    for name, model in sources.items():
+        transferred = pgd(AttackView(model, name), eps)
+        results.append(_not_stronger("transfer", f"PGD-{SWEEP_STEPS} from {name}", transferred, white_box))
+    return MaskingReport(results)
+
+
+def _configured(defended: PurifiedClassifier) -> nn.Module | None:
+    """The pipeline's purifier with its options, as an attack meets it."""
+    if defended.purifier is None:
+        return None
+    return _Purify(defended)
+
+
+class _Purify(nn.Module):
+    def __init__(self, defended: PurifiedClassifier):
+        super().__init__()
+        self.defended = defended
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        return self.defended.purify(pixel_values)
+
+
+@torch.no_grad()
+def _right(model: nn.Module, pixels: Tensor, labels: Tensor) -> Tensor:
+    return model(pixels).argmax(-1) == labels
+
+
+def _percent(right: Tensor) -> float:
+    return 100 * right.float().mean().item()
+
+
+def _gradient(model: nn.Module, pixels: Tensor, labels: Tensor) -> CheckResult:
+    """Of the logit margin, which does not saturate as the cross-entropy does."""
+    inputs = pixels.detach().clone().requires_grad_()
+    with torch.enable_grad():
+        logits = model(inputs)
+        own = logits.gather(1, labels[:, None]).squeeze(1)
+        others = logits.scatter(1, labels[:, None], float("-inf")).amax(1)
+        (gradient,) = torch.autograd.grad((own - others).sum(), inputs)
+    flat = gradient.flatten(1)
+    finite = torch.isfinite(flat).all(1)
+    nonzero = (flat != 0).float().mean(1)
+    dead = (nonzero < 0.01) | ~finite  # a classifier that crops leaves some pixels without one
+    data = {
+        "finite_percent": _percent(finite),
+        "images_without_gradient": int(dead.sum()),
+        "nonzero_pixels_percent": 100 * nonzero.mean().item(),
+        "n": len(pixels),
+    }
+    detail = f"{len(pixels) - int(dead.sum())} of {len(pixels)} images have a finite gradient that is not zero"
+    return CheckResult("gradient", not bool(dead.any()), detail, data)
+
+
+def _randomness(eot_samples: int) -> CheckResult:
+    passed = eot_samples >= LEAST_EOT
+    detail = f"the purifier draws at random; the attack averages {eot_samples} passes of at least {LEAST_EOT}"
+    return CheckResult("randomness", passed, detail, {"eot_samples": eot_samples})
+
+
+def _radii(norm: str, eps: float) -> list[float]:
+    largest = max(LARGEST[norm], 4 * eps)
+    return sorted({float(eps) if multiple == 1 else multiple * eps for multiple in MULTIPLES} | {largest})
+
+
+def _eps_sweep(sweep: dict[float, Tensor]) -> CheckResult:
+    accuracy = {radius: _percent(right) for radius, right in sweep.items()}
+    radii = list(sweep)
+    rising = [
+        f"{smaller:g} -> {larger:g}"
+        for smaller, larger in zip(radii, radii[1:], strict=False)
+        if _stronger(sweep[smaller], sweep[larger])
+    ]
+    last = accuracy[radii[-1]]
+    allowed = max(ALMOST_NOTHING, 100 / len(sweep[radii[-1]]))
+    passed = last <= allowed and not rising
+    detail = ", ".join(f"eps {radius:g}: {value:.0f} %" for radius, value in accuracy.items())
+    if last > allowed:
+        detail += f"; {last:.0f} % stay right where anything can be reached"
+    if rising:
+        detail += f"; a larger radius helps the defender ({', '.join(rising)})"
+    data = {"eps": radii, "percent": list(accuracy.values()), "n": len(sweep[radii[0]])}
+    return CheckResult("eps sweep", passed, detail, data)
+
+
+def _step_sweep(steps: dict[int, Tensor]) -> CheckResult:
+    counts = list(steps)
+    last = steps[counts[-1]]
+    rising = [str(count) for count in counts[:-1] if _stronger(steps[count], last)]
+    detail = ", ".join(f"{count} steps: {_percent(right):.0f} %" for count, right in steps.items())
+    if rising:
+        detail += f"; {counts[-1]} steps leave the defender more than {', '.join(rising)}"
+    data = {"steps": counts, "percent": [_percent(right) for right in steps.values()], "n": len(last)}
+    return CheckResult("step sweep", not rising, detail, data)
+
+
+def _not_stronger(name: str, attack: str, weaker: Tensor, white_box: Tensor) -> CheckResult:
+    passed = not _stronger(weaker, white_box)
+    detail = f"{attack}: {_percent(weaker):.0f} % right, PGD-{STEPS[-1]} of the evaluation: {_percent(white_box):.0f} %"
+    if not passed:
+        detail += "; another attacker is the stronger one"
+    data = {"percent": _percent(weaker), "white_box_percent": _percent(white_box), "n": len(weaker)}
+    return CheckResult(name, passed, detail, data)
+
+
+def _stronger(a: Tensor, b: Tensor) -> bool:
+    """Whether attack `a`, of which (N,) images stayed right, breaks more of them than `b` beyond chance: sign test."""
+    from scipy.stats import binomtest
+
+    only_a, only_b = int((~a & b).sum()), int((a & ~b).sum())
+    if only_a <= only_b:
+        return False
+    return binomtest(only_a, only_a + only_b, alternative="greater").pvalue < SIGNIFICANCE

@@ -1,0 +1,127 @@
+"""The images of an evaluation: the first so many readable ones of a dataset, of one size, with their labels."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image as PILImage
+from torch import Tensor
+
+from ..data import DataError, ImageDataset, decode_image
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class EvaluationImages:
+    """Labelled images of one size.
+
+    Attributes:
+        pixels: (N, 3, H, W), uint8 as decoded, or floats in [0, 1].
+        labels: (N,) class indices.
+        name, split: of the dataset, for the record.
+        broken: how many images could not be read and were passed over.
+    """
+
+    pixels: Tensor
+    labels: Tensor
+    name: str = "tensors"
+    split: str | None = None
+    broken: int = 0
+
+    def __post_init__(self) -> None:
+        if self.pixels.ndim != 4 or self.labels.shape != self.pixels.shape[:1] or not len(self.labels):
+            raise DataError(
+                f"dataset: needs pixels (N, 3, H, W) and labels (N,) with N > 0, got {tuple(self.pixels.shape)} and "
+                f"{tuple(self.labels.shape)}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def batch(self, first: int, last: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
+        """Pixels in [0, 1], float32, and labels of the images `first` to `last` (exclusive), on `device`."""
+        pixels = self.pixels[first:last].to(device)
+        pixels = pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels.float()
+        return pixels, self.labels[first:last].to(device)
+
+    def describe(self) -> dict:
+        """Which images these are, for the record: their fingerprint is of pixels and labels."""
+        skipped = f" readable ({self.broken} broken passed over)" if self.broken else ""
+        return {
+            "name": self.name,
+            "split": self.split,
+            "images": f"the first {len(self)}{skipped}",
+            "n": len(self),
+            "size": list(self.pixels.shape[-2:]),
+            "fingerprint": fingerprint_images(self.pixels, self.labels),
+        }
+
+
+def fingerprint_images(pixels: Tensor, labels: Tensor) -> str:
+    """Hash of images and labels, as they are stored."""
+    digest = hashlib.sha256()
+    for tensor in (pixels, labels):
+        digest.update(tensor.contiguous().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def read_images(
+    dataset: ImageDataset, max_images: int | None = None, image_size: int | None = None, name: str = "", split: str = ""
+) -> EvaluationImages:
+    """Decode the first `max_images` readable images, in stored order; a broken one is passed over with a warning.
+
+    Args:
+        dataset: with labels.
+        max_images: how many; all of them when `None`.
+        image_size: shorten the short side to this many pixels (bicubic) and cut the centre square; `None` keeps the
+            images as they are, which must then all have one size.
+
+    Raises:
+        DataError: no labels, an image without one, images of different sizes, or none that can be read.
+    """
+    if dataset.label_column is None:
+        raise DataError("dataset: it has no labels, and accuracy needs them; name them with label_column")
+    if max_images is not None and max_images < 1:
+        raise DataError(f"max_images={max_images}: must be at least 1")
+    arrays: list[np.ndarray] = []
+    labels: list[int] = []
+    broken = 0
+    for index, row in enumerate(dataset.rows):
+        if max_images is not None and len(arrays) == max_images:
+            break
+        try:
+            image = decode_image(row[dataset.image_column])
+        except OSError as error:
+            broken += 1
+            logger.warning("dataset: image %d is passed over: %s", index, error)
+            continue
+        label = dataset.label(row)
+        if label < 0:
+            raise DataError(f"dataset: image {index} has no label; leave such images out of an evaluation")
+        array = np.asarray(image if image_size is None else _center_square(image, image_size))
+        if arrays and array.shape != arrays[0].shape:
+            raise DataError(
+                f"dataset: image {index} has {array.shape[1]} x {array.shape[0]} pixels, the first one "
+                f"{arrays[0].shape[1]} x {arrays[0].shape[0]}; give image_size to bring them to one size"
+            )
+        arrays.append(array)
+        labels.append(label)
+    if not arrays:
+        raise DataError("dataset: none of its images can be read")
+    pixels = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
+    return EvaluationImages(pixels, torch.tensor(labels), name, split or None, broken)
+
+
+def _center_square(image: PILImage.Image, size: int) -> PILImage.Image:
+    width, height = image.size
+    scale = size / min(width, height)
+    if scale != 1:
+        width, height = max(size, round(width * scale)), max(size, round(height * scale))
+        image = image.resize((width, height), PILImage.Resampling.BICUBIC)
+    left, top = (width - size) // 2, (height - size) // 2
+    return image.crop((left, top, left + size, top + size))

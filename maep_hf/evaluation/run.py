@@ -1,0 +1,246 @@
+"""`maep evaluate`: every combination of purifier, classifier, threat model, attack and radius that was asked for, into
+one folder of records, tables and pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from rich.console import Console
+
+from ..attacks import Attack, attack_options, make_attack
+from ..checkpoints import CLASSIFIER, PURIFIER, check_model, load_frozen_classifier, load_purifier
+from ..classifier import PurifiedClassifier
+from ..data import load_image_dataset
+from ..defences import make_defence
+from ..figures import difference_image, image_grid
+from ..randomised import RandomisedPurifier
+from .benchmark import CHECK_IMAGES, RESULTS, BenchmarkResult, benchmark
+from .images import read_images
+from .processes import process_state
+from .report import report
+from .results import attack_name
+
+DEFENCE = "defence:"
+NONE = "none"
+DIFFERENCE_FACTOR = 8
+PICTURE_COLUMNS = 8
+
+
+@dataclass
+class EvaluationArguments:
+    """What `maep evaluate` measures; lists are combined with each other.
+
+    Args:
+        purifiers: folders or Hub ids (also of a PEFT adapter), `defence:NAME` for a classical one, `none`.
+        classifiers: folders or Hub ids.
+        dataset, split, max_images, image_size: see [`read_images`].
+        threat_models: see [`benchmark`].
+        attacks: names, each as NAME, NAME:NORM or NAME:NORM:EPS (`autoattack:L2:0.5`).
+        norm, eps: of the attacks that do not say theirs; the attack's own default where these do not either.
+        attack_options: for every attack that has an option of that name, such as `{"steps": 40}`, or for one attack,
+            such as `{"cw-l2.steps": 50}`.
+        seed, batch_size, passes: see [`benchmark`].
+        random_mask_ratio, draws: purify under `draws` random masks of this ratio and average.
+        eot_samples: passes that gradients are averaged over, for a randomised purifier.
+        mode, overlap: of windows, for images of another size than the purifier's.
+        source_classifier, source_purifier: the surrogate pipeline of the threat model `transfer`.
+        checks, check_images: gradient-masking checks of adaptive threat models.
+        device: `auto`, `cpu`, `cuda`, ...
+        out: folder of `results.jsonl`, the tables and the pictures.
+    """
+
+    purifiers: list[str] = field(default_factory=lambda: [f"checkpoints/{PURIFIER}"])
+    classifiers: list[str] = field(default_factory=lambda: [f"checkpoints/{CLASSIFIER}"])
+    dataset: str = "uoft-cs/cifar10"
+    split: str = "test"
+    max_images: int | None = 1000
+    image_size: int | None = None
+    threat_models: list[str] = field(default_factory=lambda: ["gray-box"])
+    attacks: list[str] = field(default_factory=lambda: ["autoattack"])
+    norm: str | None = None
+    eps: list[float] = field(default_factory=list)
+    attack_options: dict[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    batch_size: int = 100
+    passes: int | None = None
+    random_mask_ratio: float = 0.0
+    draws: int = 1
+    eot_samples: int = 1
+    mode: str | None = None
+    overlap: float | None = None
+    source_classifier: str | None = None
+    source_purifier: str | None = None
+    checks: bool = True
+    check_images: int = CHECK_IMAGES
+    device: str = "auto"
+    out: str | Path = "evaluation"
+
+
+def run_evaluation(args: EvaluationArguments, console: Console | None = None) -> list[dict]:
+    """Measure every combination, one record each, then write the tables and pictures; returns the records.
+
+    What `results.jsonl` in `args.out` has already is not measured again.
+
+    Raises:
+        ValueError, OSError: as [`benchmark`] and the loaders.
+    """
+    state = process_state()
+    console = console or Console()
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    device = _device(args.device, state)
+    attacks = make_attacks(args)  # a wrong name is an error before the first model is loaded
+    dataset = load_image_dataset(args.dataset, args.split)
+    images = read_images(dataset, args.max_images, args.image_size, _short(args.dataset), args.split)
+    source = None
+    if args.source_classifier:
+        front = _load_purifier(args.source_purifier or NONE, args, device)
+        source = PurifiedClassifier(front, load_frozen_classifier(args.source_classifier)).to(device)
+    source_name = "+".join(_short(name) for name in (args.source_purifier, args.source_classifier) if name)
+    window = {name: getattr(args, name) for name in ("mode", "overlap") if getattr(args, name) is not None}
+
+    records = []
+    for classifier_name, purifier_name in product(args.classifiers, args.purifiers):
+        classifier = load_frozen_classifier(classifier_name)
+        purifier = _load_purifier(purifier_name, args, device)
+        for threat_model, attack in product(args.threat_models, attacks):
+            options = window if callable(getattr(purifier, "purify", None)) else {}
+            result = benchmark(
+                classifier,
+                purifier,
+                images,
+                threat_model=threat_model,
+                attack=attack,
+                batch_size=args.batch_size,
+                seed=args.seed,
+                source=source,
+                purify_kwargs=options if purifier is not None else None,
+                passes=args.passes,
+                checks=args.checks,
+                check_images=args.check_images,
+                classifier_name=_short(classifier_name),
+                purifier_name=_short(purifier_name),
+                source_name=source_name or None,
+                device=device,
+                out=out,
+            )
+            records.append(result.record)
+            if state.is_main_process:
+                _picture(result, out)
+                if result.resumed:
+                    what = "in results.jsonl already" if result.resumed < 0 else f"{result.resumed} batches were there"
+                    console.print(f"{_title(result.record)}: {what}", highlight=False)
+    state.wait_for_everyone()
+    if state.is_main_process:
+        report(out / RESULTS, out, console)
+    return records
+
+
+def _load_purifier(name: str, args: EvaluationArguments, device: torch.device) -> Any:
+    if name == NONE:
+        return None
+    if name.startswith(DEFENCE):
+        purifier: Any = make_defence(name.removeprefix(DEFENCE))
+    elif (Path(name) / "adapter_config.json").is_file():
+        purifier = _load_adapter(name)
+    else:
+        path = Path(name)
+        released = path.parts == ("checkpoints", PURIFIER) and not path.is_dir()
+        purifier = load_purifier(None if released else name)
+    if args.random_mask_ratio or args.draws > 1:
+        purifier = RandomisedPurifier(purifier, mask_ratio=args.random_mask_ratio, draws=args.draws)
+    return purifier.to(device).eval() if isinstance(purifier, torch.nn.Module) else purifier
+
+
+def _load_adapter(folder: str) -> Any:
+    """A purifier with the LoRA adapter of `folder`, merged; the base is the one that its configuration names."""
+    from peft import PeftConfig, PeftModel
+
+    base = PeftConfig.from_pretrained(folder).base_model_name_or_path
+    if not base:
+        raise ValueError(f"purifier: the adapter in {folder} does not say its base model (base_model_name_or_path)")
+    check_model(base, model_type="maep", kind="a purifier")
+    return PeftModel.from_pretrained(load_purifier(base), folder).merge_and_unload().requires_grad_(False)
+
+
+def make_attacks(args: EvaluationArguments) -> list[Attack]:
+    """The attacks that were asked for, each once.
+
+    Raises:
+        ValueError: an unknown name, norm or option, a radius out of range, an option that none of them has.
+    """
+    options = args.attack_options | ({"eot_samples": args.eot_samples} if args.eot_samples > 1 else {})
+    attacks: dict[str, Attack] = {}
+    used: set[str] = set()
+    for word in args.attacks:
+        name, norm, eps, *more = *word.split(":"), *[""] * max(0, 2 - word.count(":"))
+        if more:
+            raise ValueError(f"attack={word!r} is not of the form NAME, NAME:NORM or NAME:NORM:EPS")
+        try:
+            radii = [float(eps)] if eps else args.eps or [None]
+        except ValueError as error:
+            raise ValueError(f"attack={word!r}: the radius {eps!r} is no number") from error
+        known = attack_options(name)
+        has = {key: value for key, value in options.items() if key in known}
+        own = {key: value for key, value in options.items() if key.startswith(f"{name}.")}
+        used |= {*has, *own}
+        has |= {key.removeprefix(f"{name}."): value for key, value in own.items()}
+        for radius in radii:
+            attack = make_attack(name, norm=norm or args.norm, eps=radius, **has)
+            attacks[str(attack.record())] = attack
+    if missing := sorted(set(options) - used):
+        raise ValueError(f"attack_options: none of {', '.join(args.attacks)} has {', '.join(missing)}")
+    return list(attacks.values())
+
+
+def _device(name: str, state: PartialState) -> torch.device:
+    if name == "auto":
+        if state.num_processes > 1:
+            return state.device
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(name)
+
+
+def _short(name: str) -> str:
+    """A name that says nothing of the machine: the folder's own, or the Hub id."""
+    path = Path(name)
+    return path.name if path.exists() or path.is_absolute() or name.startswith((".", "~", "checkpoints/")) else name
+
+
+def _title(record: dict) -> str:
+    protocol = record["protocol"]
+    purifier = protocol["purifier"]["name"] if protocol["purifier"] else "no purifier"
+    names = (attack_name(protocol["attack"]), protocol["threat_model"], purifier, protocol["classifier"]["name"])
+    return ", ".join(names)
+
+
+def _picture(result: BenchmarkResult, out: Path, count: int = PICTURE_COLUMNS) -> None:
+    rows: dict[str, torch.Tensor] = {name: batch[:count] for name, batch in result.images.items()}
+    if "attacked" not in rows:
+        return
+    last = "purified" if "purified" in rows else "attacked"
+    rows[f"{last} − clean\n× {DIFFERENCE_FACTOR}"] = difference_image(rows[last], rows["clean"], DIFFERENCE_FACTOR)
+    image_grid(rows, out / "pictures" / f"{result.record['key']}.png", title=_title(result.record))
+
+
+def parse_options(words: Sequence[str]) -> dict[str, Any]:
+    """`name=value` words to a dictionary; values are read as YAML, so numbers and lists come out as such.
+
+    Raises:
+        ValueError: a word without `=`.
+    """
+    import yaml
+
+    options = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not equals or not name:
+            raise ValueError(f"attack option {word!r} is not of the form name=value")
+        options[name] = yaml.safe_load(value)
+    return options

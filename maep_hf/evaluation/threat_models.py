@@ -1,0 +1,82 @@
+"""Threat models: which model an attack sees, while the defended one is what is measured (DESIGN: never mix them)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..classifier import PixelClassifier, PurifiedClassifier
+from ..defences import BPDA
+
+if TYPE_CHECKING:
+    from ..attacks import Attack
+
+THREAT_MODELS = ("gray-box", "bpda", "white-box", "black-box", "transfer")
+ADAPTIVE = ("bpda", "white-box")
+"""Threat models whose result rests on a gradient through or around the purifier: they need the masking checks."""
+
+
+class AttackView(nn.Module):
+    """A model as an attack sees it: logits that are finite, and always with a gradient to the pixels.
+
+    Where no gradient reaches the pixels (a purifier that quantises or detaches), the attack gets the zero gradient that
+    this is, instead of an error half-way; the masking checks say so.
+    """
+
+    def __init__(self, model: nn.Module, name: str):
+        super().__init__()
+        self.model, self.name = model, name
+        self.eval()
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        logits = self.model(pixel_values)
+        if not torch.isfinite(logits).all():
+            raise ValueError(f"{self.name}: its logits are not finite (NaN or inf); no attack can be measured on it")
+        if pixel_values.requires_grad and torch.is_grad_enabled() and not logits.requires_grad:
+            logits = logits + 0 * pixel_values.flatten(1).sum(1, keepdim=True)
+        return logits
+
+
+def attacked_model(
+    threat_model: str,
+    classifier: PixelClassifier,
+    purifier: Any = None,
+    source: nn.Module | None = None,
+) -> nn.Module:
+    """The model that an attack under `threat_model` is given.
+
+    Args:
+        threat_model: `gray-box` the classifier alone; `bpda` classifier behind the purifier with the identity as its
+            gradient (Athalye et al. 2018); `white-box` and `black-box` the whole pipeline, which a black-box attack
+            only queries; `transfer` the pipeline `source`.
+        purifier: `None` measures the bare classifier.
+        source: surrogate pipeline of `transfer`, [0, 1] pixels to logits.
+
+    Raises:
+        ValueError: unknown threat model, or `transfer` without `source`.
+    """
+    if threat_model not in THREAT_MODELS:
+        raise ValueError(f"threat_model={threat_model!r}: must be one of {', '.join(THREAT_MODELS)}")
+    if threat_model == "transfer":
+        if source is None:
+            raise ValueError("threat_model='transfer' needs source: the surrogate pipeline that the attack is made on")
+        return AttackView(source, "source")
+    if threat_model == "gray-box" or purifier is None:
+        return AttackView(classifier, "classifier")
+    front = BPDA(purifier) if threat_model == "bpda" else purifier
+    return AttackView(PurifiedClassifier(front, classifier), "the defended classifier")
+
+
+def check_attack(threat_model: str, attack: Attack) -> None:
+    """Refuse an attack that the threat model does not allow.
+
+    Raises:
+        ValueError: a gradient attack under `black-box`.
+    """
+    if threat_model == "black-box" and attack.needs_gradient:
+        raise ValueError(
+            f"attack={attack.name!r} uses gradients, which threat_model='black-box' does not give; "
+            "use square, hopskipjump or boundary, or threat_model='white-box'"
+        )

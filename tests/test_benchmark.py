@@ -1,0 +1,322 @@
+"""`benchmark`: threat models, records, resumption, processes and error paths, on tiny models."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from conftest import ROOT, SIZE, FragileClassifier, image_rows, picture, pixels_of, save_classifier, tiny_purifier
+from torch import nn
+
+from maep_hf.attacks import make_attack
+from maep_hf.checkpoints import load_frozen_classifier
+from maep_hf.classifier import PixelClassifier
+from maep_hf.data import DataError, load_image_dataset
+from maep_hf.evaluation import EvaluationImages, benchmark, read_images
+from maep_hf.evaluation.fingerprint import fingerprint
+from maep_hf.evaluation.threat_models import attacked_model
+from maep_hf.records import read_jsonl
+
+PGD = {"attack": "pgd", "attack_options": {"steps": 3}, "batch_size": 4, "progress": False, "checks": False}
+MACHINE = ("ms_per_image", "memory_mb_per_image", "environment")
+
+
+@pytest.fixture
+def classifier():
+    return PixelClassifier(FragileClassifier(pixels_of(9).float() / 255))
+
+
+@pytest.fixture
+def images(classifier) -> EvaluationImages:
+    """Nine images whose labels are the classifier's own predictions, so that there is something to lose."""
+    pixels = pixels_of(9)
+    return EvaluationImages(pixels, classifier(pixels.float() / 255).argmax(-1), "made", "test")
+
+
+def stable(record: dict) -> dict:
+    """A record without what a clock or the machine decides."""
+    return json.loads(json.dumps({key: value for key, value in record.items() if key not in MACHINE}))
+
+
+class Spy(nn.Module):
+    """Counts what passes through and adds a constant correction."""
+
+    def __init__(self, shift: float = 0.0):
+        super().__init__()
+        self.shift, self.calls, self.with_gradient = shift, 0, 0
+
+    def forward(self, pixels):
+        self.calls += 1
+        self.with_gradient += bool(pixels.requires_grad and torch.is_grad_enabled())
+        return (pixels + self.shift).clamp(0, 1)
+
+    def record(self):
+        return {"shift": self.shift}
+
+
+def test_a_record_says_everything(classifier, images):
+    result = benchmark(classifier, tiny_purifier(), images, classifier_name="c", purifier_name="p", **PGD)
+    record, protocol = result.record, result.record["protocol"]
+    assert json.loads(json.dumps(record)) == record
+    assert protocol["threat_model"] == "gray-box" and protocol["seed"] == 0 and protocol["batch_size"] == 4
+    assert protocol["attack"]["eps"] == 8 and protocol["attack"]["steps"] == 3 and "foolbox" in str(protocol["attack"])
+    assert protocol["dataset"] | {"fingerprint": ""} == {
+        "name": "made", "split": "test", "images": "the first 9", "n": 9, "size": [SIZE, SIZE], "fingerprint": ""
+    }  # fmt: skip
+    assert protocol["purifier"]["name"] == "p" and protocol["purifier"]["randomised"] is False
+    assert record["accuracy"]["clean"]["percent"] == 100 > record["accuracy"]["attacked"]["percent"]
+    assert record["accuracy"]["purified_attacked"]["n"] == 9
+    assert 0 < record["perturbation"]["linf_255"]["max"] <= 8.001
+    assert record["ms_per_image"]["attack"] > 0 and record["ms_per_image"]["purify"] > 0
+    assert set(result.images) == {"clean", "attacked", "purified"} and len(result.images["clean"]) == 4
+    assert record["environment"]["versions"]["torch"]
+
+
+def test_figures_are_those_of_the_images(classifier, images):
+    purifier = tiny_purifier().eval()
+    record = benchmark(classifier, purifier, images, **PGD).record
+    x, y = images.batch(0, 9, "cpu")
+    attack = make_attack("pgd", eps=8, steps=3)
+    attacked = torch.cat([attack(classifier, a, b, seed=0) for a, b in zip(x.split(4), y.split(4), strict=True)])
+    with torch.no_grad():
+        purified = purifier.purify(attacked)
+        right = (classifier(purified).argmax(-1) == y).sum().item()
+    assert record["accuracy"]["purified_attacked"]["correct"] == right
+    error = (attacked - x).square().flatten(1).mean(1)
+    assert record["psnr_db"]["attacked"] == pytest.approx((-10 * error.log10()).mean().item(), rel=1e-4)
+    cosine = torch.cosine_similarity((purified - attacked).flatten(1), (x - attacked).flatten(1)).mean().item()
+    assert record["cosine"]["true_direction"] == pytest.approx(cosine, rel=1e-3)
+
+
+def test_a_perfect_purifier_undoes_everything(classifier, images):
+    x, _ = images.batch(0, 9, "cpu")
+
+    class Oracle(nn.Module):
+        def forward(self, pixels):
+            distance = (pixels[:, None] - x[None]).abs().flatten(2).amax(2)
+            return x[distance.argmin(1)]
+
+    record = benchmark(classifier, Oracle(), images, **PGD).record
+    assert record["accuracy"]["purified_attacked"]["percent"] == 100
+    assert record["cosine"]["true_direction"] == pytest.approx(1, abs=1e-4)
+    assert record["cosine"]["undone_share"] == pytest.approx(1, abs=1e-4)
+    assert record["psnr_db"]["purified_attacked"] == 100 and record["ssim"]["purified_attacked"] == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("threat_model", "sees", "gradient"),
+    [("gray-box", False, False), ("bpda", True, False), ("white-box", True, True), ("black-box", True, False)],
+)
+def test_what_each_threat_model_sees(classifier, images, threat_model, sees, gradient):
+    spy = Spy()
+    attack = make_attack("square", n_queries=5) if threat_model == "black-box" else make_attack("pgd", steps=2)
+    model = attacked_model(threat_model, classifier, spy)
+    x, y = images.batch(0, 4, "cpu")
+    attack(model, x, y, seed=0)
+    assert (spy.calls > 0) == sees and (spy.with_gradient > 0) == gradient
+
+
+def test_white_box_differentiates_through_the_purifier(classifier, images):
+    """Against a purifier that mirrors the image, only the attacker who knows it pushes the pixels the right way."""
+
+    class Mirror(nn.Module):
+        def forward(self, pixels):
+            return pixels.flip(-1)
+
+    flipped = EvaluationImages(images.pixels.flip(-1), images.labels)
+    percent = {
+        name: benchmark(classifier, Mirror(), flipped, threat_model=name, eps=4, **PGD).record["accuracy"]
+        for name in ("gray-box", "white-box")
+    }
+    assert percent["white-box"]["purified_clean"]["percent"] == 100
+    assert percent["white-box"]["purified_attacked"]["correct"] < percent["gray-box"]["purified_attacked"]["correct"]
+
+
+def test_transfer_attacks_the_source(classifier, images, tmp_path):
+    source = load_frozen_classifier(save_classifier(tmp_path / "other", seed=5))
+    options = {"threat_model": "transfer", "source": source, **PGD}
+    record = benchmark(classifier, tiny_purifier(), images, **options).record
+    x, y = images.batch(0, 4, "cpu")
+    expected = make_attack("pgd", steps=3)(source, x, y, seed=0)
+    kept = benchmark(classifier, tiny_purifier(), images, out=tmp_path / "out", **options)
+    torch.testing.assert_close(kept.images["attacked"][:4], expected)
+    assert record["protocol"]["source"]["fingerprint"] == fingerprint(source)
+    with pytest.raises(ValueError, match="source"):
+        benchmark(classifier, None, images, threat_model="transfer", **PGD)
+
+
+def test_without_a_purifier_the_classifier_itself_is_measured(classifier, images):
+    record = benchmark(classifier, None, images, **PGD).record
+    assert record["protocol"]["threat_model"] == "white-box" and record["protocol"]["purifier"] is None
+    assert record["accuracy"]["purified_attacked"] is None and record["checks"] is None
+    assert record["accuracy"]["attacked"]["correct"] < 9
+
+
+def test_any_callable_can_be_measured(classifier, images):
+    with pytest.warns(UserWarning, match="fingerprint"):
+        record = benchmark(classifier, lambda pixels: pixels.round(), images, purifier_name="rounding", **PGD).record
+    assert record["protocol"]["purifier"]["name"] == "rounding"
+
+
+def test_gray_box_images_are_attacked_once_for_all_purifiers(classifier, images, tmp_path):
+    first = benchmark(classifier, Spy(0.01), images, out=tmp_path, **PGD)
+    second = benchmark(classifier, Spy(0.02), images, out=tmp_path, **PGD)
+    white = benchmark(classifier, Spy(0.02), images, threat_model="white-box", out=tmp_path, **PGD)
+    again = benchmark(classifier, Spy(0.02), images, out=tmp_path, **PGD)
+    assert [first.resumed, second.resumed, white.resumed, again.resumed] == [0, 3, 0, -1]
+    assert again.record == json.loads(json.dumps(second.record))
+    assert len(read_jsonl(tmp_path / "results.jsonl")) == 3
+    other = benchmark(classifier, Spy(0.02), images, out=tmp_path, **PGD | {"seed": 1})
+    assert other.resumed == 0 and other.record["key"] != second.record["key"]
+
+
+def test_weights_and_options_are_part_of_the_key(classifier, images):
+    def key(purifier, **options):
+        return benchmark(classifier, purifier, images, **PGD | options).record["key"]
+
+    purifier = tiny_purifier()
+    same, overlap = key(purifier), key(purifier, purify_kwargs={"overlap": 0.5})
+    assert key(tiny_purifier(), purifier_name="another name") == same != overlap
+    with torch.no_grad():
+        purifier.decoder.head.weight.add_(1e-3)
+    assert key(purifier) != same
+
+
+def test_random_purifiers_are_seen_and_averaged(classifier, images):
+    class Noise(nn.Module):
+        def forward(self, pixels):
+            return (pixels + 0.05 * torch.randn_like(pixels)).clamp(0, 1)
+
+    torch.manual_seed(11)
+    before = torch.random.get_rng_state()
+    records = [benchmark(classifier, Noise(), images, **PGD).record for _ in range(2)]
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert stable(records[0]) == stable(records[1])
+    assert records[0]["protocol"]["passes"] == 10 and records[0]["protocol"]["purifier"]["randomised"] is True
+    accuracy = records[0]["accuracy"]
+    assert accuracy["purified_attacked_every_pass"]["percent"] <= accuracy["purified_attacked"]["percent"]
+
+
+class Interrupted(RuntimeError):
+    pass
+
+
+def test_resumed_equals_uninterrupted(classifier, images, tmp_path, monkeypatch):
+    whole = benchmark(classifier, tiny_purifier(), images, out=tmp_path / "whole", **PGD).record
+    attack = make_attack("pgd", steps=3)
+    calls = []
+
+    class Failing:
+        def __getattr__(self, name):
+            return getattr(attack, name)
+
+        def __call__(self, *args, **kwargs):
+            if len(calls) == 2:
+                raise Interrupted
+            calls.append(None)
+            return attack(*args, **kwargs)
+
+    options = PGD | {"attack": Failing(), "attack_options": None}
+    with pytest.raises(Interrupted):
+        benchmark(classifier, tiny_purifier(), images, out=tmp_path / "cut", **options)
+    assert not (tmp_path / "cut" / "results.jsonl").exists()
+    resumed = benchmark(classifier, tiny_purifier(), images, out=tmp_path / "cut", **PGD)
+    assert resumed.resumed == 2 and stable(resumed.record) == stable(whole)
+
+
+def test_damaged_batch_is_attacked_again(classifier, images, tmp_path):
+    whole = benchmark(classifier, tiny_purifier(), images, out=tmp_path, **PGD).record
+    (tmp_path / "results.jsonl").unlink()
+    part = sorted(tmp_path.glob("attacked/*/*.safetensors"))[1]
+    part.write_bytes(part.read_bytes()[:100])
+    result = benchmark(classifier, tiny_purifier(), images, out=tmp_path, **PGD)
+    assert result.resumed == 2 and stable(result.record) == stable(whole)
+
+
+COMMAND = ["--attack", "pgd", "--attack-option", "steps=40", "--batch-size", "2", "--no-checks", "--device", "cpu"]
+
+
+def command(folders: dict, out: Path, *more: str) -> list[str]:
+    script = str(ROOT / "train" / "evaluate.py")
+    named = [word for name, folder in folders.items() for word in (f"--{name}", str(folder))]
+    return [*more, script, *named, "--image-size", str(SIZE), *COMMAND, "--out", str(out)]
+
+
+def test_killed_command_goes_on_and_processes_share_the_images(
+    classifier_folder, purifier_folder, image_folder, tmp_path
+):
+    folders = {"classifier": classifier_folder, "purifier": purifier_folder, "dataset": image_folder}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
+    run = {"env": environment, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    killed = subprocess.Popen([sys.executable, *command(folders, tmp_path / "cut")], **run, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "cut").glob("attacked/*/*.safetensors")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.communicate()
+    assert not (tmp_path / "cut" / "results.jsonl").exists(), "it ended before it could be killed"
+    again = subprocess.run([sys.executable, *command(folders, tmp_path / "cut")], **run)
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
+              "--mixed_precision", "no", "--dynamo_backend", "no"]  # fmt: skip
+    shared = subprocess.run([sys.executable, *launch, *command(folders, tmp_path / "shared")], **run)
+    assert again.returncode == shared.returncode == 0, again.stdout + shared.stdout
+    (resumed,) = read_jsonl(tmp_path / "cut" / "results.jsonl")
+    (gathered,) = read_jsonl(tmp_path / "shared" / "results.jsonl")
+    assert gathered["environment"]["processes"] == 2
+    assert stable(resumed) == stable(gathered) and resumed["accuracy"]["clean"]["n"] == 9
+    assert str(tmp_path) not in (tmp_path / "cut" / "results.jsonl").read_text()
+    assert {path.name for path in (tmp_path / "cut").iterdir()} >= {"results.jsonl", "results.md", "results.csv"}
+
+
+def test_two_classes(images, tmp_path):
+    classifier = load_frozen_classifier(save_classifier(tmp_path / "two", classes=2))
+    x, _ = images.batch(0, 9, "cpu")
+    labelled = EvaluationImages(images.pixels, classifier(x).argmax(-1))
+    record = benchmark(classifier, tiny_purifier(), labelled, attack="autoattack", max_images=4, checks=False,
+                       attack_options={"n_queries": 10}, progress=False).record  # fmt: skip
+    assert record["accuracy"]["attacked"]["percent"] < 50
+    with pytest.raises(ValueError, match="labels go from 0 to 2.*0 to 1"):
+        benchmark(classifier, None, EvaluationImages(images.pixels, torch.arange(9) % 3), **PGD)
+
+
+def test_bad_input_is_named(classifier, images, tmp_path):
+    class Broken(nn.Module):
+        def forward(self, pixels):
+            return pixels.mean((2, 3)) * float("nan")
+
+    with pytest.raises(ValueError, match="not finite"):
+        benchmark(Broken(), None, images, **PGD)
+    with pytest.raises(ValueError, match="not finite"):
+        benchmark(classifier, lambda pixels: pixels * float("nan"), images, **PGD)
+    with pytest.raises(ValueError, match="threat_model='grey'.*gray-box"):
+        benchmark(classifier, tiny_purifier(), images, threat_model="grey", **PGD)
+    with pytest.raises(ValueError, match="black-box.*square"):
+        benchmark(classifier, tiny_purifier(), images, threat_model="black-box", **PGD)
+    with pytest.raises(ValueError, match="batch_size"):
+        benchmark(classifier, None, images, **PGD | {"batch_size": 0})
+    with pytest.raises(ValueError, match=r"\[0, 1\]"):
+        benchmark(classifier, None, (images.pixels.float(), images.labels), **PGD)
+
+
+def test_broken_images_and_other_sizes(image_folder, tmp_path):
+    rows = image_rows(4).to_dict()
+    rows["image"][1] = {"bytes": b"no image", "path": None}
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b", "c"])})
+    datasets.Dataset.from_dict(rows, features=features).save_to_disk(tmp_path / "broken")
+    read = read_images(load_image_dataset(str(tmp_path / "broken"), "test"))
+    assert len(read) == 3 and read.broken == 1 and "1 broken" in read.describe()["images"]
+    mixed = {"image": [picture(0, 20, 16), picture(1, 16, 24)], "label": [0, 1]}
+    datasets.Dataset.from_dict(mixed, features=features).save_to_disk(tmp_path / "mixed")
+    dataset = load_image_dataset(str(tmp_path / "mixed"), "test")
+    with pytest.raises(DataError, match="16 x 24.*20 x 16.*image_size"):
+        read_images(dataset)
+    assert read_images(dataset, image_size=SIZE).pixels.shape == (2, 3, SIZE, SIZE)
+    with pytest.raises(DataError, match="no labels"):
+        image_rows(3, labelled=False).save_to_disk(tmp_path / "bare")
+        read_images(load_image_dataset(str(tmp_path / "bare"), "test"))

@@ -1,0 +1,114 @@
+"""Gradient-masking checks: an honest purifier passes, the usual ways to fool an attack are caught."""
+
+import pytest
+import torch
+from conftest import FragileClassifier, pixels_of, tiny_purifier
+from torch import nn
+
+from maep_hf.classifier import PixelClassifier, PurifiedClassifier
+from maep_hf.evaluation import EvaluationImages, benchmark, checks, gradient_masking_checks
+
+CHECKS = {"gradient", "eps sweep", "step sweep", "black-box", "transfer"}
+
+
+@pytest.fixture(scope="module")
+def pixels():
+    return pixels_of(24).float() / 255
+
+
+@pytest.fixture(scope="module")
+def classifier(pixels):
+    return PixelClassifier(FragileClassifier(pixels))
+
+
+class Quantise(nn.Module):
+    def forward(self, pixels):
+        return (pixels * 16).round() / 16
+
+
+class Detach(nn.Module):
+    def forward(self, pixels):
+        return pixels.detach() * 1.0
+
+
+class Noise(nn.Module):
+    def forward(self, pixels):
+        return (pixels + 0.1 * torch.randn_like(pixels)).clamp(0, 1)
+
+
+class Shattered(nn.Module):
+    """Differentiable, but the gradient points anywhere: fine ripples on top of the image (Athalye et al. 2018)."""
+
+    def forward(self, pixels):
+        return pixels + 2e-3 * torch.sin(6e3 * pixels)
+
+
+def checked(purifier, classifier, pixels, **options):
+    defended = PurifiedClassifier(purifier, classifier)
+    with torch.no_grad():
+        labels = defended(pixels).argmax(-1)
+    return gradient_masking_checks(defended, pixels, labels, eps=8, **options)
+
+
+def test_an_honest_purifier_passes(classifier, pixels):
+    report = checked(tiny_purifier(), classifier, pixels)
+    assert report.reliable, report.record()
+    assert {result.name for result in report.results} == CHECKS
+    sweep = next(result for result in report.results if result.name == "eps sweep")
+    assert sweep.data["eps"] == [4, 8, 16, 32, 128] and sweep.data["percent"][-1] <= 5
+    bare = checked(None, classifier, pixels)
+    assert bare.reliable, bare.record()
+
+
+@pytest.mark.parametrize("purifier", [Quantise(), Detach()])
+def test_a_purifier_without_a_gradient_is_caught(purifier, classifier, pixels):
+    report = checked(purifier, classifier, pixels)
+    assert not report.reliable and {"gradient", "transfer"} <= set(report.failed), report.record()
+
+
+def test_bpda_is_checked_by_its_own_gradient(classifier, pixels):
+    quantised = checked(Quantise(), classifier, pixels, threat_model="bpda")
+    assert quantised.reliable, quantised.record()
+
+    class Mirror(nn.Module):  # the identity is no stand-in for its gradient, and the full one shows it
+        def forward(self, pixels):
+            return pixels.flip(-1)
+
+    assert "transfer" in checked(Mirror(), classifier, pixels, threat_model="bpda").failed
+    assert checked(Mirror(), classifier, pixels).reliable
+
+
+def test_a_shattered_gradient_is_caught(classifier, pixels):
+    report = checked(Shattered(), classifier, pixels)
+    assert not report.reliable and set(report.failed) & {"transfer", "black-box", "eps sweep"}, report.record()
+
+
+def test_noise_needs_an_expectation_over_it(classifier, pixels, monkeypatch):
+    monkeypatch.setattr(checks, "STEPS", (1, 5))
+    monkeypatch.setattr(checks, "SWEEP_STEPS", 5)
+    few = pixels[:8]
+    assert "randomness" in checked(Noise(), classifier, few, randomised=True).failed
+    averaged = checked(Noise(), classifier, few, randomised=True, eot_samples=10)
+    assert "randomness" not in averaged.failed
+
+
+def test_a_failed_check_goes_into_the_record(classifier, pixels, tmp_path):
+    with torch.no_grad():
+        labels = classifier(Quantise()(pixels)).argmax(-1)
+    options = {"threat_model": "white-box", "attack": "pgd", "attack_options": {"steps": 2}, "progress": False}
+    images = EvaluationImages(pixels, labels)
+    record = benchmark(classifier, Quantise(), images, out=tmp_path, **options).record
+    assert record["checks"]["reliable"] is False and "gradient" in record["checks"]["failed"]
+    noisy = benchmark(classifier, Noise(), EvaluationImages(pixels[:6], labels[:6]), **options).record
+    assert "randomness" in noisy["checks"]["failed"]
+    unchecked = benchmark(classifier, Quantise(), images, checks=False, **options).record
+    assert unchecked["checks"] is None
+    more = benchmark(classifier, Quantise(), images, out=tmp_path, **options | {"attack_options": {"steps": 3}}).record
+    assert more["checks"] == record["checks"]  # once for a pipeline and radius
+
+
+def test_nothing_right_is_nothing_to_check(classifier, pixels):
+    with torch.no_grad():
+        wrong = (classifier(pixels).argmax(-1) + 1) % 3
+    report = gradient_masking_checks(PurifiedClassifier(None, classifier), pixels, wrong)
+    assert report.failed == ["images"]
