@@ -177,7 +177,7 @@ def demo(
 
 @app.command()
 def card(
-    folder: Annotated[Path, typer.Argument(help="Folder of a trained purifier, with its run.json and results.json.")],
+    folder: Annotated[Path, typer.Argument(help="Folder of a trained purifier, with its run.json and results.jsonl.")],
     repo_id: Annotated[str | None, typer.Option(help="Hub id that the card's code names.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a README.md that is there.")] = False,
 ) -> None:

@@ -51,7 +51,8 @@ def evaluate(
         ),
     ] = None,
     attack_option: Annotated[
-        list[str] | None, typer.Option(help="NAME=VALUE for the attacks, as in steps=40 or, for one of them, cw-l2.steps=50. Repeatable.")
+        list[str] | None,
+        typer.Option(help="NAME=VALUE for the attacks: steps=40, or for one of them cw-l2.steps=50. Repeatable."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of every batch's attack.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Images attacked at once; part of the protocol.")] = 100,

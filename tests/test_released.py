@@ -11,6 +11,8 @@ from maep_hf import MAEPModel, load_classifier
 from maep_hf.checkpoints import CLASSIFIER, PURIFIER, load_purifier, released_checkpoint
 from maep_hf.demo import embedded_images
 from maep_hf.evaluation import benchmark
+from maep_hf.evaluation.fingerprint import fingerprint
+from maep_hf.evaluation.tables import markdown_table, read_results
 from maep_hf.hub import render_model_card
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,11 +40,11 @@ def test_released_purifier_takes_larger_images_and_passes_gradients():
 
 def test_records_lie_beside_the_weights_and_name_no_machine():
     folder = released_checkpoint(PURIFIER)
-    for name in ("run.json", "metrics.jsonl", "pretrain_run.json", "pretrain_metrics.jsonl", "results.json"):
+    for name in ("run.json", "metrics.jsonl", "pretrain_run.json", "pretrain_metrics.jsonl", "results.jsonl"):
         text = (folder / name).read_text()
         assert text and not re.search(r'"/(work|root|home|tmp)/', text)
     arguments = json.loads((folder / "run.json").read_text())["arguments"]
-    assert arguments["purification"]["surrogates"] == [f"checkpoints/{CLASSIFIER}"]
+    assert not any("resnet56" in name for name in arguments["purification"]["surrogates"])  # held out
     weights = sum(path.stat().st_size for path in (ROOT / "checkpoints").rglob("*.safetensors"))
     assert weights <= 25 * 2**20
 
@@ -51,11 +53,14 @@ def test_card_and_readme_state_the_recorded_results():
     folder = released_checkpoint(PURIFIER)
     card, readme = (folder / "README.md").read_text(), (ROOT / "README.md").read_text()
     assert card == str(render_model_card(folder))
-    for record in json.loads((folder / "results.json").read_text())["results"]:
-        assert record["threat_model"] == "gray-box" and record["n"] == 1000
-        (row,) = (line for line in readme.splitlines() if line.startswith(f"| {record['classifier']} |"))
-        for name in ("clean", "attacked", "purified_clean", "purified_attacked"):
-            assert f"{record['accuracy'][name]['percent']:.1f}" in row
+    records = read_results(folder / "results.jsonl")
+    weights = {record["protocol"]["purifier"]["fingerprint"] for record in records}
+    assert weights == {fingerprint(load_purifier())}, "the records are of other weights"
+    measured = {record["protocol"]["threat_model"] for record in records}
+    assert {"gray-box", "white-box"} <= measured
+    table = [line for line in markdown_table(records).splitlines() if line.startswith("|")]
+    missing = [line for line in table if line not in readme.splitlines()]
+    assert not missing, "README.md: paste the tables of `maep report checkpoints/maep-tiny-cifar10`"
 
 
 def test_code_beside_the_weights_is_the_packages():

@@ -2,11 +2,10 @@
 
 from .base import Attack, AttackSpec, check_attacked
 from .gradient import AttackParameters, perturb, pgd
-from .library import LinfPGD
 from .mixture import KINDS, AttackMixture
 from .registry import ATTACKS, attack_options, make_attack
 
 __all__ = [
-    "ATTACKS", "KINDS", "Attack", "AttackMixture", "AttackParameters", "AttackSpec", "LinfPGD", "check_attacked",
+    "ATTACKS", "KINDS", "Attack", "AttackMixture", "AttackParameters", "AttackSpec", "check_attacked",
     "attack_options", "make_attack", "perturb", "pgd",
 ]  # fmt: skip

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..attacks import make_attack
 from ..classifier import PurifiedClassifier
-from .threat_models import AttackView, attacked_model
+from .threat_models import attacked_model
 
 SIGNIFICANCE = 0.01
 STEPS = (1, 5, 20, 60)
@@ -135,7 +135,7 @@ def gradient_masking_checks(
         elif purifier is not None:
             sources["the full gradient"] = attacked_model("white-box", bare, purifier)
     for name, model in sources.items():
-        transferred = pgd(AttackView(model, name), eps)
+        transferred = pgd(model, eps)
         results.append(_not_stronger("transfer", f"PGD-{SWEEP_STEPS} from {name}", transferred, white_box))
     return MaskingReport(results)
 
@@ -172,7 +172,8 @@ def _gradient(model: nn.Module, pixels: Tensor, labels: Tensor) -> CheckResult:
         logits = model(inputs)
         own = logits.gather(1, labels[:, None]).squeeze(1)
         others = logits.scatter(1, labels[:, None], float("-inf")).amax(1)
-        (gradient,) = torch.autograd.grad((own - others).sum(), inputs)
+        margin = (own - others).sum()
+        gradient = torch.autograd.grad(margin, inputs)[0] if margin.requires_grad else torch.zeros_like(inputs)
     flat = gradient.flatten(1)
     finite = torch.isfinite(flat).all(1)
     nonzero = (flat != 0).float().mean(1)

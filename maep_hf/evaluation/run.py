@@ -135,7 +135,7 @@ def run_evaluation(args: EvaluationArguments, console: Console | None = None) ->
                 _picture(result, out)
                 if result.resumed:
                     what = "in results.jsonl already" if result.resumed < 0 else f"{result.resumed} batches were there"
-                    console.print(f"{_title(result.record)}: {what}", highlight=False)
+                    console.print(f"{_title(result.record)}: {what}", highlight=False, soft_wrap=True)
     state.wait_for_everyone()
     if state.is_main_process:
         report(out / RESULTS, out, console)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..classifier import PixelClassifier, PurifiedClassifier
 from ..defences import BPDA
@@ -16,27 +15,6 @@ if TYPE_CHECKING:
 THREAT_MODELS = ("gray-box", "bpda", "white-box", "black-box", "transfer")
 ADAPTIVE = ("bpda", "white-box")
 """Threat models whose result rests on a gradient through or around the purifier: they need the masking checks."""
-
-
-class AttackView(nn.Module):
-    """A model as an attack sees it: logits that are finite, and always with a gradient to the pixels.
-
-    Where no gradient reaches the pixels (a purifier that quantises or detaches), the attack gets the zero gradient that
-    this is, instead of an error half-way; the masking checks say so.
-    """
-
-    def __init__(self, model: nn.Module, name: str):
-        super().__init__()
-        self.model, self.name = model, name
-        self.eval()
-
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        logits = self.model(pixel_values)
-        if not torch.isfinite(logits).all():
-            raise ValueError(f"{self.name}: its logits are not finite (NaN or inf); no attack can be measured on it")
-        if pixel_values.requires_grad and torch.is_grad_enabled() and not logits.requires_grad:
-            logits = logits + 0 * pixel_values.flatten(1).sum(1, keepdim=True)
-        return logits
 
 
 def attacked_model(
@@ -62,11 +40,10 @@ def attacked_model(
     if threat_model == "transfer":
         if source is None:
             raise ValueError("threat_model='transfer' needs source: the surrogate pipeline that the attack is made on")
-        return AttackView(source, "source")
+        return source
     if threat_model == "gray-box" or purifier is None:
-        return AttackView(classifier, "classifier")
-    front = BPDA(purifier) if threat_model == "bpda" else purifier
-    return AttackView(PurifiedClassifier(front, classifier), "the defended classifier")
+        return classifier
+    return PurifiedClassifier(BPDA(purifier) if threat_model == "bpda" else purifier, classifier)
 
 
 def check_attack(threat_model: str, attack: Attack) -> None:

@@ -1,0 +1,100 @@
+"""`maep evaluate`, `maep report` and `maep attacks`: what is combined, what is written, what is refused."""
+
+import pytest
+from conftest import SIZE
+from typer.testing import CliRunner
+
+from maep_hf import cli
+from maep_hf.evaluation.run import EvaluationArguments, make_attacks, parse_options
+from maep_hf.records import read_jsonl
+
+
+def invoke(*words) -> tuple[int, str]:
+    result = CliRunner().invoke(cli.app, [str(word) for word in words])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result.exit_code, result.output
+
+
+@pytest.fixture
+def measured(classifier_folder, purifier_folder, image_folder, tmp_path):
+    words = ["evaluate", "--classifier", classifier_folder, "--dataset", image_folder, "--image-size", SIZE]
+    words += ["--purifier", purifier_folder, "--purifier", "defence:bit-depth", "--purifier", "none", "--device", "cpu"]
+    words += ["--attack", "fgsm", "--attack", "pgd:L2:1", "--attack-option", "pgd.steps=2", "--eps", 4, "--eps", 8]
+    return words, tmp_path / "out"
+
+
+def test_every_combination_is_one_record(measured):
+    words, out = measured
+    code, output = invoke(*words, "--out", out)
+    assert code == 0, output
+    records = read_jsonl(out / "results.jsonl")
+    assert len(records) == 3 * 3  # purifiers x (two radii of fgsm, one of pgd)
+    attacks = {tuple(record["protocol"]["attack"][key] for key in ("attack", "norm", "eps")) for record in records}
+    assert attacks == {("fgsm", "Linf", 4), ("fgsm", "Linf", 8), ("pgd", "L2", 1)}
+    assert {record["protocol"]["attack"]["steps"] for record in records if "pgd" in str(record)} >= {2}
+    names = {entry.name for entry in out.iterdir()}
+    assert names >= {"results.md", "results.csv", "accuracy_against_eps.png", "attacks.png", "pictures"}
+    assert len(list((out / "pictures").glob("*.png"))) == 9
+    assert "gray-box" in (out / "results.md").read_text() and "bit-depth" in output
+    code, output = invoke(*words, "--out", out)
+    assert code == 0 and output.count("in results.jsonl already") == 9
+    assert len(read_jsonl(out / "results.jsonl")) == 9
+
+
+def test_report_rebuilds_tables_from_records(measured, tmp_path):
+    words, out = measured
+    invoke(*words, "--out", out)
+    code, output = invoke("report", out, "--out", tmp_path / "again")
+    assert code == 0, output
+    for name in ("results.md", "results.csv"):
+        assert (tmp_path / "again" / name).read_text() == (out / name).read_text()
+    code, output = invoke("report", tmp_path / "nothing")
+    assert code == 1 and "error:" in output
+
+
+def test_random_masks_are_measured_as_random(classifier_folder, purifier_folder, image_folder, tmp_path):
+    words = ["evaluate", "--classifier", classifier_folder, "--dataset", image_folder, "--image-size", SIZE]
+    words += ["--purifier", purifier_folder, "--random-mask-ratio", 0.5, "--draws", 2, "--threat-model", "white-box"]
+    words += ["--attack", "pgd", "--attack-option", "steps=1", "--eot-samples", 2, "--no-checks", "--passes", 3]
+    code, output = invoke(*words, "--device", "cpu", "--out", tmp_path)
+    assert code == 0, output
+    (record,) = read_jsonl(tmp_path / "results.jsonl")
+    purifier = record["protocol"]["purifier"]
+    assert purifier["randomised"] and purifier["options"]["mask_ratio"] == 0.5 and record["protocol"]["passes"] == 3
+    assert record["protocol"]["attack"]["eot_samples"] == 2
+    assert "not checked" in (tmp_path / "results.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--attack", "pgdd"], "pgdd"),
+        (["--attack", "pgd", "--attack-option", "stepz=3"], "stepz"),
+        (["--attack", "pgd", "--attack-option", "steps"], "name=value"),
+        (["--attack", "pgd:L2:much"], "'much' is no number"),
+        (["--attack", "pgd:L2:1:2"], "NAME:NORM:EPS"),
+        (["--attack", "cw-l2", "--norm", "Linf"], "Linf"),
+        (["--threat-model", "grey-box", "--attack", "fgsm"], "gray-box"),
+        (["--purifier", "defence:jpg", "--attack", "fgsm"], "jpg"),
+        (["--purifier", "/nowhere", "--attack", "fgsm"], "/nowhere"),
+    ],
+)
+def test_mistakes_are_one_line(words, message, classifier_folder, purifier_folder, image_folder, tmp_path):
+    given = ["--classifier", classifier_folder, "--dataset", image_folder, "--image-size", SIZE, "--device", "cpu"]
+    purifier = [] if "--purifier" in words else ["--purifier", purifier_folder]
+    code, output = invoke("evaluate", *given, *purifier, *words, "--out", tmp_path)
+    assert code == 1 and message in output and "Traceback" not in output
+
+
+def test_attacks_are_listed():
+    code, output = invoke("attacks")
+    assert code == 0 and "autoattack" in output and "hopskipjump" in output and len(output.splitlines()) >= 20
+
+
+def test_options_and_attacks_are_parsed():
+    assert parse_options(["steps=3", "random_start=false", "parts=[a, b]"]) == {
+        "steps": 3, "random_start": False, "parts": ["a", "b"]
+    }  # fmt: skip
+    args = EvaluationArguments(attacks=["pgd", "pgd", "square:L2"], attack_options={"pgd.steps": 5, "n_queries": 9})
+    first, second = make_attacks(args)
+    assert first.record()["steps"] == 5 and second.norm == "L2" and "'n_queries': 9" in str(second.record())
