@@ -46,7 +46,8 @@ def evaluate(
     eps: Annotated[
         list[float] | None,
         typer.Option(
-            help="Radius: units of 1/255 for Linf, of pixels in [0, 1] for L2 and L1. Repeatable.",
+            help="Radius of the attacks in --norm (Linf by default): units of 1/255 for Linf, of pixels in [0, 1] for "
+            "L2 and L1. Repeatable.",
             show_default="the attack's",
         ),
     ] = None,

@@ -11,6 +11,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from .evaluation.results import attack_name
+from .evaluation.threat_models import ADAPTIVE
 from .records import read_jsonl
 
 THREAT_MODELS = ("gray-box", "bpda", "white-box", "black-box")
@@ -85,14 +86,20 @@ def _row(record: Mapping[str, Any]) -> dict[str, str]:
             raise ValueError(f"results: threat model {threat_model!r} is not one of {THREAT_MODELS} or transfer")
         low, high = accuracy["purified_attacked"]["interval_95"]
         percent = {name: f"{accuracy[name]['percent']:.1f}" for name in ("clean", "purified_clean", "attacked")}
-        unreliable = (record["checks"] or {}).get("failed")
+        if threat_model != "gray-box" and not attack.get("control"):
+            percent["attacked"] = "–"  # images attacked through the purifier say nothing of the bare classifier
+        mark = ""
+        if record["checks"] is None and threat_model in ADAPTIVE:
+            mark = " (not checked for gradient masking)"
+        elif record["checks"] and record["checks"]["failed"]:
+            mark = f" ⚠ unreliable: {', '.join(record['checks']['failed'])} failed"
         robust = f"{accuracy['purified_attacked']['percent']:.1f} ({low:.1f} to {high:.1f})"
         return percent | {
             "threat_model": threat_model,
             "attack": attack_name(attack),
             "data": f"{data['name']} {data['split'] or ''}, {data['images']} (n = {data['n']})".replace(" ,", ","),
             "classifier": PurePath(protocol["classifier"]["name"]).name,
-            "purified_attacked": robust + (f" ⚠ unreliable: {', '.join(unreliable)} failed" if unreliable else ""),
+            "purified_attacked": robust + mark,
         }
     except KeyError as error:
         raise ValueError(f"results: a record has no {error}; a result is shown with its full protocol only") from error

@@ -29,8 +29,8 @@ class RandomisedPurifier(nn.Module):
         purifier: has `purify(pixel_values, mask_ratio=, generator=)`, as a `MAEPModel` has, also wrapped by PEFT.
         mask_ratio: share of the patches to hide, in [0, 1). 0: one plain pass, deterministic, and `draws` is 1.
         draws: how many masks, at least 1. Time grows in proportion, and so does memory with gradients.
-        seed: a number fixes the masks: every call uses the same ones, so the purifier is deterministic, and an
-            attack on it knows them. None: new masks in every call.
+        seed: a number: every call on a batch uses the same masks. An image alone or at another place of a batch gets
+            others, so the purifier still counts as random. None: new masks in every call.
         purify_kwargs: further arguments of `purify`, e.g. `{"overlap": 0.5}`.
 
     Attributes:
@@ -80,8 +80,9 @@ class RandomisedPurifier(nn.Module):
 
     @property
     def randomised(self) -> bool:
-        """Whether two calls on one image differ: a mask is drawn, and no seed fixes it."""
-        return self.mask_ratio > 0 and self.seed is None
+        """Whether one image may come out in more than one way: a mask is drawn. A seed repeats the masks of a batch,
+        but which of them an image gets still depends on its place in it."""
+        return self.mask_ratio > 0
 
     @property
     def config(self) -> Any:
@@ -194,6 +195,14 @@ def _seed_everything(seed: int) -> None:
         torch.mps.manual_seed(seed)
     np.random.seed(seed)
     random.seed(seed)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Every random state (PyTorch on all devices, NumPy, Python) seeded inside, and as it was outside."""
+    with _random_states_kept():
+        _seed_everything(seed)
+        yield
 
 
 @contextmanager

@@ -11,6 +11,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 PACKAGES = ("maep-hf", "torch", "transformers", "accelerate", "datasets", "peft", "numpy", "pillow")
 
 
@@ -41,11 +43,12 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 def append_jsonl(path: Path, record: dict[str, Any]) -> None:
     """Add a record to a JSON-lines file, in place of one with the same `key`; readers see the old file or the new."""
-    records = [known for known in read_jsonl(path) if known.get("key") != record.get("key")] + [record]
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(json.dumps(entry, default=str) + "\n" for entry in records), encoding="utf-8")
-    os.replace(temporary, path)
+    with FileLock(path.with_name(f".{path.name}.lock")):  # two evaluations may write into one folder
+        records = [known for known in read_jsonl(path) if known.get("key") != record.get("key")] + [record]
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_text("".join(json.dumps(entry, default=str) + "\n" for entry in records), encoding="utf-8")
+        os.replace(temporary, path)
 
 
 def describe_environment() -> dict[str, Any]:

@@ -119,13 +119,12 @@ def tiny_purifier(trained: bool = True, **overrides):
 
 
 class FragileClassifier(torch.nn.Module):
-    """Three classes by random projections of what sets an image apart from the mean of `pixels`: as accurate on its
-    own predictions as it is easy to attack."""
+    """Classes by random projections of what sets an image apart from the mean of `pixels`: as accurate on its own
+    predictions as it is easy to attack."""
 
-    num_classes = 3
-
-    def __init__(self, pixels: torch.Tensor):
+    def __init__(self, pixels: torch.Tensor, num_classes: int = 3):
         super().__init__()
+        self.num_classes = num_classes
         generator = torch.Generator().manual_seed(0)
         self.projection = torch.nn.Linear(pixels[0].numel(), self.num_classes, bias=False).requires_grad_(False)
         self.projection.weight.copy_(torch.randn(self.projection.weight.shape, generator=generator))

@@ -6,20 +6,24 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
+from functools import partial
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, SIZE, FragileClassifier, image_rows, picture, pixels_of, save_classifier, tiny_purifier
 from torch import nn
 
+from maep_hf.adaptation import add_lora, default_lora_config
 from maep_hf.attacks import make_attack
 from maep_hf.checkpoints import load_frozen_classifier
 from maep_hf.classifier import PixelClassifier
 from maep_hf.data import DataError, load_image_dataset
 from maep_hf.evaluation import EvaluationImages, benchmark, read_images
-from maep_hf.evaluation.fingerprint import fingerprint
+from maep_hf.evaluation.fingerprint import Opaque, fingerprint
 from maep_hf.evaluation.threat_models import attacked_model
 from maep_hf.records import read_jsonl
 
@@ -159,9 +163,67 @@ def test_without_a_purifier_the_classifier_itself_is_measured(classifier, images
 
 
 def test_any_callable_can_be_measured(classifier, images):
-    with pytest.warns(UserWarning, match="fingerprint"):
-        record = benchmark(classifier, lambda pixels: pixels.round(), images, purifier_name="rounding", **PGD).record
+    record = benchmark(classifier, lambda pixels: pixels.round(), images, purifier_name="rounding", **PGD).record
     assert record["protocol"]["purifier"]["name"] == "rounding"
+
+
+class Blend(nn.Module):
+    """What it does is in a plain attribute alone."""
+
+    def __init__(self, share):
+        super().__init__()
+        self.share = share
+
+    def forward(self, pixels):
+        return pixels * (1 - self.share) + 0.5 * self.share
+
+
+class Callable:
+    def __init__(self, share):
+        self.share = share
+
+    def __call__(self, pixels):
+        return pixels * self.share
+
+
+def test_nothing_stored_is_taken_for_another_purifier(classifier, images, tmp_path):
+    def scaled(share):
+        return lambda pixels: pixels * share
+
+    def half(pixels, share):
+        return pixels * share
+
+    pairs = [(Blend(0.0), Blend(1.0)), (scaled(1.0), scaled(0.5)), (lambda x: x * 1, lambda x: x * 0.5),
+             (nn.AvgPool2d(3, 1, 1), nn.AvgPool2d(5, 1, 2)), (partial(half, share=1.0), partial(half, share=0.5)),
+             (Callable(1.0), Callable(0.5))]  # fmt: skip
+    for index, (first, second) in enumerate(pairs):
+        out = tmp_path / str(index)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            kept = benchmark(classifier, first, images, out=out, **PGD)
+            other = benchmark(classifier, second, images, out=out, **PGD)
+        assert other.resumed >= 0 and other.record["psnr_db"] != kept.record["psnr_db"], (first, second)
+    assert fingerprint(scaled(1.0)) == fingerprint(scaled(1.0))
+    with pytest.raises(Opaque, match="record"):
+        fingerprint(Callable(1.0))
+    assert fingerprint(PixelClassifier(pairs[1][0])) != fingerprint(PixelClassifier(pairs[1][1]))
+
+
+def test_adapters_are_known_by_their_settings():
+    def adapted(alpha):
+        purifier = add_lora(tiny_purifier(), default_lora_config(tiny_purifier(), rank=2, alpha=alpha))
+        with torch.no_grad():
+            for name, parameter in purifier.named_parameters():
+                if "lora_B" in name:
+                    parameter.fill_(0.1)
+        return purifier
+
+    first = adapted(2)
+    assert fingerprint(first) != fingerprint(adapted(200))
+    known = fingerprint(first)
+    with first.disable_adapter():
+        assert fingerprint(first) != known
+    assert fingerprint(first) == known
 
 
 def test_gray_box_images_are_attacked_once_for_all_purifiers(classifier, images, tmp_path):
@@ -195,12 +257,41 @@ def test_random_purifiers_are_seen_and_averaged(classifier, images):
 
     torch.manual_seed(11)
     before = torch.random.get_rng_state()
+    assert benchmark(PixelClassifier(Spoiled(classifier)), None, images, **PGD).record["protocol"]["passes"] == 10
     records = [benchmark(classifier, Noise(), images, **PGD).record for _ in range(2)]
     assert torch.equal(torch.random.get_rng_state(), before)
     assert stable(records[0]) == stable(records[1])
     assert records[0]["protocol"]["passes"] == 10 and records[0]["protocol"]["purifier"]["randomised"] is True
     accuracy = records[0]["accuracy"]
     assert accuracy["purified_attacked_every_pass"]["percent"] <= accuracy["purified_attacked"]["percent"]
+
+
+def test_autoattack_is_the_reference_librarys(images, tmp_path):
+    from pyautoattack import AutoAttack
+
+    classifier = PixelClassifier(FragileClassifier(pixels_of(9).float() / 255, num_classes=10))
+    x, _ = images.batch(0, 6, "cpu")
+    y = classifier(x).argmax(-1)
+    eps = 0.5  # small enough for some images to hold, so that every part has its turn
+    options = {"attack": "autoattack", "eps": eps, "attack_options": {"n_queries": 30}, "batch_size": 6}
+    result = benchmark(classifier, None, (x, y), seed=3, progress=False, out=tmp_path, **options)
+    reference = AutoAttack(classifier, norm="Linf", eps=eps / 255, seed=3, version="standard")
+    reference.square.n_queries = 30
+    attacked, predicted = reference.run_standard_evaluation(x, y, batch_size=6)
+    assert torch.equal(result.images["attacked"], attacked)
+    assert result.record["accuracy"]["attacked"]["correct"] == int((predicted == y).sum())
+    assert 0 < result.record["accuracy"]["attacked"]["correct"] < 6
+
+
+class Spoiled(nn.Module):
+    """A classifier that draws at random, from NumPy."""
+
+    def __init__(self, classifier):
+        super().__init__()
+        self.inner = classifier
+
+    def forward(self, pixels):
+        return self.inner(pixels + 0.05 * torch.from_numpy(np.random.standard_normal(pixels.shape)).float())
 
 
 class Interrupted(RuntimeError):
@@ -228,6 +319,14 @@ def test_resumed_equals_uninterrupted(classifier, images, tmp_path, monkeypatch)
     assert not (tmp_path / "cut" / "results.jsonl").exists()
     resumed = benchmark(classifier, tiny_purifier(), images, out=tmp_path / "cut", **PGD)
     assert resumed.resumed == 2 and stable(resumed.record) == stable(whole)
+
+
+def test_a_source_is_attacked_as_it_would_be_used(classifier, images):
+    source = nn.Sequential(nn.Dropout(0.5), FragileClassifier(pixels_of(9).float() / 255))
+    options = {"threat_model": "transfer", "source": source.train(), **PGD}
+    records = [benchmark(classifier, None, images, max_images=4, **options).record for _ in range(2)]
+    assert stable(records[0]) == stable(records[1]) and not source.training
+    assert records[0]["protocol"]["dataset"]["n"] == 4
 
 
 def test_damaged_batch_is_attacked_again(classifier, images, tmp_path):
@@ -300,6 +399,10 @@ def test_bad_input_is_named(classifier, images, tmp_path):
         benchmark(classifier, tiny_purifier(), images, threat_model="black-box", **PGD)
     with pytest.raises(ValueError, match="batch_size"):
         benchmark(classifier, None, images, **PGD | {"batch_size": 0})
+    with pytest.raises(ValueError, match="make_attack"):
+        benchmark(classifier, None, images, **PGD | {"attack": make_attack("pgd")}, eps=4)
+    with pytest.raises(DataError, match="class indices"):
+        benchmark(classifier, None, (images.pixels, images.labels.float()), **PGD)
     with pytest.raises(ValueError, match=r"\[0, 1\]"):
         benchmark(classifier, None, (images.pixels.float(), images.labels), **PGD)
 

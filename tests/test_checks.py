@@ -51,8 +51,11 @@ def checked(purifier, classifier, pixels, **options):
 
 
 def test_an_honest_purifier_passes(classifier, pixels):
-    report = checked(tiny_purifier(), classifier, pixels)
+    purifier, state = tiny_purifier(), torch.get_rng_state()
+    report = checked(purifier, classifier, pixels, source=classifier)
+    assert torch.equal(torch.get_rng_state(), state)
     assert report.reliable, report.record()
+    assert sum(result.name == "transfer" for result in report.results) == 3  # bare, BPDA, and the source
     assert {result.name for result in report.results} == CHECKS
     sweep = next(result for result in report.results if result.name == "eps sweep")
     assert sweep.data["eps"] == [4, 8, 16, 32, 128] and sweep.data["percent"][-1] <= 5
@@ -104,11 +107,32 @@ def test_a_failed_check_goes_into_the_record(classifier, pixels, tmp_path):
     unchecked = benchmark(classifier, Quantise(), images, checks=False, **options).record
     assert unchecked["checks"] is None
     more = benchmark(classifier, Quantise(), images, out=tmp_path, **options | {"attack_options": {"steps": 3}}).record
-    assert more["checks"] == record["checks"]  # once for a pipeline and radius
+    assert more["checks"]["results"][:-1] == record["checks"]["results"][:-1]  # once for a pipeline and radius
+
+
+def test_a_weak_attack_says_nothing_of_robustness(classifier, pixels):
+    with torch.no_grad():
+        images = EvaluationImages(pixels, classifier(pixels).argmax(-1))
+    options = {"threat_model": "white-box", "attack": "pgd", "progress": False, "purifier": tiny_purifier()}
+    failed = {}
+    for name, settings in (("weak", {"steps": 1, "step_size": 0.001}), ("strong", {"steps": 40})):
+        record = benchmark(classifier, dataset=images, attack_options=settings, **options).record
+        failed[name] = record["checks"]["failed"]
+        assert record["checks"]["results"][-1]["name"] == "attack"
+    assert failed == {"weak": ["attack"], "strong": []}
+
+
+def test_few_images_and_any_radius(classifier, pixels):
+    assert "images" in checked(tiny_purifier(), classifier, pixels[:6]).failed
+    for eps in (0.15, 100):
+        defended = PurifiedClassifier(tiny_purifier(), classifier)
+        labels = defended(pixels).argmax(-1)
+        report = gradient_masking_checks(defended, pixels, labels, eps=eps)
+        assert "images" not in report.failed and len(report.survivors) == len(report.used) == 24
 
 
 def test_nothing_right_is_nothing_to_check(classifier, pixels):
     with torch.no_grad():
         wrong = (classifier(pixels).argmax(-1) + 1) % 3
     report = gradient_masking_checks(PurifiedClassifier(None, classifier), pixels, wrong)
-    assert report.failed == ["images"]
+    assert report.failed == ["images"] and not report.used

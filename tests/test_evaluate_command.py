@@ -1,12 +1,14 @@
 """`maep evaluate`, `maep report` and `maep attacks`: what is combined, what is written, what is refused."""
 
+from threading import Thread
+
 import pytest
 from conftest import SIZE
 from typer.testing import CliRunner
 
 from maep_hf import cli
 from maep_hf.evaluation.run import EvaluationArguments, make_attacks, parse_options
-from maep_hf.records import read_jsonl
+from maep_hf.records import append_jsonl, read_jsonl
 
 
 def invoke(*words) -> tuple[int, str]:
@@ -52,6 +54,33 @@ def test_report_rebuilds_tables_from_records(measured, tmp_path):
     assert code == 1 and "error:" in output
 
 
+def test_every_threat_model_in_one_call(classifier_folder, purifier_folder, image_folder, tmp_path):
+    words = ["evaluate", "--classifier", classifier_folder, "--dataset", image_folder, "--image-size", SIZE]
+    for name in ("gray-box", "bpda", "white-box", "black-box", "transfer"):
+        words += ["--threat-model", name]
+    words += ["--purifier", purifier_folder, "--attack", "fgsm", "--attack", "square", "--attack-option", "n_queries=3"]
+    words += ["--source-classifier", classifier_folder, "--eps", 8, "--attack", "jpeg", "--check-images", 10]
+    code, output = invoke(*words, "--device", "cpu", "--out", tmp_path)
+    assert code == 0 and "left out FGSM" in output and "FAILED images" in output, output
+    records = read_jsonl(tmp_path / "results.jsonl")
+    assert len(records) == 5 * 3 - 1
+    assert all((record["protocol"]["source"] is None) == (record["protocol"]["threat_model"] != "transfer")
+               for record in records)  # fmt: skip
+
+
+def test_two_evaluations_may_write_into_one_folder(tmp_path):
+    def write(first):
+        for index in range(first, first + 20):
+            append_jsonl(tmp_path / "results.jsonl", {"key": index})
+
+    threads = [Thread(target=write, args=(100 * number,)) for number in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(read_jsonl(tmp_path / "results.jsonl")) == 60
+
+
 def test_random_masks_are_measured_as_random(classifier_folder, purifier_folder, image_folder, tmp_path):
     words = ["evaluate", "--classifier", classifier_folder, "--dataset", image_folder, "--image-size", SIZE]
     words += ["--purifier", purifier_folder, "--random-mask-ratio", 0.5, "--draws", 2, "--threat-model", "white-box"]
@@ -76,6 +105,9 @@ def test_random_masks_are_measured_as_random(classifier_folder, purifier_folder,
         (["--attack", "cw-l2", "--norm", "Linf"], "Linf"),
         (["--threat-model", "grey-box", "--attack", "fgsm"], "gray-box"),
         (["--purifier", "defence:jpg", "--attack", "fgsm"], "jpg"),
+        (["--purifier", "defence:jpeg", "--attack", "fgsm", "--random-mask-ratio", 0.5], "takes no random masks"),
+        (["--threat-model", "gray-box", "--threat-model", "transfer", "--attack", "fgsm"], "source_classifier"),
+        (["--threat-model", "black-box", "--attack", "fgsm"], "uses gradients"),
         (["--purifier", "/nowhere", "--attack", "fgsm"], "/nowhere"),
     ],
 )

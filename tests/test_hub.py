@@ -90,6 +90,9 @@ def test_unreliable_results_say_so(folder):
     checks = {"reliable": False, "failed": ["gradient", "transfer"], "results": []}
     result = RESULT | {"protocol": PROTOCOL | {"threat_model": "white-box"}, "checks": checks}
     assert "⚠ unreliable: gradient, transfer failed |" in render_model_card(folder, results=[result]).text
+    unchecked = render_model_card(folder, results=[result | {"checks": None}]).text
+    assert "(not checked for gradient masking) |" in unchecked
+    assert "| – |" in unchecked  # what was attacked through the purifier says nothing of the bare classifier
 
 
 def test_what_is_no_purifier_is_refused(tmp_path):

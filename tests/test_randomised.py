@@ -80,7 +80,6 @@ def test_a_seed_of_its_own_fixes_the_masks_and_leaves_the_global_state(model):
     purifier, state = RandomisedPurifier(model, seed=4), torch.get_rng_state()
     assert torch.equal(purifier(images()), purifier(images()))
     assert torch.equal(torch.get_rng_state(), state)
-    assert purifier.randomised is False
     assert not torch.equal(purifier(images()), RandomisedPurifier(model, seed=5)(images()))
 
 
@@ -219,7 +218,7 @@ def test_randomised_purification_is_recognised(model):
         (RandomisedPurifier(model), True),
         (RandomisedPurifier(model, draws=8), True),
         (RandomisedPurifier(model, mask_ratio=0), False),
-        (RandomisedPurifier(model, seed=0), False),
+        (RandomisedPurifier(model, seed=0), True),  # an image's mask depends on its place in the batch
     ):
         assert purifier.randomised is expected
         assert is_randomised(purifier, images()) is expected

@@ -221,8 +221,12 @@ class Attack(ABC):
         """Everything but norm and eps that decides what the attack does."""
         return dict(self.options)
 
-    def record(self) -> dict[str, Any]:
-        """Everything needed to repeat the attack, as JSON values."""
+    def record(self, num_classes: int | None = None) -> dict[str, Any]:
+        """Everything needed to repeat the attack, as JSON values.
+
+        Args:
+            num_classes: of the attacked model, for attacks whose parts depend on it.
+        """
         return {
             "name": self.name,
             "attack": self.spec.name,

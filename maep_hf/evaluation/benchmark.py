@@ -7,9 +7,10 @@ batches, and another purifier is measured on the same gray-box images without at
 
 from __future__ import annotations
 
+import secrets
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,11 @@ from tqdm.auto import tqdm
 from ..attacks import Attack, make_attack
 from ..classifier import PixelClassifier, PurifiedClassifier
 from ..data import load_image_dataset
-from ..randomised import is_randomised
+from ..randomised import is_randomised, seeded
 from ..records import append_jsonl, describe_environment, read_jsonl
 from .attacked_store import AttackedStore
-from .checks import gradient_masking_checks
-from .fingerprint import fingerprint
+from .checks import attack_check, gradient_masking_checks
+from .fingerprint import Opaque, fingerprint
 from .images import EvaluationImages, fingerprint_images, read_images
 from .judge import judge_batch, peak_memory, summarise, timed
 from .processes import process_state
@@ -95,7 +96,7 @@ def benchmark(
         eps: radius; in units of 1/255 for Linf (8 = 8/255), of pixels in [0, 1] for L2 and L1. The attack's own
             default when `None`.
         attack_options: further options of [`make_attack`].
-        split, max_images, image_size: see [`read_images`].
+        split, max_images, image_size: see [`read_images`]; `max_images` holds for tensors too.
         batch_size: images attacked at once; part of the protocol, since attacks draw per batch.
         seed: of every batch's attack and of a randomised purifier's draws.
         source: surrogate pipeline for `transfer`, [0, 1] pixels to logits.
@@ -122,28 +123,39 @@ def benchmark(
         purifier.to(device).eval()
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size}: must be at least 1")
-    attack = make_attack(attack, norm=norm, eps=eps, **(attack_options or {})) if isinstance(attack, str) else attack
+    if isinstance(attack, str):
+        attack = make_attack(attack, norm=norm, eps=eps, **(attack_options or {}))
+    elif norm is not None or eps is not None or attack_options:
+        raise ValueError("attack: it is made already; give norm, eps and attack_options to make_attack")
     check_attack(threat_model, attack)
+    if source is not None:
+        source.to(device).eval()
     if purifier is None and threat_model in ("gray-box", "bpda"):
         threat_model = "white-box"
     images = _images(dataset, split, max_images, image_size)
-    pixels, labels = images.batch(0, min(2, len(images)), device)
-    _check_labels(classifier, pixels, images.labels)
+    pixels, _ = images.batch(0, min(2, len(images)), device)
+    classes = _check_labels(classifier, pixels, images.labels)
 
     defended = PurifiedClassifier(purifier, classifier, purify_kwargs=purify_kwargs if purifier is not None else None)
     target = attacked_model(threat_model, classifier, _with_options(purifier, purify_kwargs), source)
-    randomised = purifier is not None and is_randomised(_with_options(purifier, purify_kwargs), pixels)
+    random_purifier = purifier is not None and is_randomised(_with_options(purifier, purify_kwargs), pixels)
+    randomised = random_purifier or is_randomised(classifier, pixels)
     passes = passes or (10 if randomised else 1)
     protocol = Protocol(
         threat_model=threat_model,
-        attack=attack.record(),
+        attack=attack.record(num_classes=classes),
         seed=seed,
         batch_size=batch_size,
         passes=passes,
         dataset=images.describe(),
-        classifier={"name": classifier_name or _name(classifier.classifier), "fingerprint": fingerprint(classifier)},
-        purifier=_describe_purifier(purifier, purifier_name, purify_kwargs, randomised),
-        source=None if source is None else {"name": source_name or _name(source), "fingerprint": fingerprint(source)},
+        classifier={
+            "name": classifier_name or _name(classifier.classifier),
+            "fingerprint": _fingerprint("classifier", classifier, out),
+        },
+        purifier=_describe_purifier(purifier, purifier_name, purify_kwargs, random_purifier, out),
+        source=None
+        if threat_model != "transfer"
+        else {"name": source_name or _name(source), "fingerprint": _fingerprint("source", source, out)},
     )
     adaptive = checks and threat_model in ADAPTIVE and purifier is not None
     folder = Path(out) if out is not None else None
@@ -162,10 +174,9 @@ def benchmark(
         x, y = images.batch(start, start + batch_size, device)
         attacked, about = store.load(start, x)
         if attacked is None:
-            before = peak_memory(device)
-            attacked, seconds = timed(lambda x=x, y=y: attack(target, x, y, seed=seed), device)
-            memory = max(0, peak_memory(device) - before) / len(x)
-            about = {"attack_seconds": seconds, "memory_bytes_per_image": memory}
+            with peak_memory(device) as memory:
+                attacked, seconds = timed(lambda x=x, y=y: attack(target, x, y, seed=seed), device)
+            about = {"attack_seconds": seconds, "memory_bytes_per_image": memory.risen / len(x)}
             store.save(start, attacked, about)
         else:
             resumed += 1
@@ -176,6 +187,12 @@ def benchmark(
     if adaptive:
         options = {"threat_model": threat_model, "seed": seed, "randomised": randomised, "source": source}
         report = _checks(defended, images.batch(0, check_images, device), attack, options, folder, progress)
+        right = sorted((row["index"], row["right_purified_attacked"]) for row in rows if row["index"] < check_images)
+        if report and report["used"]:
+            check = attack_check(report, torch.tensor([value >= 0.5 for _, value in right]), attack.name)
+            results = [*report["results"], asdict(check)]
+            failed = [result["name"] for result in results if not result["passed"]]
+            report = {"reliable": not failed, "failed": failed, "results": results}
     record = protocol.record() | summarise(rows, purified=purifier is not None, passes=passes)
     record["checks"] = report
     record["environment"] = describe_environment() | {
@@ -190,20 +207,18 @@ def benchmark(
 
 
 def _images(dataset: Any, split: str, max_images: int | None, image_size: int | None) -> EvaluationImages:
-    if isinstance(dataset, EvaluationImages):
-        return dataset
     if isinstance(dataset, tuple):
-        images = EvaluationImages(*dataset)
-        if images.pixels.dtype != torch.uint8 and (images.pixels.min() < 0 or images.pixels.max() > 1):
+        dataset = EvaluationImages(*dataset)
+        if dataset.pixels.dtype != torch.uint8 and (dataset.pixels.min() < 0 or dataset.pixels.max() > 1):
             raise ValueError("dataset: pixels must be in [0, 1]; divide 8-bit images by 255")
-        if max_images is None:
-            return images
-        return replace(images, pixels=images.pixels[:max_images], labels=images.labels[:max_images])
+    if isinstance(dataset, EvaluationImages):
+        return dataset.first(max_images)
     return read_images(load_image_dataset(dataset, split), max_images, image_size, Path(dataset).name, split)
 
 
 @torch.no_grad()
-def _check_labels(classifier: PixelClassifier, pixels: Tensor, labels: Tensor) -> None:
+def _check_labels(classifier: PixelClassifier, pixels: Tensor, labels: Tensor) -> int:
+    """The number of classes, once it is known that the labels are among them."""
     logits = classifier(pixels)
     if not torch.isfinite(logits).all():
         raise ValueError("classifier: its logits are not finite (NaN or inf) on the first images of the dataset")
@@ -216,6 +231,7 @@ def _check_labels(classifier: PixelClassifier, pixels: Tensor, labels: Tensor) -
             f"dataset: labels go from {low} to {high}, the classifier knows 0 to {classes - 1}: "
             "give a classifier of this dataset's classes"
         )
+    return classes
 
 
 def _device(classifier: nn.Module, state: PartialState) -> torch.device:
@@ -247,18 +263,31 @@ def _name(model: Any) -> str:
     return Path(folder).name if folder else getattr(model, "name", None) or type(model).__name__
 
 
-def _describe_purifier(purifier: Any, name: str | None, options: Mapping | None, randomised: bool) -> dict | None:
+def _describe_purifier(
+    purifier: Any, name: str | None, options: Mapping | None, randomised: bool, out: str | Path | None
+) -> dict | None:
     if purifier is None:
         return None
-    adapters = getattr(purifier, "active_adapters", None)
-    described = {"name": name or _name(purifier), "fingerprint": fingerprint(purifier), "options": dict(options or {})}
+    described = {
+        "name": name or _name(purifier),
+        "fingerprint": _fingerprint("purifier", purifier, out),
+        "options": dict(options or {}),
+    }
     if callable(getattr(purifier, "record", None)):
         described["options"] |= purifier.record()
+    adapters = getattr(purifier, "active_adapters", None)
     if isinstance(adapters, list):  # of PEFT; without one, transformers has a method of this name that raises
         described["adapter"] = ", ".join(adapters)
-    if not isinstance(purifier, nn.Module):
-        warnings.warn("purifier: a plain callable has no weights to fingerprint; it is known by its name", stacklevel=3)
     return described | {"randomised": randomised}
+
+
+def _fingerprint(argument: str, model: Any, out: str | Path | None) -> str:
+    """Of a callable that says nothing of itself, one that no other has, so that nothing stored is taken for it."""
+    try:
+        return fingerprint(model)
+    except Opaque as error:
+        warnings.warn(f"{argument}: {error}; what is stored of it is never used again", stacklevel=3)
+        return f"opaque-{secrets.token_hex(6)}" if out is not None else "opaque"
 
 
 def _known_record(folder: Path | None, key: str, adaptive: bool) -> dict | None:
@@ -283,9 +312,9 @@ def _checks(
         return None  # no ball to sweep
     state = process_state()
     eot = attack.record().get("eot_samples", 1)
-    source = None if options["source"] is None else fingerprint(options["source"])
+    source = None if options["source"] is None else _fingerprint("source", options["source"], folder)
     about = [options["threat_model"], options["seed"], attack.norm, attack.eps, eot]
-    about += [fingerprint(defended), fingerprint_images(*images), source]
+    about += [_fingerprint("purifier", defended, folder), fingerprint_images(*images), source]
     path = None if folder is None else folder / "checks.jsonl"
     for known in read_jsonl(path) if path else ():
         if known["about"] == about:
@@ -317,7 +346,6 @@ def _pictures(
     attacked = attacked[: len(x)].to(device)
     shown = {"clean": x[: len(attacked)], "attacked": attacked}
     if defended.purifier is not None:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(seed)
+        with seeded(seed):
             shown["purified"] = defended.purify(attacked)
     return {name: value.cpu() for name, value in shown.items()}

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..attacks import make_attack
 from ..classifier import PurifiedClassifier
+from ..randomised import seeded
 from .threat_models import attacked_model
 
 SIGNIFICANCE = 0.01
@@ -26,6 +27,8 @@ LARGEST = {"Linf": 128.0, "L2": 24.0, "L1": 900.0}
 ALMOST_NOTHING = 5.0  # percent that may stay right at the largest radius
 SQUARE_QUERIES = 300
 LEAST_EOT = 10
+LEAST_IMAGES = 20
+"""With fewer, the sign test cannot tell one attack from another."""
 
 
 @dataclass
@@ -40,9 +43,17 @@ class CheckResult:
 
 @dataclass
 class MaskingReport:
-    """All checks of one defended classifier at one radius."""
+    """All checks of one defended classifier at one radius.
+
+    Attributes:
+        results: one for each check, in the order they ran.
+        used: which of the given images the pipeline has right, and the checks attacked (indices).
+        survivors: for each of those, whether it stayed right under every attack of the checks at eps.
+    """
 
     results: list[CheckResult]
+    used: list[int] = field(default_factory=list)
+    survivors: list[bool] = field(default_factory=list)
 
     @property
     def failed(self) -> list[str]:
@@ -57,7 +68,24 @@ class MaskingReport:
             "reliable": self.reliable,
             "failed": self.failed,
             "results": [asdict(result) for result in self.results],
+            "used": self.used,
+            "survivors": self.survivors,
         }
+
+
+def attack_check(report: dict, right: Tensor, name: str) -> CheckResult:
+    """Whether the evaluated attack is as strong as those of the checks: a weak one says nothing of robustness.
+
+    Args:
+        report: [`MaskingReport.record`] of the same pipeline and radius.
+        right: (N,) which of the check's images stayed right under the evaluated attack.
+        name: of that attack.
+    """
+    evaluated, survivors = right[torch.tensor(report["used"], dtype=torch.long)], torch.tensor(report["survivors"])
+    detail = f"{name}: {_percent(evaluated):.0f} % right, all attacks of the checks: {_percent(survivors):.0f} %"
+    passed = not _stronger(survivors, evaluated)
+    data = {"percent": _percent(evaluated), "checks_percent": _percent(survivors), "n": len(evaluated)}
+    return CheckResult("attack", passed, detail if passed else f"{detail}; the evaluated attack is too weak", data)
 
 
 def gradient_masking_checks(
@@ -85,8 +113,8 @@ def gradient_masking_checks(
         norm, eps: of the evaluation that is checked (eps in units of 1/255 for Linf, of pixels for L2 and L1).
         randomised: whether the purifier draws at random.
         eot_samples: passes that the evaluation's attack averages gradients over.
-        source: surrogate pipeline to transfer from; by default the bare classifier, and the pipeline by the gradient
-            that the evaluation's attack does not take (BPDA for `white-box`, the full one for `bpda`).
+        source: surrogate pipeline to transfer from, beside the bare classifier and the pipeline by the gradient that
+            the evaluation's attack does not take (BPDA for `white-box`, the full one for `bpda`).
         progress: called with the name of each check as it begins.
 
     Returns:
@@ -95,19 +123,26 @@ def gradient_masking_checks(
     say = progress or (lambda name: None)
     bare, purifier = defended.classifier, _configured(defended)
     view = attacked_model(threat_model, bare, purifier)
-    right = _right(defended, pixels, labels)
+    with seeded(seed):
+        right = _right(defended, pixels, labels)
+    used = right.nonzero().flatten()
     pixels, labels = pixels[right], labels[right]
-    results = []
-    say("gradient")
     if not len(pixels):
         return MaskingReport([CheckResult("images", False, "the pipeline has no image right: nothing to check")])
+    results = []
+    if len(pixels) < LEAST_IMAGES:
+        few = f"the pipeline has {len(pixels)} images right; at least {LEAST_IMAGES} are needed to tell attacks apart"
+        results.append(CheckResult("images", False, few, {"n": len(pixels)}))
+    say("gradient")
     results.append(_gradient(view, pixels, labels))
     if randomised:
         results.append(_randomness(eot_samples))
 
     def survivors(model: nn.Module, name: str, radius: float, **options) -> Tensor:
         attack = make_attack(name, norm=norm, eps=radius, **options)
-        return _right(defended, attack(model, pixels, labels, seed=seed), labels)
+        attacked = attack(model, pixels, labels, seed=seed)
+        with seeded(seed + 1):  # not the draws that the attack saw
+            return _right(defended, attacked, labels)
 
     eot = {"eot_samples": eot_samples} if eot_samples > 1 else {}
 
@@ -126,18 +161,19 @@ def gradient_masking_checks(
     square = survivors(view, "square", eps, n_queries=SQUARE_QUERIES)
     results.append(_not_stronger("black-box", f"Square ({SQUARE_QUERIES} queries)", square, white_box))
     say("transfer")
+    sources = {"the bare classifier": bare}
+    if purifier is not None and threat_model == "white-box":
+        sources["BPDA"] = attacked_model("bpda", bare, purifier)
+    elif purifier is not None:
+        sources["the full gradient"] = attacked_model("white-box", bare, purifier)
     if source is not None:
-        sources = {"the surrogate pipeline": source}
-    else:
-        sources = {"the bare classifier": bare}
-        if purifier is not None and threat_model == "white-box":
-            sources["BPDA"] = attacked_model("bpda", bare, purifier)
-        elif purifier is not None:
-            sources["the full gradient"] = attacked_model("white-box", bare, purifier)
+        sources["the surrogate pipeline"] = source
+    together = white_box & sweep[eps] & square
     for name, model in sources.items():
         transferred = pgd(model, eps)
+        together &= transferred
         results.append(_not_stronger("transfer", f"PGD-{SWEEP_STEPS} from {name}", transferred, white_box))
-    return MaskingReport(results)
+    return MaskingReport(results, used.tolist(), together.tolist())
 
 
 def _configured(defended: PurifiedClassifier) -> nn.Module | None:
@@ -195,8 +231,10 @@ def _randomness(eot_samples: int) -> CheckResult:
 
 
 def _radii(norm: str, eps: float) -> list[float]:
-    largest = max(LARGEST[norm], 4 * eps)
-    return sorted({float(eps) if multiple == 1 else multiple * eps for multiple in MULTIPLES} | {largest})
+    smallest, largest = (0.1, 255.0) if norm == "Linf" else (0.0, float("inf"))  # what an attack takes
+    radii = {float(eps) if multiple == 1 else multiple * eps for multiple in MULTIPLES}
+    radii = {radius for radius in radii if smallest <= radius <= largest}
+    return sorted(radii | {min(largest, max(LARGEST[norm], 4 * eps))})
 
 
 def _eps_sweep(sweep: dict[float, Tensor]) -> CheckResult:
@@ -232,7 +270,7 @@ def _step_sweep(steps: dict[int, Tensor]) -> CheckResult:
 
 def _not_stronger(name: str, attack: str, weaker: Tensor, white_box: Tensor) -> CheckResult:
     passed = not _stronger(weaker, white_box)
-    detail = f"{attack}: {_percent(weaker):.0f} % right, PGD-{STEPS[-1]} of the evaluation: {_percent(white_box):.0f} %"
+    detail = f"{attack}: {_percent(weaker):.0f} % right, adaptive PGD-{STEPS[-1]}: {_percent(white_box):.0f} %"
     if not passed:
         detail += "; another attacker is the stronger one"
     data = {"percent": _percent(weaker), "white_box_percent": _percent(white_box), "n": len(weaker)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -39,6 +39,8 @@ class EvaluationImages:
                 f"dataset: needs pixels (N, 3, H, W) and labels (N,) with N > 0, got {tuple(self.pixels.shape)} and "
                 f"{tuple(self.labels.shape)}"
             )
+        if self.labels.is_floating_point() or self.labels.is_complex():
+            raise DataError(f"dataset: labels must be class indices, got {self.labels.dtype}")
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -47,7 +49,13 @@ class EvaluationImages:
         """Pixels in [0, 1], float32, and labels of the images `first` to `last` (exclusive), on `device`."""
         pixels = self.pixels[first:last].to(device)
         pixels = pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels.float()
-        return pixels, self.labels[first:last].to(device)
+        return pixels, self.labels[first:last].long().to(device)
+
+    def first(self, count: int | None) -> EvaluationImages:
+        """The first `count` images; all of them for `None`."""
+        if count is None or count >= len(self):
+            return self
+        return replace(self, pixels=self.pixels[:count], labels=self.labels[:count])
 
     def describe(self) -> dict:
         """Which images these are, for the record: their fingerprint is of pixels and labels."""

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import isnan
 from statistics import fmean
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor, nn
 from torchmetrics.functional.image import structural_similarity_index_measure as ssim
 
 from ..classifier import PurifiedClassifier
+from ..randomised import seeded
 from .statistics import PSNR_LIMIT, share, wilson_interval
 
 CHANGED = 0.5 / 255  # a pixel that differs by less is the same when stored as 8 bits
@@ -35,10 +40,33 @@ def synchronize(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
-def peak_memory(device: torch.device) -> int:
-    """Most bytes held so far: of the GPU, or of the process (0 where the system does not tell)."""
+@dataclass
+class Rise:
+    """How far the memory in use rose, in bytes; `nan` where it cannot be told."""
+
+    risen: float = float("nan")
+
+
+@contextmanager
+def peak_memory(device: torch.device) -> Iterator[Rise]:
+    """Most memory held inside, above what was held at the start: of the GPU, or of the process.
+
+    The operating system keeps one peak for a whole process: where an earlier one was higher, nothing is known.
+    """
+    rise = Rise()
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        yield rise
+        rise.risen = torch.cuda.max_memory_allocated(device) - before
+        return
+    now, peak = psutil.Process().memory_info().rss, _peak_rss()
+    yield rise
+    if _peak_rss() > peak > 0:
+        rise.risen = _peak_rss() - now
+
+
+def _peak_rss() -> int:
     try:
         import resource
     except ImportError:  # Windows
@@ -68,9 +96,11 @@ def judge_batch(
         start: index of its first image.
     """
     device, count = clean.device, len(clean)
+    with seeded(seed + 104729 * (start + 1)):
+        right_clean, right_attacked = _right(classifier, clean, labels), _right(classifier, attacked, labels)
     columns: dict[str, Tensor | None] = {
-        "right_clean": _right(classifier, clean, labels),
-        "right_attacked": _right(classifier, attacked, labels),
+        "right_clean": right_clean,
+        "right_attacked": right_attacked,
         "psnr_attacked": _psnr(attacked, clean),
         "ssim_attacked": _ssim(attacked, clean),
     }
@@ -87,8 +117,7 @@ def judge_batch(
         columns["right_purified_attacked"] = columns["right_attacked"].float()
     else:
         rights: dict[str, list[Tensor]] = {"purified_clean": [], "purified_attacked": []}
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(seed + 7919 * (start + 1))
+        with seeded(seed + 7919 * (start + 1)):
             for index in range(passes):
                 purified, purify_seconds = timed(lambda: defended.purify(attacked), device)
                 purified_clean = defended.purify(clean)
@@ -154,7 +183,8 @@ def summarise(rows: list[dict[str, Any]], purified: bool, passes: int) -> dict[s
     record["perturbation"] = {name: spread(name) for name in ("linf_255", "l2", "l1")}
     record["perturbation"]["changed_percent"] = mean("changed_percent")
     record["ms_per_image"] = {name: mean(f"ms_{name}") for name in ("attack", "purify", "classify")}
-    record["memory_mb_per_image"] = max(row["memory_bytes_per_image"] for row in rows) / 2**20
+    memory = [row["memory_bytes_per_image"] for row in rows if not isnan(row["memory_bytes_per_image"])]
+    record["memory_mb_per_image"] = max(memory) / 2**20 if memory else None
     return record
 
 

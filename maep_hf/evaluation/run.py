@@ -14,7 +14,7 @@ from accelerate import PartialState
 from rich.console import Console
 
 from ..attacks import Attack, attack_options, make_attack
-from ..checkpoints import CLASSIFIER, PURIFIER, check_model, load_frozen_classifier, load_purifier
+from ..checkpoints import CLASSIFIER, PURIFIER, CheckpointError, check_model, load_frozen_classifier, load_purifier
 from ..classifier import PurifiedClassifier
 from ..data import load_image_dataset
 from ..defences import make_defence
@@ -25,6 +25,7 @@ from .images import read_images
 from .processes import process_state
 from .report import report
 from .results import attack_name
+from .threat_models import THREAT_MODELS, check_attack
 
 DEFENCE = "defence:"
 NONE = "none"
@@ -42,7 +43,8 @@ class EvaluationArguments:
         dataset, split, max_images, image_size: see [`read_images`].
         threat_models: see [`benchmark`].
         attacks: names, each as NAME, NAME:NORM or NAME:NORM:EPS (`autoattack:L2:0.5`).
-        norm, eps: of the attacks that do not say theirs; the attack's own default where these do not either.
+        norm: of the attacks that do not say theirs; each one's first by default.
+        eps: radii of the attacks in `norm` (Linf by default) that do not say theirs; each one's own by default.
         attack_options: for every attack that has an option of that name, such as `{"steps": 40}`, or for one attack,
             such as `{"cw-l2.steps": 50}`.
         seed, batch_size, passes: see [`benchmark`].
@@ -95,7 +97,7 @@ def run_evaluation(args: EvaluationArguments, console: Console | None = None) ->
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     device = _device(args.device, state)
-    attacks = make_attacks(args)  # a wrong name is an error before the first model is loaded
+    measured = _combinations(args, console if state.is_main_process else None)
     dataset = load_image_dataset(args.dataset, args.split)
     images = read_images(dataset, args.max_images, args.image_size, _short(args.dataset), args.split)
     source = None
@@ -105,16 +107,17 @@ def run_evaluation(args: EvaluationArguments, console: Console | None = None) ->
     source_name = "+".join(_short(name) for name in (args.source_purifier, args.source_classifier) if name)
     window = {name: getattr(args, name) for name in ("mode", "overlap") if getattr(args, name) is not None}
 
+    models = {name: _load_purifier(name, args, device) for name in args.purifiers}  # all, before hours go by
+    classifiers = {name: load_frozen_classifier(name) for name in args.classifiers}
     records = []
-    for classifier_name, purifier_name in product(args.classifiers, args.purifiers):
-        classifier = load_frozen_classifier(classifier_name)
-        purifier = _load_purifier(purifier_name, args, device)
-        for threat_model, attack in product(args.threat_models, attacks):
+    for (classifier_name, classifier), (purifier_name, purifier) in product(classifiers.items(), models.items()):
+        for threat_model, attack in measured:
             options = window if callable(getattr(purifier, "purify", None)) else {}
             result = benchmark(
                 classifier,
                 purifier,
                 images,
+                max_images=None,
                 threat_model=threat_model,
                 attack=attack,
                 batch_size=args.batch_size,
@@ -133,6 +136,7 @@ def run_evaluation(args: EvaluationArguments, console: Console | None = None) ->
             records.append(result.record)
             if state.is_main_process:
                 _picture(result, out)
+                _print_checks(result.record, console)
                 if result.resumed:
                     what = "in results.jsonl already" if result.resumed < 0 else f"{result.resumed} batches were there"
                     console.print(f"{_title(result.record)}: {what}", highlight=False, soft_wrap=True)
@@ -140,6 +144,38 @@ def run_evaluation(args: EvaluationArguments, console: Console | None = None) ->
     if state.is_main_process:
         report(out / RESULTS, out, console)
     return records
+
+
+def _combinations(args: EvaluationArguments, console: Console | None) -> list[tuple[str, Attack]]:
+    """Threat models with the attacks that they allow; everything that can be wrong is, before a model is loaded.
+
+    Raises:
+        ValueError: as [`make_attacks`]; an unknown threat model, `transfer` without a source, or one that allows none
+            of the attacks.
+    """
+    attacks = make_attacks(args)
+    found: list[tuple[str, Attack]] = []
+    for threat_model in args.threat_models:
+        if threat_model not in THREAT_MODELS:
+            raise ValueError(f"threat_model={threat_model!r}: must be one of {', '.join(THREAT_MODELS)}")
+        if threat_model == "transfer" and not args.source_classifier:
+            raise ValueError("threat_model='transfer' needs source_classifier: the pipeline that is attacked instead")
+        black_box = threat_model == "black-box"
+        allowed = [attack for attack in attacks if not (black_box and attack.needs_gradient)]
+        if not allowed:
+            check_attack(threat_model, attacks[0])
+        left_out = [attack.name for attack in attacks if attack not in allowed]
+        if left_out and console:
+            console.print(f"black-box: left out {', '.join(left_out)}, which use gradients", highlight=False)
+        found += [(threat_model, attack) for attack in allowed]
+    return found
+
+
+def _print_checks(record: dict, console: Console) -> None:
+    for check in (record["checks"] or {}).get("results", ()):
+        mark = "passed" if check["passed"] else "FAILED"
+        style = "" if check["passed"] else "bold red"
+        console.print(f"  {mark} {check['name']}: {check['detail']}", style=style, highlight=False, soft_wrap=True)
 
 
 def _load_purifier(name: str, args: EvaluationArguments, device: torch.device) -> Any:
@@ -152,21 +188,37 @@ def _load_purifier(name: str, args: EvaluationArguments, device: torch.device) -
     else:
         path = Path(name)
         released = path.parts == ("checkpoints", PURIFIER) and not path.is_dir()
-        purifier = load_purifier(None if released else name)
+        try:
+            purifier = load_purifier(None if released else name)
+        except CheckpointError:
+            if path.exists():
+                raise
+            try:  # a Hub repository may hold an adapter instead
+                purifier = _load_adapter(name)
+            except (ValueError, OSError):
+                purifier = None
+            if purifier is None:
+                raise
     if args.random_mask_ratio or args.draws > 1:
-        purifier = RandomisedPurifier(purifier, mask_ratio=args.random_mask_ratio, draws=args.draws)
+        try:
+            purifier = RandomisedPurifier(purifier, mask_ratio=args.random_mask_ratio, draws=args.draws)
+        except TypeError as error:
+            raise ValueError(f"random_mask_ratio: {name} takes no random masks ({error})") from error
     return purifier.to(device).eval() if isinstance(purifier, torch.nn.Module) else purifier
 
 
-def _load_adapter(folder: str) -> Any:
-    """A purifier with the LoRA adapter of `folder`, merged; the base is the one that its configuration names."""
+def _load_adapter(name: str) -> Any:
+    """A purifier with a LoRA adapter, merged; the base is the one that the adapter's configuration names, by Hub id or
+    by a path from here or from the adapter's folder."""
     from peft import PeftConfig, PeftModel
 
-    base = PeftConfig.from_pretrained(folder).base_model_name_or_path
+    base = PeftConfig.from_pretrained(name).base_model_name_or_path
     if not base:
-        raise ValueError(f"purifier: the adapter in {folder} does not say its base model (base_model_name_or_path)")
+        raise ValueError(f"purifier: the adapter in {name} does not say its base model (base_model_name_or_path)")
+    beside = Path(name) / base
+    base = str(beside) if beside.is_dir() and not Path(base).is_dir() else base
     check_model(base, model_type="maep", kind="a purifier")
-    return PeftModel.from_pretrained(load_purifier(base), folder).merge_and_unload().requires_grad_(False)
+    return PeftModel.from_pretrained(load_purifier(base), name).merge_and_unload().requires_grad_(False)
 
 
 def make_attacks(args: EvaluationArguments) -> list[Attack]:
@@ -183,7 +235,7 @@ def make_attacks(args: EvaluationArguments) -> list[Attack]:
         if more:
             raise ValueError(f"attack={word!r} is not of the form NAME, NAME:NORM or NAME:NORM:EPS")
         try:
-            radii = [float(eps)] if eps else args.eps or [None]
+            radii = [float(eps)] if eps else None
         except ValueError as error:
             raise ValueError(f"attack={word!r}: the radius {eps!r} is no number") from error
         known = attack_options(name)
@@ -191,6 +243,10 @@ def make_attacks(args: EvaluationArguments) -> list[Attack]:
         own = {key: value for key, value in options.items() if key.startswith(f"{name}.")}
         used |= {*has, *own}
         has |= {key.removeprefix(f"{name}."): value for key, value in own.items()}
+        plain = make_attack(name, norm=norm or args.norm, **has)
+        if radii is None:  # a radius for Linf means nothing in another norm, nor to a corruption
+            meant = plain.norm == (args.norm or "Linf") and not plain.control
+            radii = args.eps if args.eps and meant else [None]
         for radius in radii:
             attack = make_attack(name, norm=norm or args.norm, eps=radius, **has)
             attacks[str(attack.record())] = attack
