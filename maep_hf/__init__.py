@@ -8,14 +8,18 @@ from .configuration_maep import MAEPConfig
 from .image_processing_maep import MAEPImageProcessor
 from .modeling_cifar_resnet import CifarResNetForImageClassification
 from .modeling_maep import MAEPModel, MAEPOutput, MAEPPreTrainedModel
+from .pipeline_maep import ImagePurificationPipeline
+from .pipeline_registration import register_pipeline
 
 AutoConfig.register("maep", MAEPConfig, exist_ok=True)
 AutoModel.register(MAEPConfig, MAEPModel, exist_ok=True)
 AutoImageProcessor.register(MAEPConfig, image_processor_classes={"pil": MAEPImageProcessor}, exist_ok=True)
+register_pipeline()
 
 __all__ = [
     "CifarResNetConfig",
     "CifarResNetForImageClassification",
+    "ImagePurificationPipeline",
     "MAEPConfig",
     "MAEPImageProcessor",
     "MAEPModel",
