@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
 import subprocess
 import sys
+import tempfile
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -44,7 +46,8 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 def append_jsonl(path: Path, record: dict[str, Any]) -> None:
     """Add a record to a JSON-lines file, in place of one with the same `key`; readers see the old file or the new."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_name(f".{path.name}.lock")):  # two evaluations may write into one folder
+    name = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]
+    with FileLock(Path(tempfile.gettempdir()) / f"maep-{name}.lock"):  # two evaluations may write into one folder
         records = [known for known in read_jsonl(path) if known.get("key") != record.get("key")] + [record]
         temporary = path.with_name(path.name + ".tmp")
         temporary.write_text("".join(json.dumps(entry, default=str) + "\n" for entry in records), encoding="utf-8")

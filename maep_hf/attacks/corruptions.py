@@ -59,7 +59,7 @@ class Corruption(Attack):
     def parameters(self) -> dict[str, Any]:
         return self._transform().record()["options"]
 
-    def record(self) -> dict[str, Any]:
+    def record(self, num_classes: int | None = None) -> dict[str, Any]:
         library = self._transform().library
         return super().record() | {"library": f"{library} {version(library)}"}
 
