@@ -127,7 +127,7 @@ def run_demo(
             labels = _predict(judge, pixels)
         with console.status("ImageNet: attacking and purifying ..."):
             images = EvaluationImages(pixels, labels, "embedded:imagenet")
-            part = measure(judge, judge_name, images, counted, 4)
+            part = measure(judge, judge_name, images, counted, 5)  # as many as are pictured
         records.append(part.record)
         measured = "accuracy" if imagenet_classifier is not None else "prediction kept"
         print_table(console, part.record, f"ImageNet, {IMAGENET_SIZE} pixels, the same purifier as it is", measured)
@@ -230,7 +230,7 @@ def _picture(
         f"attacked − clean\n× {DIFFERENCE_FACTOR}": difference_image(attacked, clean, DIFFERENCE_FACTOR),
         f"purified − clean\n× {DIFFERENCE_FACTOR}": difference_image(purified, clean, DIFFERENCE_FACTOR),
     }
-    expected = labels[:count].tolist()
+    expected = labels[: len(clean)].tolist()
     captions = {}
     for name, batch in images.items():
         if name == "clean" and part.record["counted"] != RIGHT_LABEL:

@@ -92,7 +92,7 @@ def test_run_writes_table_pictures_and_protocol(classifier, purifier, tmp_path):
         classifier_name="random",
         attack=make_attack("pgd", eps=4, steps=2),
         seed=3,
-        imagenet_images=2,
+        imagenet_images=6,  # more than one batch
         console=console,
     )
     out = tmp_path / "out"
@@ -106,7 +106,7 @@ def test_run_writes_table_pictures_and_protocol(classifier, purifier, tmp_path):
         assert set(record["accuracy"]) == {"clean", "attacked", "purified_clean", "purified_attacked"}
         # an untrained purifier changes nothing
         assert record["psnr_db"]["purified_attacked"] == pytest.approx(record["psnr_db"]["attacked"], abs=1e-2)
-    assert cifar["protocol"]["dataset"]["n"] == 20 and imagenet["protocol"]["dataset"]["n"] == 2
+    assert cifar["protocol"]["dataset"]["n"] == 20 and imagenet["protocol"]["dataset"]["n"] == 6
     assert imagenet["protocol"]["dataset"]["size"] == [224, 224]
     assert imagenet["accuracy"]["clean"]["percent"] == 100 and "not an accuracy" in imagenet["counted"]
     text = console.file.getvalue()
