@@ -233,23 +233,9 @@ class PurifiedClassifier(nn.Module):
         if self.purifier is None:
             check_pixels(pixel_values)
             return pixel_values
-        purify = _find_purify(self.purifier)
-        config = getattr(self.purifier, "config", None)
-        num_channels = getattr(config, "num_channels", None)
+        num_channels = getattr(getattr(self.purifier, "config", None), "num_channels", None)
         check_pixels(pixel_values, num_channels if isinstance(num_channels, int) else None)
-        if isinstance(self.purifier, nn.Module):
-            parameter = next(self.purifier.parameters(), None)
-            pixel_values = pixel_values if parameter is None else pixel_values.to(parameter.device)
-        output = (purify or self.purifier)(pixel_values, **self.purify_kwargs)
-        output = getattr(output, "purified_pixel_values", output)
-        if not isinstance(output, Tensor):
-            raise TypeError(f"The purifier must return a tensor of images, got {type(output).__name__}.")
-        if output.shape != pixel_values.shape:
-            raise ValueError(
-                f"The purifier must keep the shape of the images: it was given {tuple(pixel_values.shape)} "
-                f"and returned {tuple(output.shape)}."
-            )
-        return output
+        return call_purifier(self.purifier, pixel_values, **self.purify_kwargs)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Logits (B, K) of the purified images; `pixel_values` (B, C, H, W) in [0, 1]. Errors as in `purify`."""
@@ -368,6 +354,36 @@ def _logits(output: Any) -> Tensor:
             "wrap it in a function that returns its logits."
         )
     return logits
+
+
+def call_purifier(purifier: Any, pixel_values: Tensor, **kwargs: Any) -> Tensor:
+    """Run whatever maps images to images: its method `purify` where it has one, else the object itself.
+
+    Args:
+        purifier: see `PurifiedClassifier`.
+        pixel_values: (B, C, H, W) in [0, 1]; moved to the device of the purifier's parameters.
+        **kwargs: for the purifier.
+
+    Returns:
+        (B, C, H, W), the same shape.
+
+    Raises:
+        TypeError: not a floating-point tensor, or the purifier returns no tensor.
+        ValueError: another shape, or the purifier does not keep the shape.
+    """
+    check_pixels(pixel_values)
+    parameter = next(purifier.parameters(), None) if isinstance(purifier, nn.Module) else None
+    pixel_values = pixel_values if parameter is None else pixel_values.to(parameter.device)
+    output = (_find_purify(purifier) or purifier)(pixel_values, **kwargs)
+    output = getattr(output, "purified_pixel_values", output)
+    if not isinstance(output, Tensor):
+        raise TypeError(f"`purifier` must return a tensor of images, got {type(output).__name__}.")
+    if output.shape != pixel_values.shape:
+        raise ValueError(
+            f"`purifier` must keep the shape of the images: it was given {tuple(pixel_values.shape)} and returned "
+            f"{tuple(output.shape)}."
+        )
+    return output
 
 
 def _find_purify(purifier: Any) -> Callable[..., Tensor] | None:

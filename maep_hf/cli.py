@@ -206,30 +206,12 @@ def one_line_errors() -> Iterator[None]:
         raise typer.Exit(1) from error
 
 
-def pick_device(name: str) -> torch.device:
-    """`auto` is cuda, mps or cpu, the first there is; anything else as torch spells it.
-
-    Raises:
-        ValueError: no such device here.
-    """
-    import torch
-
-    if name == "auto":
-        mps = torch.backends.mps.is_available()
-        return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
-    return device
-
-
 def _load_purifier(model: str | None, device: str, dtype: Precision) -> MAEPModel:
     import torch
     from transformers.utils import logging
 
     from .checkpoints import load_purifier
+    from .devices import pick_device
 
     logging.disable_progress_bar()  # of loading weights, which takes no time here
     return load_purifier(model, device=pick_device(device), dtype=getattr(torch, dtype.value))

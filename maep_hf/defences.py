@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from .classifier import _find_purify
+from .classifier import _find_purify, call_purifier
 from .preprocessing import check_pixels
 
 SUBSAMPLINGS = ("4:4:4", "4:2:2", "4:2:0")
@@ -368,36 +368,6 @@ def check_purifier(purifier: Any) -> None:
         )
     if not callable(purifier) and _find_purify(purifier) is None:
         raise TypeError(f"`purifier` must have a method `purify` or be callable, got {type(purifier).__name__}.")
-
-
-def call_purifier(purifier: Any, pixel_values: Tensor, **kwargs: Any) -> Tensor:
-    """Run whatever maps images to images: its method `purify` where it has one, else the object itself.
-
-    Args:
-        purifier: see `BPDA`.
-        pixel_values: (B, C, H, W) in [0, 1]; moved to the device of the purifier's parameters.
-        **kwargs: for the purifier.
-
-    Returns:
-        (B, C, H, W), the same shape.
-
-    Raises:
-        TypeError: not a floating-point tensor, or the purifier returns no tensor.
-        ValueError: another shape, or the purifier does not keep the shape.
-    """
-    check_pixels(pixel_values)
-    parameter = next(purifier.parameters(), None) if isinstance(purifier, nn.Module) else None
-    pixel_values = pixel_values if parameter is None else pixel_values.to(parameter.device)
-    output = (_find_purify(purifier) or purifier)(pixel_values, **kwargs)
-    output = getattr(output, "purified_pixel_values", output)
-    if not isinstance(output, Tensor):
-        raise TypeError(f"`purifier` must return a tensor of images, got {type(output).__name__}.")
-    if output.shape != pixel_values.shape:
-        raise ValueError(
-            f"`purifier` must keep the shape of the images: it was given {tuple(pixel_values.shape)} and returned "
-            f"{tuple(output.shape)}."
-        )
-    return output
 
 
 def _at_least_float32(pixels: Tensor) -> Tensor:

@@ -193,7 +193,7 @@ def _seed_everything(seed: int) -> None:
         torch.cuda.manual_seed_all(seed)
     if torch.backends.mps.is_available():
         torch.mps.manual_seed(seed)
-    np.random.seed(seed)
+    np.random.seed(seed % 2**32)  # all that it takes
     random.seed(seed)
 
 

@@ -20,10 +20,11 @@ from torch import nn
 from maep_hf.adaptation import add_lora, default_lora_config
 from maep_hf.attacks import make_attack
 from maep_hf.checkpoints import load_frozen_classifier
-from maep_hf.classifier import PixelClassifier
+from maep_hf.classifier import PixelClassifier, PurifiedClassifier
 from maep_hf.data import DataError, load_image_dataset
 from maep_hf.evaluation import EvaluationImages, benchmark, read_images
 from maep_hf.evaluation.fingerprint import Opaque, fingerprint
+from maep_hf.evaluation.judge import judge_batch
 from maep_hf.evaluation.threat_models import attacked_model
 from maep_hf.records import read_jsonl
 
@@ -281,6 +282,12 @@ def test_autoattack_is_the_reference_librarys(images, tmp_path):
     assert torch.equal(result.images["attacked"], attacked)
     assert result.record["accuracy"]["attacked"]["correct"] == int((predicted == y).sum())
     assert 0 < result.record["accuracy"]["attacked"]["correct"] < 6
+
+
+def test_seeds_beyond_numpys_are_taken(classifier, images):
+    x, y = images.batch(0, 2, "cpu")  # as those of the images far into a large test set
+    about = {"attack_seconds": 1.0, "memory_bytes_per_image": 1.0}
+    assert len(judge_batch(classifier, PurifiedClassifier(Spy(), classifier), x, x, y, 1, 0, about, start=50_000)) == 2
 
 
 class Spoiled(nn.Module):

@@ -108,11 +108,13 @@ def test_random_masks_are_measured_as_random(classifier_folder, purifier_folder,
         (["--purifier", "defence:jpeg", "--attack", "fgsm", "--random-mask-ratio", 0.5], "takes no random masks"),
         (["--threat-model", "gray-box", "--threat-model", "transfer", "--attack", "fgsm"], "source_classifier"),
         (["--threat-model", "black-box", "--attack", "fgsm"], "uses gradients"),
+        (["--device", "abacus", "--attack", "fgsm"], "--device abacus cannot be used here"),
         (["--purifier", "/nowhere", "--attack", "fgsm"], "/nowhere"),
     ],
 )
 def test_mistakes_are_one_line(words, message, classifier_folder, purifier_folder, image_folder, tmp_path):
-    given = ["--classifier", classifier_folder, "--dataset", image_folder, "--image-size", SIZE, "--device", "cpu"]
+    given = ["--classifier", classifier_folder, "--dataset", image_folder, "--image-size", SIZE]
+    given += [] if "--device" in words else ["--device", "cpu"]
     purifier = [] if "--purifier" in words else ["--purifier", purifier_folder]
     code, output = invoke("evaluate", *given, *purifier, *words, "--out", tmp_path)
     assert code == 1 and message in output and "Traceback" not in output

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import logging
-import random
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..randomised import seeded
 
 
 @contextmanager
@@ -22,24 +22,17 @@ def isolated(model: nn.Module, seed: int) -> Iterator[None]:
     the parameters, at the cost of computing them. foolbox logs in a way that sets up logging to the terminal.
     """
     quiet = logging.NullHandler()
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    states = random.getstate(), np.random.get_state()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(list(devices)):
+    with torch.inference_mode(False), torch.enable_grad(), seeded(seed):
         try:
             for parameter in trained:
                 parameter.requires_grad_(False)
-            random.seed(seed)
-            np.random.seed(seed % 2**32)
-            torch.manual_seed(seed)
             logging.root.addHandler(quiet)
             yield
         finally:
             logging.root.removeHandler(quiet)
             for parameter in trained:
                 parameter.requires_grad_(True)
-            random.setstate(states[0])
-            np.random.set_state(states[1])
 
 
 class Watched(nn.Module):

@@ -137,8 +137,9 @@ def benchmark(
     classes = _check_labels(classifier, pixels, images.labels)
 
     defended = PurifiedClassifier(purifier, classifier, purify_kwargs=purify_kwargs if purifier is not None else None)
-    target = attacked_model(threat_model, classifier, _with_options(purifier, purify_kwargs), source)
-    random_purifier = purifier is not None and is_randomised(_with_options(purifier, purify_kwargs), pixels)
+    target = attacked_model(threat_model, classifier, purifier, source, purify_kwargs)
+    purified_pixels = PurifiedClassifier(purifier, nn.Flatten(), purify_kwargs=defended.purify_kwargs)
+    random_purifier = purifier is not None and is_randomised(purified_pixels, pixels)
     randomised = random_purifier or is_randomised(classifier, pixels)
     passes = passes or (10 if randomised else 1)
     protocol = Protocol(
@@ -239,23 +240,6 @@ def _device(classifier: nn.Module, state: PartialState) -> torch.device:
         return state.device
     parameter = next(classifier.parameters(), None)
     return torch.device("cpu") if parameter is None else parameter.device
-
-
-def _with_options(purifier: Any, purify_kwargs: Mapping[str, Any] | None) -> Any:
-    if purifier is None or not purify_kwargs:
-        return purifier
-    return _Configured(purifier, dict(purify_kwargs))
-
-
-class _Configured(nn.Module):
-    """A purifier with its options bound, so that every threat model sees the purifier that is measured."""
-
-    def __init__(self, purifier: Any, options: dict[str, Any]):
-        super().__init__()
-        self.front = PurifiedClassifier(purifier, nn.Identity(), purify_kwargs=options)
-
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        return self.front.purify(pixel_values)
 
 
 def _name(model: Any) -> str:

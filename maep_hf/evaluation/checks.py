@@ -121,8 +121,12 @@ def gradient_masking_checks(
         A report with one result a check: `gradient`, `randomness`, `eps sweep`, `step sweep`, `black-box`, `transfer`.
     """
     say = progress or (lambda name: None)
-    bare, purifier = defended.classifier, _configured(defended)
-    view = attacked_model(threat_model, bare, purifier)
+    bare, purifier = defended.classifier, defended.purifier
+
+    def attacked_under(name: str) -> nn.Module:
+        return attacked_model(name, bare, purifier, purify_kwargs=defended.purify_kwargs)
+
+    view = attacked_under(threat_model)
     with seeded(seed):
         right = _right(defended, pixels, labels)
     used = right.nonzero().flatten()
@@ -163,9 +167,9 @@ def gradient_masking_checks(
     say("transfer")
     sources = {"the bare classifier": bare}
     if purifier is not None and threat_model == "white-box":
-        sources["BPDA"] = attacked_model("bpda", bare, purifier)
+        sources["BPDA"] = attacked_under("bpda")
     elif purifier is not None:
-        sources["the full gradient"] = attacked_model("white-box", bare, purifier)
+        sources["the full gradient"] = attacked_under("white-box")
     if source is not None:
         sources["the surrogate pipeline"] = source
     together = white_box & sweep[eps] & square
@@ -174,22 +178,6 @@ def gradient_masking_checks(
         together &= transferred
         results.append(_not_stronger("transfer", f"PGD-{SWEEP_STEPS} from {name}", transferred, white_box))
     return MaskingReport(results, used.tolist(), together.tolist())
-
-
-def _configured(defended: PurifiedClassifier) -> nn.Module | None:
-    """The pipeline's purifier with its options, as an attack meets it."""
-    if defended.purifier is None:
-        return None
-    return _Purify(defended)
-
-
-class _Purify(nn.Module):
-    def __init__(self, defended: PurifiedClassifier):
-        super().__init__()
-        self.defended = defended
-
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        return self.defended.purify(pixel_values)
 
 
 @torch.no_grad()

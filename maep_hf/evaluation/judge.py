@@ -18,7 +18,7 @@ from torchmetrics.functional.image import structural_similarity_index_measure as
 
 from ..classifier import PurifiedClassifier
 from ..randomised import seeded
-from .statistics import PSNR_LIMIT, share, wilson_interval
+from .statistics import psnr_of_each, share
 
 CHANGED = 0.5 / 255  # a pixel that differs by less is the same when stored as 8 bits
 SSIM_WINDOW = 11
@@ -101,7 +101,7 @@ def judge_batch(
     columns: dict[str, Tensor | None] = {
         "right_clean": right_clean,
         "right_attacked": right_attacked,
-        "psnr_attacked": _psnr(attacked, clean),
+        "psnr_attacked": psnr_of_each(attacked, clean),
         "ssim_attacked": _ssim(attacked, clean),
     }
     delta = (attacked - clean).float().flatten(1)
@@ -127,7 +127,7 @@ def judge_batch(
                     continue
                 seconds["ms_purify"] = purify_seconds
                 for name, batch in (("purified_attacked", purified), ("purified_clean", purified_clean)):
-                    columns[f"psnr_{name}"] = _psnr(batch, clean)
+                    columns[f"psnr_{name}"] = psnr_of_each(batch, clean)
                     columns[f"ssim_{name}"] = _ssim(batch, clean)
                 correction = (purified - attacked).float().flatten(1)
                 # paper, Fig. 2: is what the purifier changes the way back? Zero where there is nothing to undo.
@@ -189,17 +189,7 @@ def summarise(rows: list[dict[str, Any]], purified: bool, passes: int) -> dict[s
 
 
 def _share(rows: list[dict[str, Any]], name: str) -> dict[str, Any]:
-    values = [row[name] for row in rows]
-    if all(value in (0.0, 1.0) for value in values):
-        return share(torch.tensor(values) == 1)
-    percent, n = 100 * fmean(values), len(values)  # an average over passes: the interval is that of n images
-    correct = round(sum(values))
-    return {
-        "correct": correct,
-        "n": n,
-        "percent": percent,
-        "interval_95": [100 * bound for bound in wilson_interval(correct, n)],
-    }
+    return share(torch.tensor([row[name] for row in rows]))
 
 
 def _right(model: nn.Module, pixels: Tensor, labels: Tensor) -> Tensor:
@@ -207,11 +197,6 @@ def _right(model: nn.Module, pixels: Tensor, labels: Tensor) -> Tensor:
     if not torch.isfinite(logits).all():
         raise ValueError("classifier: its logits are not finite (NaN or inf) on images of the evaluation")
     return logits.argmax(-1) == labels
-
-
-def _psnr(images: Tensor, reference: Tensor) -> Tensor:
-    error = (images.float() - reference.float()).square().flatten(1).mean(1)
-    return -10 * error.clamp_min(10 ** (-PSNR_LIMIT / 10)).log10()
 
 
 def _ssim(images: Tensor, reference: Tensor) -> Tensor | None:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from rich.console import Console
 
 from ..attacks import Attack, attack_options, make_attack
@@ -18,6 +17,7 @@ from ..checkpoints import CLASSIFIER, PURIFIER, CheckpointError, check_model, lo
 from ..classifier import PurifiedClassifier
 from ..data import load_image_dataset
 from ..defences import make_defence
+from ..devices import pick_device
 from ..figures import difference_image, image_grid
 from ..randomised import RandomisedPurifier
 from .benchmark import CHECK_IMAGES, RESULTS, BenchmarkResult, benchmark
@@ -96,7 +96,8 @@ def run_evaluation(args: EvaluationArguments, console: Console | None = None) ->
     console = console or Console()
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    device = _device(args.device, state)
+    shared = args.device == "auto" and state.num_processes > 1
+    device = state.device if shared else pick_device(args.device)
     measured = _combinations(args, console if state.is_main_process else None)
     dataset = load_image_dataset(args.dataset, args.split)
     images = read_images(dataset, args.max_images, args.image_size, _short(args.dataset), args.split)
@@ -253,14 +254,6 @@ def make_attacks(args: EvaluationArguments) -> list[Attack]:
     if missing := sorted(set(options) - used):
         raise ValueError(f"attack_options: none of {', '.join(args.attacks)} has {', '.join(missing)}")
     return list(attacks.values())
-
-
-def _device(name: str, state: PartialState) -> torch.device:
-    if name == "auto":
-        if state.num_processes > 1:
-            return state.device
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(name)
 
 
 def _short(name: str) -> str:

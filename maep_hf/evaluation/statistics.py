@@ -10,10 +10,15 @@ from torch import Tensor
 PSNR_LIMIT = 100.0  # dB, what identical images count as
 
 
-def psnr(images: Tensor, reference: Tensor) -> float:
-    """Mean over the images of the peak signal-to-noise ratio in dB, for (N, C, H, W) in [0, 1]; at most 100."""
+def psnr_of_each(images: Tensor, reference: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio of each image in dB, (N,), for (N, C, H, W) in [0, 1]; at most 100."""
     error = (images.float() - reference.float()).square().flatten(1).mean(1)
-    return (-10 * error.clamp_min(10 ** (-PSNR_LIMIT / 10)).log10()).mean().item()
+    return -10 * error.clamp_min(10 ** (-PSNR_LIMIT / 10)).log10()
+
+
+def psnr(images: Tensor, reference: Tensor) -> float:
+    """The mean of [`psnr_of_each`] over the images."""
+    return psnr_of_each(images, reference).mean().item()
 
 
 def wilson_interval(correct: int, n: int, z: float = 1.959964) -> tuple[float, float]:
@@ -27,10 +32,15 @@ def wilson_interval(correct: int, n: int, z: float = 1.959964) -> tuple[float, f
 
 
 def share(hits: Tensor) -> dict:
-    """How many of (N,) booleans are true: `correct`, `n`, `percent` and the 95 % Wilson interval in percent."""
-    correct, n = int(hits.sum()), len(hits)
+    """How many of (N,) are hits: `correct`, `n`, `percent` and the 95 % Wilson interval in percent.
+
+    Args:
+        hits: booleans, or averages over passes in [0, 1]; `correct` is then rounded, and the interval that of N images.
+    """
+    total, n = float(hits.sum()), len(hits)
+    correct = round(total)
     interval = [100 * bound for bound in wilson_interval(correct, n)]
-    return {"correct": correct, "n": n, "percent": 100 * correct / n, "interval_95": interval}
+    return {"correct": correct, "n": n, "percent": 100 * total / n, "interval_95": interval}
 
 
 def mean_cosine(a: Tensor, b: Tensor) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -22,6 +23,7 @@ def attacked_model(
     classifier: PixelClassifier,
     purifier: Any = None,
     source: nn.Module | None = None,
+    purify_kwargs: Mapping[str, Any] | None = None,
 ) -> nn.Module:
     """The model that an attack under `threat_model` is given.
 
@@ -31,6 +33,7 @@ def attacked_model(
             only queries; `transfer` the pipeline `source`.
         purifier: `None` measures the bare classifier.
         source: surrogate pipeline of `transfer`, [0, 1] pixels to logits.
+        purify_kwargs: for every call of the purifier, which the attack meets as it is measured.
 
     Raises:
         ValueError: unknown threat model, or `transfer` without `source`.
@@ -43,7 +46,8 @@ def attacked_model(
         return source
     if threat_model == "gray-box" or purifier is None:
         return classifier
-    return PurifiedClassifier(BPDA(purifier) if threat_model == "bpda" else purifier, classifier)
+    front = BPDA(purifier) if threat_model == "bpda" else purifier
+    return PurifiedClassifier(front, classifier, purify_kwargs=purify_kwargs)
 
 
 def check_attack(threat_model: str, attack: Attack) -> None:
