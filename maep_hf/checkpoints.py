@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-    from .classifier import PixelClassifier
     from .modeling_maep import MAEPModel
 
 PURIFIER = "maep-tiny-cifar10"
@@ -61,22 +60,6 @@ def load_purifier(
     options = {} if dtype is None else {"dtype": dtype}
     model = MAEPModel.from_pretrained(source, **options)
     return model.to(device).eval().requires_grad_(False)
-
-
-def load_frozen_classifier(name_or_path: str | os.PathLike) -> PixelClassifier:
-    """Load a classifier that is only run and attacked; `checkpoints/NAME` is found from any working directory.
-
-    The batch normalisation of a CIFAR ResNet is folded into its convolutions: the same function, 1.4 times faster.
-    """
-    from .classifier import load_classifier
-    from .modeling_cifar_resnet import CifarResNetForImageClassification
-
-    path = Path(name_or_path)
-    released = path.parts[:1] == ("checkpoints",) and len(path.parts) == 2 and not path.is_dir()
-    loaded = load_classifier(str(released_checkpoint(path.name)) if released else os.fspath(name_or_path))
-    if isinstance(loaded.classifier, CifarResNetForImageClassification):
-        loaded.classifier.fold_batch_norm()
-    return loaded
 
 
 def check_model(name_or_path: str | os.PathLike, *, model_type: str | None = None, kind: str = "a model") -> None:

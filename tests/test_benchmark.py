@@ -19,8 +19,8 @@ from torch import nn
 
 from maep_hf.adaptation import add_lora, default_lora_config
 from maep_hf.attacks import make_attack
-from maep_hf.checkpoints import load_frozen_classifier
 from maep_hf.classifier import PixelClassifier, PurifiedClassifier
+from maep_hf.classifier_sources import load_frozen_classifier
 from maep_hf.data import DataError, load_image_dataset
 from maep_hf.evaluation import EvaluationImages, benchmark, read_images
 from maep_hf.evaluation.fingerprint import Opaque, fingerprint

@@ -1,5 +1,6 @@
 """`maep evaluate`, `maep report` and `maep attacks`: what is combined, what is written, what is refused."""
 
+import sys
 from threading import Thread
 
 import pytest
@@ -7,6 +8,8 @@ from conftest import SIZE
 from typer.testing import CliRunner
 
 from maep_hf import cli
+from maep_hf.checkpoints import CheckpointError
+from maep_hf.evaluation import run
 from maep_hf.evaluation.run import EvaluationArguments, make_attacks, parse_options
 from maep_hf.records import append_jsonl, read_jsonl
 
@@ -81,6 +84,42 @@ def test_two_evaluations_may_write_into_one_folder(tmp_path):
     assert len(read_jsonl(tmp_path / "results.jsonl")) == 60
 
 
+@pytest.fixture
+def own_module(tmp_path, monkeypatch):
+    """A module in the working directory with functions that make purifiers, and some that do not."""
+    (tmp_path / "own_defence.py").write_text(
+        "import torch\n"
+        "class Scale(torch.nn.Module):\n"
+        "    def __init__(self, factor): super().__init__(); self.factor = factor\n"
+        "    def forward(self, pixels): return pixels * self.factor\n"
+        "def scale(factor='1'): return Scale(float(factor))\n"
+        "def nothing(): return 3\n"
+        "value = 3\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    yield "python:own_defence"
+    sys.modules.pop("own_defence", None)
+
+
+def test_a_purifier_from_a_function(own_module, classifier_folder, image_folder, tmp_path):
+    words = ["evaluate", "--classifier", classifier_folder, "--dataset", image_folder, "--image-size", SIZE]
+    words += ["--purifier", f"{own_module}:scale", "--purifier", f"{own_module}:scale:0", "--device", "cpu"]
+    before = list(sys.path)
+    code, output = invoke(*words, "--attack", "fgsm", "--out", tmp_path / "out")
+    assert code == 0 and sys.path == before, output
+    same, black = read_jsonl(tmp_path / "out" / "results.jsonl")
+    assert (same["protocol"]["purifier"]["name"], black["protocol"]["purifier"]["name"]) == ("scale", "0")
+    assert same["protocol"]["purifier"]["fingerprint"] != black["protocol"]["purifier"]["fingerprint"]
+    assert same["accuracy"]["purified_attacked"]["correct"] == same["accuracy"]["attacked"]["correct"]
+    assert black["psnr_db"]["purified_clean"] < 20 < same["psnr_db"]["purified_clean"]
+
+
+def test_an_argument_may_have_colons_and_a_folder_is_named_by_its_last_part(own_module):
+    with pytest.raises(CheckpointError, match="could not convert string to float: '1:2'"):
+        run.python_purifier(f"{own_module}:scale:1:2")
+    assert run._short("python:some.module:load:/some/where/disco") == "disco"
+
+
 def test_random_masks_are_measured_as_random(classifier_folder, purifier_folder, image_folder, tmp_path):
     words = ["evaluate", "--classifier", classifier_folder, "--dataset", image_folder, "--image-size", SIZE]
     words += ["--purifier", purifier_folder, "--random-mask-ratio", 0.5, "--draws", 2, "--threat-model", "white-box"]
@@ -110,9 +149,16 @@ def test_random_masks_are_measured_as_random(classifier_folder, purifier_folder,
         (["--threat-model", "black-box", "--attack", "fgsm"], "uses gradients"),
         (["--device", "abacus", "--attack", "fgsm"], "--device abacus cannot be used here"),
         (["--purifier", "/nowhere", "--attack", "fgsm"], "/nowhere"),
+        (["--purifier", "python:own_defence", "--attack", "fgsm"], "python:MODULE:FUNCTION"),
+        (["--purifier", "python:no_such_module:make", "--attack", "fgsm"], "no_such_module cannot be imported"),
+        (["--purifier", "python:own_defence:fail", "--attack", "fgsm"], "has no function fail"),
+        (["--purifier", "python:own_defence:value", "--attack", "fgsm"], "has no function value"),
+        (["--purifier", "python:own_defence:nothing", "--attack", "fgsm"], "returned int, which purifies nothing"),
+        (["--purifier", "python:own_defence:scale:much", "--attack", "fgsm"], "scale failed: could not convert"),
+        (["--purifier", "python:own_defence:nothing:3", "--attack", "fgsm"], "nothing failed: nothing() takes 0"),
     ],
 )
-def test_mistakes_are_one_line(words, message, classifier_folder, purifier_folder, image_folder, tmp_path):
+def test_mistakes_are_one_line(words, message, classifier_folder, purifier_folder, image_folder, tmp_path, own_module):
     given = ["--classifier", classifier_folder, "--dataset", image_folder, "--image-size", SIZE]
     given += [] if "--device" in words else ["--device", "cpu"]
     purifier = [] if "--purifier" in words else ["--purifier", purifier_folder]

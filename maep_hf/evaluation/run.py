@@ -13,8 +13,9 @@ import torch
 from rich.console import Console
 
 from ..attacks import Attack, attack_options, make_attack
-from ..checkpoints import CLASSIFIER, PURIFIER, CheckpointError, check_model, load_frozen_classifier, load_purifier
+from ..checkpoints import CLASSIFIER, PURIFIER, CheckpointError, check_model, load_purifier
 from ..classifier import PurifiedClassifier
+from ..classifier_sources import PYTHON, TIMM, import_function, load_frozen_classifier
 from ..data import load_image_dataset
 from ..defences import make_defence
 from ..devices import pick_device
@@ -38,7 +39,8 @@ class EvaluationArguments:
     """What `maep evaluate` measures; lists are combined with each other.
 
     Args:
-        purifiers: folders or Hub ids (also of a PEFT adapter), `defence:NAME` for a classical one, `none`.
+        purifiers: folders or Hub ids (also of a PEFT adapter), `defence:NAME` for a classical one, `none`, or
+            `python:MODULE:FUNCTION[:ARGUMENT]`: what a function makes, see [`python_purifier`].
         classifiers: folders or Hub ids.
         dataset, split, max_images, image_size: see [`read_images`].
         threat_models: see [`benchmark`].
@@ -184,6 +186,8 @@ def _load_purifier(name: str, args: EvaluationArguments, device: torch.device) -
         return None
     if name.startswith(DEFENCE):
         purifier: Any = make_defence(name.removeprefix(DEFENCE))
+    elif name.startswith(PYTHON):
+        purifier = python_purifier(name)
     elif (Path(name) / "adapter_config.json").is_file():
         purifier = _load_adapter(name)
     else:
@@ -208,10 +212,35 @@ def _load_purifier(name: str, args: EvaluationArguments, device: torch.device) -
     return purifier.to(device).eval() if isinstance(purifier, torch.nn.Module) else purifier
 
 
+def python_purifier(name: str) -> Any:
+    """The purifier that `python:MODULE:FUNCTION[:ARGUMENT]` names: what the function returns for the argument, a text.
+
+    The module is one on the path or in the working directory. A purifier is a module or callable from images
+    (B, 3, H, W) in [0, 1] to images of the same shape, or has a method `purify` that is one.
+
+    Raises:
+        CheckpointError: there is no such module or function, it cannot make a purifier, or it makes none.
+    """
+    module, _, rest = name.removeprefix(PYTHON).partition(":")
+    function, given, argument = rest.partition(":")
+    make = import_function(f"{PYTHON}{module}:{function}", "purifier")
+    try:
+        purifier = make(argument) if given else make()
+    except (TypeError, ValueError, OSError) as error:
+        raise CheckpointError(f"purifier {name!r}: {function} failed: {' '.join(str(error).split())}") from error
+    if not callable(purifier) and not callable(getattr(purifier, "purify", None)):
+        raise CheckpointError(
+            f"purifier {name!r}: {function} returned {type(purifier).__name__}, which purifies nothing"
+        )
+    return purifier
+
+
 def _load_adapter(name: str) -> Any:
     """A purifier with a LoRA adapter, merged; the base is the one that the adapter's configuration names, by Hub id or
     by a path from here or from the adapter's folder."""
-    from peft import PeftConfig, PeftModel
+    from peft import PeftConfig
+
+    from ..adaptation import load_adapter
 
     base = PeftConfig.from_pretrained(name).base_model_name_or_path
     if not base:
@@ -219,7 +248,7 @@ def _load_adapter(name: str) -> Any:
     beside = Path(name) / base
     base = str(beside) if beside.is_dir() and not Path(base).is_dir() else base
     check_model(base, model_type="maep", kind="a purifier")
-    return PeftModel.from_pretrained(load_purifier(base), name).merge_and_unload().requires_grad_(False)
+    return load_adapter(load_purifier(base), name).merge_and_unload().requires_grad_(False)
 
 
 def make_attacks(args: EvaluationArguments) -> list[Attack]:
@@ -257,7 +286,11 @@ def make_attacks(args: EvaluationArguments) -> list[Attack]:
 
 
 def _short(name: str) -> str:
-    """A name that says nothing of the machine: the folder's own, or the Hub id."""
+    """A name that says nothing of the machine: the folder's own, the Hub id, or the function or timm name."""
+    if name.startswith(PYTHON):  # the argument may be a folder
+        return Path(name.rpartition(":")[2]).name
+    if name.startswith(TIMM):
+        return name.rpartition(":")[2]
     path = Path(name)
     return path.name if path.exists() or path.is_absolute() or name.startswith((".", "~", "checkpoints/")) else name
 

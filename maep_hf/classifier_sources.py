@@ -1,0 +1,103 @@
+"""Classifiers by name: a folder or Hub id, a timm model, or a Python function that makes one."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from .checkpoints import CheckpointError, released_checkpoint
+
+if TYPE_CHECKING:
+    from .classifier import PixelClassifier
+
+TIMM, PYTHON = "timm:", "python:"
+
+
+def load_frozen_classifier(name: str | os.PathLike) -> PixelClassifier:
+    """Load a classifier that is only run and attacked: eval mode, no gradients for its parameters.
+
+    Batch normalisation is folded into the convolutions where the network is known here: the same function, faster.
+
+    Args:
+        name: folder or Hub id of a transformers image classifier (`checkpoints/NAME` is found from any working
+            directory); `timm:NAME` for a pretrained timm model; `python:MODULE:FUNCTION` for a function without
+            arguments, in a module on the path or in the working directory, that returns a module from (B, C, H, W)
+            pixels in [0, 1] to logits (B, K), or a [`PixelClassifier`].
+
+    Raises:
+        CheckpointError: there is no such module, function or timm model, or it makes no classifier.
+        OSError, ValueError: as [`load_classifier`].
+    """
+    name = os.fspath(name)
+    if name.startswith(TIMM):
+        loaded = _from_timm(name.removeprefix(TIMM))
+    elif name.startswith(PYTHON):
+        loaded = _from_python(name)
+    else:
+        loaded = _from_folder_or_hub(name)
+    return loaded.requires_grad_(False).eval()
+
+
+def import_function(name: str, kind: str):
+    """The callable that `python:MODULE:FUNCTION` names.
+
+    Raises:
+        CheckpointError: the name has another form, or there is no such module or function.
+    """
+    module_name, _, function_name = name.removeprefix(PYTHON).partition(":")
+    if not module_name or not function_name:
+        raise CheckpointError(f"{kind} {name!r}: a Python {kind} is named python:MODULE:FUNCTION")
+    here = os.getcwd()
+    sys.path.insert(0, here)
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise CheckpointError(f"{kind} {name!r}: the module {module_name} cannot be imported: {error}") from error
+    finally:
+        sys.path.remove(here)
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        raise CheckpointError(f"{kind} {name!r}: {module_name} has no function {function_name}")
+    return function
+
+
+def _from_python(name: str) -> PixelClassifier:
+    from .classifier import PixelClassifier
+
+    made = import_function(name, "classifier")()
+    if not isinstance(made, nn.Module):
+        raise CheckpointError(
+            f"classifier {name!r} returned {type(made).__name__}: it must return an nn.Module from pixels to logits"
+        )
+    return made if isinstance(made, PixelClassifier) else PixelClassifier(made)
+
+
+def _from_timm(name: str) -> PixelClassifier:
+    from .classifier import PixelClassifier
+
+    try:
+        timm = importlib.import_module("timm")  # by name: it needs torchvision, and few users need it
+    except ImportError as error:
+        raise CheckpointError(f"classifier timm:{name}: timm is not installed (pip install timm)") from error
+    try:
+        model = timm.create_model(name, pretrained=True)
+    except RuntimeError as error:
+        raise CheckpointError(f"classifier timm:{name}: {error}") from error
+    return PixelClassifier(model)
+
+
+def _from_folder_or_hub(name: str) -> PixelClassifier:
+    from .classifier import load_classifier
+    from .modeling_cifar_resnet import CifarResNetForImageClassification
+
+    path = Path(name)
+    released = path.parts[:1] == ("checkpoints",) and len(path.parts) == 2 and not path.is_dir()
+    loaded = load_classifier(str(released_checkpoint(path.name)) if released else name)
+    if isinstance(loaded.classifier, CifarResNetForImageClassification):
+        loaded.classifier.fold_batch_norm()
+    return loaded

