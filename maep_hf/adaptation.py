@@ -3,45 +3,92 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from peft import LoraConfig, PeftModel, get_peft_model
-from torch import nn
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from peft.utils import AuxiliaryTrainingWrapper, load_peft_weights
+from torch import Tensor, nn
+from transformers.utils import cached_file
 
 from .modeling_maep import MAEPModel
 
 SCOPES = ("decoder", "all")
 LINEAR_LAYERS = r"(q_proj|k_proj|v_proj|o_proj|fc1|fc2)"
+DEFAULT_RANK = 4
 ADAPTER_FOLDER = "adapter"
+BASE_RECORD = "base_model.json"  # beside an adapter: which weights it was trained on
 
 
 def default_lora_config(
-    model: MAEPModel, scope: str = "all", rank: int = 8, alpha: int | None = None, dropout: float = 0.0
+    model: MAEPModel,
+    scope: str = "all",
+    rank: int = DEFAULT_RANK,
+    alpha: int | None = None,
+    dropout: float = 0.0,
+    targets: Sequence[str] | None = None,
 ) -> LoraConfig:
-    """LoRA configuration with the purifier's targets.
+    """LoRA configuration with the purifier's targets; its prediction head is trained whole (`modules_to_save`).
 
     Args:
         model: the purifier to adapt; where it has a local branch, that branch's last layer is the prediction head.
         scope: `decoder` adapts the decoder's blocks (the paper's stage 2), `all` the encoder's too (stage 3).
-        rank: rank of the update.
+        rank: rank of the update; 4 on the tiny purifier is 4.2 % of its parameters, head included.
         alpha: its scale is `alpha / rank`; twice the rank by default.
-        dropout: on the input of the update.
+        dropout: on the input of the update, in [0, 1).
+        targets: names of linear or convolution layers in place of attention and MLP of every block: a layer's own name
+            (`q_proj`, all of them in the scope) or the end of its path (`decoder.embed`, `layers.0.mlp.fc1`). A head
+            that is named gets LoRA and is not trained whole.
 
     Raises:
-        ValueError: unknown scope or a rank below 1.
+        ValueError: unknown scope, a rank below 1, a dropout out of range, or a target that is no layer.
     """
     if scope not in SCOPES:
         raise ValueError(f"scope={scope!r}: must be one of {', '.join(SCOPES)}")
     if rank < 1:
         raise ValueError(f"rank={rank}: must be at least 1")
-    parts = "decoder" if scope == "decoder" else "(encoder|decoder)"
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout={dropout}: must be in [0, 1)")
+    head = "decoder.head" if model.local_branch is None else "local_branch.head"
+    if targets is None:
+        parts = "decoder" if scope == "decoder" else "(encoder|decoder)"
+        target_modules: str | list[str] = rf"{parts}\.layers\.\d+\..*{LINEAR_LAYERS}"
+    else:
+        target_modules = _find_targets(model, scope, targets)
     return LoraConfig(
         r=rank,
         lora_alpha=2 * rank if alpha is None else alpha,
         lora_dropout=dropout,
-        target_modules=rf".*{parts}\.layers\.\d+\..*{LINEAR_LAYERS}",
-        modules_to_save=["local_branch.head" if model.local_branch is not None else "decoder.head"],
+        target_modules=target_modules,
+        modules_to_save=None if head in target_modules else [head],
     )
+
+
+def _find_targets(model: MAEPModel, scope: str, targets: Sequence[str]) -> list[str]:
+    """Paths of the layers that are named."""
+    if isinstance(targets, str):
+        raise ValueError(f"targets={targets!r}: must be a list of names")
+    layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    if scope == "decoder":
+        layers = [name for name in layers if not name.startswith("encoder.")]
+    found: set[str] = set()
+    for target in targets:
+        matching = {name for name in layers if name == target or name.endswith(f".{target}")}
+        if not matching:
+            known = sorted({name.rpartition(".")[2] for name in layers})
+            raise ValueError(
+                f"targets: no linear or convolution layer {target!r} in scope {scope!r}; there are {', '.join(known)}, "
+                f"by path from {layers[0]} to {layers[-1]}"
+            )
+        found |= matching
+    if not found:
+        raise ValueError("targets: name at least one layer, or leave it out for the attention and MLP of every block")
+    return sorted(found)
 
 
 def add_lora(model: MAEPModel, config: LoraConfig) -> PeftModel:
@@ -64,8 +111,161 @@ def is_untrained(model: MAEPModel) -> bool:
     return not bool(head.weight.detach().any())
 
 
+def trainable_share(model: nn.Module) -> float:
+    """Trainable parameters as a fraction of the base's own, the prediction head's copy among the former."""
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    buffers = {name for name, _ in model.named_buffers()}
+    base = sum(value.numel() for name, value in _base_weights(model, without=buffers).items())
+    return trainable / base
+
+
+def save_adapter(model: PeftModel, folder: str | os.PathLike) -> None:
+    """Save the adapter in `folder`, with a record of the weights that it was trained on."""
+    folder = Path(folder)
+    model.save_pretrained(folder)
+    (folder / BASE_RECORD).write_text(json.dumps(describe_base(model), indent=2) + "\n")
+
+
 def save_adapter_run(model: PeftModel, folder: Path) -> None:
     """Save the adapter in `folder/adapter` and the merged purifier in `folder`, which `from_pretrained` loads."""
-    model.save_pretrained(folder / ADAPTER_FOLDER)
+    save_adapter(model, folder / ADAPTER_FOLDER)
     merged: nn.Module = copy.deepcopy(model).merge_and_unload()
     merged.save_pretrained(folder)
+
+
+def load_adapter(
+    model: MAEPModel | PeftModel,
+    source: str | os.PathLike,
+    name: str = "default",
+    *,
+    trainable: bool = False,
+    allow_other_base: bool = False,
+) -> PeftModel:
+    """Put a saved adapter on its base; `PeftModel.from_pretrained`, but a wrong base is refused.
+
+    Args:
+        model: the base, or one that this function has put another adapter on already.
+        source: folder or Hub id of the adapter.
+        name: what [`switch_adapter`] calls it; the adapter loaded last is the active one.
+        trainable: go on training it.
+        allow_other_base: accept a base of the same shape with other weights (one that was trained further).
+
+    Raises:
+        ValueError: no LoRA adapter, one for a purifier of another shape or with other weights, or a name that is taken.
+    """
+    source = os.fspath(source)
+    try:
+        config = PeftConfig.from_pretrained(source)
+        weights = load_peft_weights(source, device="cpu")
+    except (ValueError, OSError, TypeError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"adapter {source}: neither a folder nor a Hub id with a PEFT adapter ({reason})") from error
+    if not isinstance(config, LoraConfig):
+        raise ValueError(f"adapter {source}: its type is {config.peft_type}, not LoRA")
+    if isinstance(model, PeftModel) and name in model.peft_config:
+        raise ValueError(f"name={name!r}: this purifier has an adapter of that name; give another one")
+    base = _base_weights(model)
+    problem = _mismatch(config, weights, base)
+    if problem:
+        raise ValueError(
+            f"adapter {source}: this is not the base that it was trained on ({problem}); "
+            f"its own is {config.base_model_name_or_path or 'not recorded'}"
+        )
+    record = _read_base_record(source)
+    if record and not allow_other_base:
+        found = describe_base(model)
+        if found["dtype"] == record.get("dtype") and found["fingerprint"] != record.get("fingerprint"):
+            raise ValueError(
+                f"adapter {source}: it was trained on {config.base_model_name_or_path or 'a base'} with other weights "
+                "than these (the same shapes); load that base, or pass allow_other_base=True if you mean it"
+            )
+    if isinstance(model, PeftModel):
+        model.load_adapter(source, adapter_name=name, is_trainable=trainable)
+        switch_adapter(model, name, trainable=trainable)
+        return model
+    return PeftModel.from_pretrained(model, source, adapter_name=name, is_trainable=trainable)
+
+
+def switch_adapter(model: MAEPModel | PeftModel, name: str | None, *, trainable: bool = False) -> None:
+    """Use the adapter of that name, or none: the base's own output.
+
+    Works on what [`load_adapter`] and `PeftModel` return as on a `MAEPModel` with its own `load_adapter`. (There,
+    `enable_adapters` after `disable_adapters` would leave the base's prediction head in use.)
+
+    Args:
+        model: a purifier with adapters.
+        name: one of them, or `None`.
+        trainable: whether its weights take gradients.
+
+    Raises:
+        ValueError: the purifier has no such adapter.
+    """
+    known = list(getattr(model, "peft_config", None) or {})
+    if not known or (name is not None and name not in known):
+        raise ValueError(f"adapter {name!r}: this purifier has {', '.join(known) if known else 'no adapters'}")
+    if name is not None and isinstance(model, PeftModel):
+        model.set_adapter(name)
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
+            module.enable_adapters(name is not None)
+            if name is not None:
+                module.set_adapter(name)
+    for key, parameter in model.named_parameters():
+        if _is_adapter_weight(key):
+            parameter.requires_grad_(trainable and name is not None and f".{name}." in f"{key}.")
+
+
+def describe_base(model: nn.Module) -> dict[str, str]:
+    """The weights below the adapters: their hash and their dtype."""
+    weights = _base_weights(model)
+    digest = hashlib.sha256()
+    for name, value in sorted(weights.items()):
+        digest.update(f"{name}{tuple(value.shape)}".encode())
+        digest.update(value.detach().contiguous().cpu().flatten().view(torch.uint8).numpy().tobytes())
+    dtypes = sorted({str(value.dtype).removeprefix("torch.") for value in weights.values()})
+    return {"fingerprint": digest.hexdigest()[:16], "dtype": ",".join(dtypes)}
+
+
+def _is_adapter_weight(name: str) -> bool:
+    return ".lora_" in name or ".modules_to_save." in name
+
+
+def _base_weights(model: nn.Module, without: Iterable[str] = ()) -> dict[str, Tensor]:
+    """The base's own weights under the names that they have without adapters."""
+    found = {}
+    for name, value in model.state_dict().items():
+        if name in without or _is_adapter_weight(name):
+            continue
+        plain = name.removeprefix("base_model.model.").replace(".base_layer.", ".").replace(".original_module.", ".")
+        found[plain] = value
+    return found
+
+
+def _mismatch(config: LoraConfig, weights: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> str | None:
+    """What of an adapter's weights does not fit a base, in words."""
+    adapted = set()
+    for key, value in weights.items():
+        layer, _, part = key.removeprefix("base_model.model.").partition(".lora_")
+        if part:
+            adapted.add(layer)
+        name = f"{layer}.weight" if part else layer
+        if name not in base:
+            return f"it has no {name}"
+        shape, found = tuple(value.shape), tuple(base[name].shape)
+        fits = {"A": shape[1:] == found[1:], "B": shape[0] == found[0]}.get(part[:1], shape == found)
+        if not fits:
+            return f"its {name} is {found}, the adapter's {'lora_' + part.split('.')[0] if part else 'own'} {shape}"
+    layers = {name.removesuffix(".weight") for name, value in base.items() if value.ndim > 1}
+    missing = sorted(layer for layer in layers - adapted if check_target_module_exists(config, layer))
+    return f"the adapter has nothing for {missing[0]}" if missing else None
+
+
+def _read_base_record(source: str) -> dict | None:
+    path = cached_file(
+        source,
+        BASE_RECORD,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return json.loads(Path(path).read_text()) if path else None

@@ -4,13 +4,24 @@ import json
 
 import pytest
 import torch
-from conftest import tiny_purifier
-from peft import PeftModel
+from conftest import ROOT, tiny_purifier
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from running import assert_same_run, checkpoints, run, words
 from safetensors.torch import load_file
 
 from maep_hf import MAEPModel
-from maep_hf.adaptation import LINEAR_LAYERS, add_lora, default_lora_config, is_untrained, save_adapter_run
+from maep_hf.adaptation import (
+    LINEAR_LAYERS,
+    add_lora,
+    default_lora_config,
+    describe_base,
+    is_untrained,
+    load_adapter,
+    save_adapter,
+    save_adapter_run,
+    switch_adapter,
+    trainable_share,
+)
 from maep_hf.checkpoints import CheckpointError
 
 
@@ -52,10 +63,45 @@ def test_scale_is_twice_the_rank_by_default():
     assert LINEAR_LAYERS in default_lora_config(tiny_purifier()).target_modules
 
 
-@pytest.mark.parametrize(("options", "named"), [({"scope": "head"}, "scope='head'"), ({"rank": 0}, "rank=0")])
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"scope": "head"}, "scope='head'"),
+        ({"rank": 0}, "rank=0"),
+        ({"dropout": 1.0}, "dropout=1.0"),
+        ({"targets": []}, "targets: name at least one"),
+        ({"targets": "q_proj"}, "targets='q_proj': must be a list"),
+        ({"targets": ["q_proj", "query"]}, "no linear or convolution layer 'query'.*fc1, fc2, head, k_proj, .*q_proj"),
+        ({"targets": ["projection"], "scope": "decoder"}, "'projection' in scope 'decoder'"),
+        ({"targets": ["layernorm"]}, "'layernorm'"),
+        ({"targets": ["proj"]}, "'proj'"),
+    ],
+)
 def test_bad_arguments_are_named(options, named):
     with pytest.raises(ValueError, match=named):
         default_lora_config(tiny_purifier(), **options)
+
+
+@pytest.mark.parametrize(
+    ("targets", "scope", "layers"),
+    [
+        (["q_proj", "v_proj"], "all", 4),
+        (["q_proj", "v_proj"], "decoder", 2),
+        (["decoder.embed", "encoder.layers.0.mlp.fc1"], "all", 2),
+        (["conv1"], "decoder", 1),
+        (["local_branch.head", "fc1"], "all", 3),
+    ],
+)
+def test_targets_are_chosen_by_name(targets, scope, layers):
+    model, pixels = adapted(tiny_purifier(), targets=targets, scope=scope, rank=2).eval(), torch.rand(1, 3, 16, 16)
+    found = {name.split(".lora_A")[0] for name, _ in model.named_parameters() if ".lora_A" in name}
+    assert len(found) == layers
+    assert all(any(name.endswith(f".{target}") for target in targets) for name in found)
+    saved = any(".modules_to_save." in name for name, _ in model.named_parameters())
+    assert saved == ("local_branch.head" not in targets)
+    before = purified(model, pixels)
+    nudge(model)
+    assert (purified(model, pixels) - before).abs().max() > 1e-4
 
 
 def test_an_untrained_purifier_is_refused():
@@ -102,6 +148,210 @@ def test_saved_adapter_equals_merged_purifier(tmp_path):
     torch.testing.assert_close(loaded.purify(x), before, atol=1e-6, rtol=0)
     merged = MAEPModel.from_pretrained(tmp_path / "run").eval()
     torch.testing.assert_close(merged.purify(x), before, atol=1e-4, rtol=0)
+
+
+def test_an_adapter_of_the_released_purifier_is_small(tmp_path):
+    released = ROOT / "checkpoints" / "maep-tiny-cifar10"
+    base = MAEPModel.from_pretrained(released)
+    parameters = sum(parameter.numel() for parameter in base.parameters())
+    model = add_lora(base, default_lora_config(base))
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    assert trainable_share(model) == trainable / parameters
+    assert 0.03 < trainable_share(model) < 0.05
+    save_adapter(model, tmp_path)
+    whole = (released / "model.safetensors").stat().st_size
+    assert (tmp_path / "adapter_model.safetensors").stat().st_size < 0.05 * whole
+
+
+# --- adapters on a base --------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def purified(model, pixels):
+    return (model.get_base_model() if isinstance(model, PeftModel) else model).purify(pixels)
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory):
+    """The folder of a base and two adapters of it, pixels, and what the base and each adapter makes of them."""
+    folder = tmp_path_factory.mktemp("adapters")
+    tiny_purifier().save_pretrained(folder / "base")
+    pixels = torch.rand(2, 3, 20, 33, generator=torch.Generator().manual_seed(0))
+    outputs = {None: purified(MAEPModel.from_pretrained(folder / "base").eval(), pixels)}
+    for name, rank in (("one", 2), ("two", 3)):
+        model = adapted(MAEPModel.from_pretrained(folder / "base"), rank=rank)
+        for _ in range(rank - 1):
+            nudge(model)
+        save_adapter(model, folder / name)
+        outputs[name] = purified(model.eval(), pixels)
+    for first, second in ((None, "one"), (None, "two"), ("one", "two")):
+        assert (outputs[first] - outputs[second]).abs().max() > 1e-3
+    return folder, pixels, outputs
+
+
+def assert_purifies_to(model, pixels, expected) -> None:
+    torch.testing.assert_close(purified(model, pixels), expected, atol=1e-6, rtol=0)
+
+
+def by_peft(folder, names):
+    model = PeftModel.from_pretrained(MAEPModel.from_pretrained(folder / "base"), folder / names[0], names[0])
+    for name in names[1:]:
+        model.load_adapter(folder / name, name)
+    return model.eval()
+
+
+def by_transformers(folder, names):
+    model = MAEPModel.from_pretrained(folder / "base")
+    for name in names:
+        model.load_adapter(str(folder / name), adapter_name=name)
+    return model.eval()
+
+
+def by_maep(folder, names):
+    model = MAEPModel.from_pretrained(folder / "base")
+    for name in names:
+        model = load_adapter(model, folder / name, name)
+    return model.eval()
+
+
+every_loader = pytest.mark.parametrize("load", [by_peft, by_transformers, by_maep])
+
+
+@every_loader
+def test_every_way_of_loading_gives_the_adapters_output(adapters, load):
+    folder, pixels, outputs = adapters
+    for name in ("one", "two"):
+        assert_purifies_to(load(folder, [name]), pixels, outputs[name])
+
+
+def test_the_head_is_loaded_with_the_adapter(adapters):
+    folder, pixels, outputs = adapters
+    model = by_transformers(folder, ["one"])
+    with torch.no_grad():
+        model.local_branch.head.modules_to_save["one"].weight.copy_(model.local_branch.head.original_module.weight)
+    assert (purified(model, pixels) - outputs["one"]).abs().max() > 1e-3
+
+
+@every_loader
+def test_adapters_are_switched_at_run_time(adapters, load):
+    folder, pixels, outputs = adapters
+    model = load(folder, ["one", "two"])
+    for name in ("one", "two", None, "one", None, "two"):
+        switch_adapter(model, name)
+        assert_purifies_to(model, pixels, outputs[name])
+        adapter_weights = [p for key, p in model.named_parameters() if ".lora_" in key or ".modules_to_save." in key]
+        assert len(adapter_weights) == 2 * (2 * 12 + 2) and not any(p.requires_grad for p in adapter_weights)
+    switch_adapter(model, "one", trainable=True)
+    moving = {key for key, p in model.named_parameters() if p.requires_grad and (".one" in key or ".two" in key)}
+    assert len(moving) == 2 * 12 + 2 and all(".one." in key for key in moving)
+    with pytest.raises(ValueError, match="'three': this purifier has one, two"):
+        switch_adapter(model, "three")
+
+
+def test_the_adapter_loaded_last_is_active(adapters):
+    folder, pixels, outputs = adapters
+    assert_purifies_to(by_maep(folder, ["one", "two"]), pixels, outputs["two"])
+    assert_purifies_to(by_maep(folder, ["two", "one"]), pixels, outputs["one"])
+
+
+def test_loading_to_go_on_training(adapters):
+    folder = adapters[0]
+    for again in (False, True):
+        model = load_adapter(MAEPModel.from_pretrained(folder / "base"), folder / "one", "one", trainable=again)
+        assert (trainable_share(model) > 0) == again
+    model = load_adapter(model, folder / "two", "two", trainable=True)
+    moving = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert moving and all(".two." in name for name in moving)
+
+
+def test_no_adapters_and_a_taken_name(adapters):
+    folder = adapters[0]
+    with pytest.raises(ValueError, match="no adapters"):
+        switch_adapter(MAEPModel.from_pretrained(folder / "base"), "one")
+    with pytest.raises(ValueError, match="name='one'.*give another"):
+        load_adapter(by_maep(folder, ["one"]), folder / "two", "one")
+
+
+@every_loader
+def test_the_base_below_is_known_by_its_weights(adapters, load):
+    folder = adapters[0]
+    base = MAEPModel.from_pretrained(folder / "base")
+    expected = json.loads((folder / "one" / "base_model.json").read_text())
+    assert describe_base(base) == expected == describe_base(load(folder, ["one", "two"]))
+    assert describe_base(tiny_purifier(window_overlap=0.5)) == expected  # options are not weights
+    with torch.no_grad():
+        base.encoder.layernorm.bias[0] += 1e-6
+    assert describe_base(base)["fingerprint"] != expected["fingerprint"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"hidden_size": 32}, r"its encoder.layers.0.* is \(32, 32\), the adapter's lora_A \(2, 16\)"),
+        ({"local_branch_channels": 16}, r"local_branch.head.weight is \(3, 16, 3, 3\)"),
+        ({"num_hidden_layers": 2}, "nothing for encoder.layers.1"),
+        ({"decoder_num_hidden_layers": 2}, "nothing for decoder.layers.1"),
+    ],
+)
+def test_a_base_of_another_shape_is_refused(adapters, changed, named):
+    with pytest.raises(ValueError, match=f"not the base.*{named}"):
+        load_adapter(tiny_purifier(**changed), adapters[0] / "one")
+
+
+def test_an_adapter_with_more_layers_than_the_base_is_refused(tmp_path):
+    save_adapter(adapted(tiny_purifier(num_hidden_layers=2), rank=2), tmp_path)
+    with pytest.raises(ValueError, match="not the base.*it has no encoder.layers.1"):
+        load_adapter(tiny_purifier(), tmp_path)
+
+
+def test_a_base_with_other_weights_is_refused_unless_asked(adapters):
+    folder, pixels, outputs = adapters
+    other = tiny_purifier().eval()
+    with torch.no_grad():
+        other.encoder.projection.weight.mul_(1.5)
+    with pytest.raises(ValueError, match="other weights than these.*allow_other_base"):
+        load_adapter(other, folder / "one")
+    assert not any("lora" in name for name, _ in other.named_parameters())  # nothing was put on it
+    model = load_adapter(other, folder / "one", allow_other_base=True).eval()
+    assert (purified(model, pixels) - outputs["one"]).abs().max() > 1e-4
+
+
+def test_half_precision_is_the_same_base(adapters):
+    folder, pixels, outputs = adapters
+    model = load_adapter(MAEPModel.from_pretrained(folder / "base", dtype=torch.bfloat16), folder / "one").eval()
+    torch.testing.assert_close(purified(model, pixels), outputs["one"], atol=0.05, rtol=0)
+
+
+def test_what_is_no_lora_adapter_is_refused(adapters, tmp_path):
+    for source in (adapters[0] / "base", tmp_path):
+        with pytest.raises(ValueError, match="neither a folder nor a Hub id with a PEFT adapter"):
+            load_adapter(tiny_purifier(), source)
+    config = IA3Config(target_modules=["fc2"], feedforward_modules=["fc2"])
+    get_peft_model(tiny_purifier(), config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="IA3, not LoRA"):
+        load_adapter(tiny_purifier(), tmp_path)
+
+
+def test_an_adapter_of_peft_alone_loads_too(adapters, tmp_path):
+    """Without the record of its base only shapes can be compared."""
+    folder, pixels, _ = adapters
+    model = get_peft_model(MAEPModel.from_pretrained(folder / "base"), LoraConfig(r=2, target_modules=["fc1"]))
+    nudge(model)
+    model.save_pretrained(tmp_path)
+    expected = purified(model.eval(), pixels)
+    loaded = load_adapter(MAEPModel.from_pretrained(folder / "base"), tmp_path).eval()
+    assert_purifies_to(loaded, pixels, expected)
+
+
+@pytest.mark.parametrize("load", [by_peft, by_maep])
+def test_merging_keeps_the_output(adapters, load):
+    folder, pixels, outputs = adapters
+    merged = load(folder, ["one"]).merge_and_unload()
+    assert isinstance(merged, MAEPModel) and not any("lora" in name for name, _ in merged.named_parameters())
+    torch.testing.assert_close(purified(merged, pixels), outputs["one"], atol=1e-4, rtol=0)
+
+
+# --- stage 2: LoRA on the decoder ----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

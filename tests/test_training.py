@@ -473,7 +473,7 @@ def test_surrogates_stay_as_they_are(task_of, classifier_folder, tmp_path, monke
 
 def test_samples_are_spread_over_several_surrogates(task_of, classifier_folder, tmp_path):
     other = save_classifier(tmp_path / "other", classes=5, seed=1)
-    task = task_of(surrogates=[classifier_folder, other], guidance_weight=1)
+    task = task_of(surrogates=[classifier_folder, other], guidance_weight=1, attack_labels="predicted")
     batch = batch_of(task, 24)
     pairs = zip(batch["attack_surrogate"].tolist(), batch["guidance_surrogate"].tolist(), strict=True)
     assert set(pairs) == {(0, 0), (0, 1), (1, 0), (1, 1)}  # attacked on one, guided by either
@@ -494,7 +494,10 @@ def test_attacks_start_from_the_labels_or_the_predictions(task_of, tmp_path):
     image_rows(24, labelled=False).save_to_disk(tmp_path)
     unlabelled = task_of(dataset=tmp_path, attack_labels="predicted")
     assert torch.equal(attacked(attack_labels="predicted"), batch_of(unlabelled)["attacked"])
-    assert unlabelled.evaluate(unlabelled.model)["accuracy_clean"] == 100  # judged by the predictions too
+    judged = unlabelled.evaluate(unlabelled.model)  # by the predictions too, and named so
+    assert {name for name in judged if "acc" in name or "agree" in name} == {
+        "agreement_attacked", "agreement_clean_purified", "agreement_attacked_purified"
+    }  # fmt: skip
     with pytest.raises(DataError, match="label_column.*attack_labels=predicted"):
         task_of(dataset=tmp_path)
 
@@ -509,6 +512,39 @@ def test_a_surrogate_must_know_every_class(task_of, tmp_path, named):
     with pytest.raises(DataError, match="3 classes and a surrogate only 2.*attack_labels=predicted"):
         task_of(dataset=tmp_path / "data", surrogates=[few])
     task_of(dataset=tmp_path / "data", surrogates=[few], attack_labels="predicted")
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_surrogate_of_more_classes_is_of_another_dataset(task_of, tmp_path, named):
+    many = save_classifier(tmp_path / "many", classes=5)
+    rows = image_rows(24)
+    if not named:
+        rows = rows.cast_column("label", datasets.Value("int64"))
+    rows.save_to_disk(tmp_path / "data")
+    if named:
+        with pytest.raises(DataError, match="3 classes and a surrogate 5.*attack_labels=predicted"):
+            task_of(dataset=tmp_path / "data", surrogates=[many])
+        task_of(dataset=tmp_path / "data", surrogates=[many], attack_labels="predicted")
+    else:  # bare numbers may be some of the surrogate's classes
+        task_of(dataset=tmp_path / "data", surrogates=[many])
+
+
+def test_labels_of_another_order_are_warned_of(task_of, caplog):
+    task = task_of(validation_images=9)
+    images = torch.stack([sample["pixel_values"] for sample in _samples(task, 9)]).float() / 255
+    surrogate = task.surrogates[0]
+    right = surrogate(images).argmax(-1)
+    for shift, warned in ((0, False), (1, True)):
+        task._validation = None
+        task.validation_batch = lambda shift=shift: {"pixel_values": images, "labels": (right + shift) % 3}
+        caplog.clear()
+        task.evaluate(task.model.eval())
+        assert ("attack_labels=predicted" in caplog.text) == warned
+
+
+def _samples(task, count: int) -> list:
+    samples = task.samples(total=count, start=0, seed=0)
+    return [samples[i] for i in range(count)]
 
 
 def test_stored_pairs_take_the_place_of_attacks(task_of, tmp_path, monkeypatch):
@@ -537,9 +573,12 @@ def content(image) -> bytes:
     return np.asarray(image).tobytes()
 
 
-def test_windows_must_be_the_models(task_of):
-    with pytest.raises(ValueError, match="image_size=32.*16 pixels"):
-        task_of(data={"image_size": 32})
+def test_other_sizes_need_windows(task_of):
+    task_of(data={"image_size": 32})
+    with pytest.raises(ValueError, match="image_size=0"):
+        task_of(data={"image_size": 0})
+    with pytest.raises(ValueError, match="image_size=32.*purify_mode='interpolate'"):
+        task_of(data={"image_size": 32}, model=tiny_purifier(purify_mode="interpolate"))
 
 
 def test_a_surrogate_is_needed(task_of):

@@ -9,12 +9,9 @@ from pathlib import Path
 
 from accelerate.utils import set_seed
 
-from maep_hf import MAEPModel
-from maep_hf.adaptation import add_lora, default_lora_config
-from maep_hf.checkpoints import check_model
 from maep_hf.training import DataArguments, LoopArguments, as_groups, parse_arguments, run_script, train
 from maep_hf.training.purification import PurificationArguments
-from maep_hf.training.stages import AttackArguments, purification_task
+from maep_hf.training.stages import AttackArguments, LoraArguments, load_trainable, purification_task
 
 RECIPE = Path(__file__).parent / "configs" / "finetune_tiny_cifar10.yaml"
 
@@ -29,7 +26,6 @@ class FinetuneArguments:
     purification_loss_weight: float | None = field(
         default=None, metadata={"help": "weight of the pixel loss; the model's own by default"}
     )
-    lora_rank: int = field(default=8, metadata={"help": "rank of the LoRA update"})
 
     def __post_init__(self) -> None:
         if self.trainable not in ("all", "decoder_lora"):
@@ -37,21 +33,21 @@ class FinetuneArguments:
 
 
 def main(argv: list[str] | None = None) -> Path:
-    finetune, data, attack, purification, loop = parse_arguments(
-        FinetuneArguments, DataArguments, AttackArguments, PurificationArguments, LoopArguments,
+    finetune, lora, data, attack, purification, loop = parse_arguments(
+        FinetuneArguments, LoraArguments, DataArguments, AttackArguments, PurificationArguments, LoopArguments,
         default_recipe=RECIPE, argv=argv,
     )  # fmt: skip
     set_seed(loop.seed)
-    check_model(finetune.model, model_type="maep", kind="a purifier")
-    chosen = {name: getattr(finetune, name) for name in ("pixel_loss", "purification_loss_weight")}
-    model = MAEPModel.from_pretrained(
-        finetune.model, **{name: value for name, value in chosen.items() if value is not None}
+    model = load_trainable(
+        finetune.model,
+        pixel_loss=finetune.pixel_loss,
+        purification_loss_weight=finetune.purification_loss_weight,
     )
-    if finetune.trainable == "decoder_lora":
-        model = add_lora(model, default_lora_config(model, scope="decoder", rank=finetune.lora_rank))
-    task = purification_task(model, data, attack, purification)
     groups = as_groups(finetune=finetune, data=data, attack=attack, purification=purification, loop=loop)
-    return train(task, loop, groups)
+    if finetune.trainable == "decoder_lora":
+        model = lora.adapt(model, scope="decoder")
+        groups |= as_groups(lora=lora)
+    return train(purification_task(model, data, attack, purification), loop, groups)
 
 
 if __name__ == "__main__":

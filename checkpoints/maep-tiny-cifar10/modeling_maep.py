@@ -440,9 +440,7 @@ class MAEPModel(MAEPPreTrainedModel):
         positions = [part.position_embeddings.to(normalised.dtype) for part in (self.encoder, self.decoder)]
         if interpolate_pos_encoding and (height, width) != (config.image_size, config.image_size):
             native = config.image_size // patch
-            positions = [
-                sincos_positions(rows, columns, p.shape[2], native, p.device).to(p.dtype) for p in positions
-            ]
+            positions = [sincos_positions(rows, columns, p.shape[2], native, p.device).to(p.dtype) for p in positions]
         visible, states, attentions = self.encoder(
             patches.reshape(batch, rows * columns, -1), positions[0], ids_keep, use_dropout
         )
@@ -558,33 +556,20 @@ class MAEPModel(MAEPPreTrainedModel):
             patch = self.config.patch_size
             padded = _extend(pixel_values, -(-height // patch) * patch, -(-width // patch) * patch)
             return run(padded, interpolate=True)[:, :, :height, :width]
-        padded = _extend(pixel_values, max(height, size), max(width, size))
-        return self._purify_windows(padded, overlap, limit, run)[:, :, :height, :width]
+        grid = MAEPWindows(height, width, size, overlap, pixel_values.device, pixel_values.dtype)
+        return self._purify_windows(grid, pixel_values, limit, run)
 
     def _purify_windows(
-        self, image: torch.Tensor, overlap: float, limit: int, run: Callable[[torch.Tensor], torch.Tensor]
+        self, grid: "MAEPWindows", image: torch.Tensor, limit: int, run: Callable[[torch.Tensor], torch.Tensor]
     ) -> torch.Tensor:
-        # What is blended are corrections, not pixels: where nothing is corrected the image stays bit for bit.
-        size, (batch, _, height, width) = self.config.image_size, image.shape
-        dtype = torch.promote_types(image.dtype, torch.float32)
-        tops, row_weights = _windows(height, size, overlap, image.device, dtype)
-        lefts, column_weights = _windows(width, size, overlap, image.device, dtype)
-        total = torch.zeros_like(image, dtype=dtype)
-        rows_at_once = max(1, limit // (batch * len(lefts)))
-        for first in range(0, len(tops), rows_at_once):
-            chunk = tops[first : first + rows_at_once]
-            # Rows first, then columns: far fewer slices (each costs a full-size gradient) than window by window.
-            bands = torch.stack([image[:, :, top : top + size] for top in chunk], dim=1)
-            windows = torch.stack([bands[..., left : left + size] for left in lefts], dim=2).flatten(0, 2)
-            corrections = torch.cat([run(part) - part for part in windows.split(limit)])
-            corrections = corrections.to(dtype).view(batch, len(chunk), len(lefts), -1, size, size)
-            blended = torch.zeros_like(bands, dtype=dtype)
-            for index, left in enumerate(lefts):
-                blended[..., left : left + size] += corrections[:, :, index] * column_weights[index]
-            for index, top in enumerate(chunk):
-                total[:, :, top : top + size] += blended[:, index] * row_weights[first + index][:, None]
-        total += image
-        return total.clamp(0, 1).to(image.dtype)
+        image = grid.extend(image)
+        total = torch.zeros_like(image, dtype=grid.dtype)
+        rows_at_once = max(1, limit // (len(image) * grid.columns))
+        for first in range(0, grid.rows, rows_at_once):
+            rows = range(first, min(first + rows_at_once, grid.rows))
+            windows = grid.cut(image, rows)
+            grid.add(total, torch.cat([run(part) - part for part in windows.split(limit)]), rows)
+        return grid.finish(image, total)
 
     def _check_pixels(self, pixel_values: torch.Tensor, any_size: bool | str) -> None:
         channels, size, patch = self.config.num_channels, self.config.image_size, self.config.patch_size
@@ -673,6 +658,76 @@ class MAEPModel(MAEPPreTrainedModel):
         return (squared * pixel_mask).mean() / masked, (error * (1 - pixel_mask)).mean() / (1 - masked)
 
 
+class MAEPWindows:
+    """The overlapping windows that [`MAEPModel.purify`] lays over images of one height and width.
+
+    What is blended are corrections (purified minus attacked), not pixels: where nothing is corrected the image stays
+    bit for bit. An image smaller than a window is extended by reflection, and cropped again at the end.
+
+    Args:
+        height, width: Of the images, in pixels.
+        size: Side of a window (`config.image_size`).
+        overlap: Least overlap of neighbouring windows, a fraction of the window in [0, 0.9].
+        device: Of the blending weights.
+        dtype: Of the images; the weights and sums are at least float32.
+    """
+
+    def __init__(
+        self,
+        height: int,
+        width: int,
+        size: int,
+        overlap: float,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ):
+        self.height, self.width, self.size = height, width, size
+        self.dtype = torch.promote_types(dtype, torch.float32)
+        self.tops, self.row_weights = _windows(max(height, size), size, overlap, device, self.dtype)
+        self.lefts, self.column_weights = _windows(max(width, size), size, overlap, device, self.dtype)
+        self.rows, self.columns = len(self.tops), len(self.lefts)
+
+    def __len__(self) -> int:
+        """Windows in an image."""
+        return self.rows * self.columns
+
+    def extend(self, images: torch.Tensor) -> torch.Tensor:
+        """Images no smaller than a window; the same tensor where they are not."""
+        return _extend(images, max(self.height, self.size), max(self.width, self.size))
+
+    def cut(self, images: torch.Tensor, rows: range | None = None) -> torch.Tensor:
+        """`(batch, channels, height, width)` to `(batch * windows, channels, size, size)`, an image's windows together
+        and row by row; `rows` takes only some rows of windows."""
+        images = self.extend(images)
+        tops = self.tops if rows is None else [self.tops[row] for row in rows]
+        # Rows first, then columns: far fewer slices (each costs a full-size gradient) than window by window.
+        bands = torch.stack([images[:, :, top : top + self.size] for top in tops], dim=1)
+        return torch.stack([bands[..., left : left + self.size] for left in self.lefts], dim=2).flatten(0, 2)
+
+    def add(self, total: torch.Tensor, corrections: torch.Tensor, rows: range | None = None) -> None:
+        """Add the weighted corrections of the windows that `cut` made to `total`, of the extended images' shape."""
+        rows = range(self.rows) if rows is None else rows
+        size, (batch, _, _, width) = self.size, total.shape
+        corrections = corrections.to(self.dtype).reshape(batch, len(rows), self.columns, -1, size, size)
+        blended = corrections.new_zeros((batch, len(rows), corrections.shape[3], size, width))
+        for index, left in enumerate(self.lefts):
+            blended[..., left : left + size] += corrections[:, :, index] * self.column_weights[index]
+        for index, row in enumerate(rows):
+            top = self.tops[row]
+            total[:, :, top : top + size] += blended[:, index] * self.row_weights[row][:, None]
+
+    def finish(self, images: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
+        """The corrected images, of the size and dtype of `images`, in [0, 1]; `total` is used up."""
+        total += self.extend(images)
+        return total.clamp(0, 1).to(images.dtype)[:, :, : self.height, : self.width]
+
+    def blend(self, images: torch.Tensor, corrections: torch.Tensor) -> torch.Tensor:
+        """`images` with the corrections of all their windows, `(batch * windows, channels, size, size)`."""
+        total = torch.zeros_like(self.extend(images), dtype=self.dtype)
+        self.add(total, corrections)
+        return self.finish(images, total)
+
+
 def _extend(image: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """Extend `(B, C, H, W)` to the right and below, by reflection where the image is large enough for it."""
     down, right = height - image.shape[2], width - image.shape[3]
@@ -684,7 +739,7 @@ def _extend(image: torch.Tensor, height: int, width: int) -> torch.Tensor:
 
 
 def _windows(
-    length: int, size: int, overlap: float, device: torch.device, dtype: torch.dtype
+    length: int, size: int, overlap: float, device: torch.device | str, dtype: torch.dtype
 ) -> tuple[list[int], torch.Tensor]:
     """First pixels of evenly spread windows over `length` pixels, and their blending weights `(windows, size)`.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,17 +10,22 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..attacks import AttackMixture, AttackParameters, perturb, pgd
 from ..classifier import PixelClassifier
 from ..data import DataError, ImageDataset
 from ..evaluation import psnr
 from ..figures import difference_image, image_grid
+from ..modeling_maep import MAEPOutput, MAEPWindows
 from .samples import Augmentation, Draw
 from .task import Task
 
+logger = logging.getLogger(__name__)
+
 VALIDATION_ATTACK = {"eps": 8.0, "steps": 10, "step_size": 2.0}
-CHUNK = 128
+CHUNK = 128  # windows that a purifier, and small images that a classifier, validates at once
+PIXELS_AT_ONCE = 2**20  # what bounds a classifier's batch of large images
 PREVIEW_IMAGES = 8
 
 
@@ -61,7 +67,7 @@ class PairDraw:
     Args:
         mixture: what attacks are drawn from.
         image_size: side of the square, pixels.
-        patches: number of patches in it.
+        patches: number of patches in all windows over it.
         stored: the dataset brings its attacked images, so that no attack is drawn.
     """
 
@@ -79,12 +85,19 @@ class PairDraw:
 class PurificationTask(Task):
     """Stages 1 to 3 of the method: what differs between them is the mask ratio and which weights are trainable.
 
+    Images larger than the purifier's windows are attacked whole, purified in the windows that `MAEPModel.purify` lays
+    over them, and judged by the surrogate whole again; the pixel losses are means over the windows.
+
     Args:
         model: a `MAEPModel`, or a PEFT-wrapped one.
         image_processor: saved beside the model.
         surrogates: frozen classifiers from [0, 1] pixels to logits; the first one also validates.
         mixture: attacks that pairs are drawn from; unused where the dataset stores attacked images.
         arguments: see [`PurificationArguments`].
+
+    Raises:
+        maep_hf.data.DataError: labels are asked for that the data do not have, or that do not fit a surrogate.
+        ValueError: no surrogates, or images that this purifier does not take in windows.
     """
 
     name = "purifier"
@@ -107,8 +120,10 @@ class PurificationTask(Task):
         self.image_processor = image_processor
         self.surrogates = [surrogate.eval().requires_grad_(False) for surrogate in surrogates]
         self.mixture, self.arguments = mixture, arguments
-        self._check_labels()
         self._validation: dict[str, Tensor] | None = None
+        self.num_classes = [self._find_num_classes(surrogate) for surrogate in self.surrogates]
+        self._check_labels()
+        self._check_size()
 
     def _check_labels(self) -> None:
         if self.arguments.attack_labels == "predicted":
@@ -118,14 +133,29 @@ class PurificationTask(Task):
                 raise DataError(
                     f"the {role} dataset has no labels: name them with label_column, or use attack_labels=predicted"
                 )
-        found = self.train_data.num_classes
-        for surrogate in self.surrogates:
-            classes = surrogate.num_labels
-            if found and classes and found > classes:
+        found, named = self.train_data.num_classes, self.train_data.class_names is not None
+        for classes in self.num_classes:
+            if found and (found > classes or (named and found < classes)):
                 raise DataError(
-                    f"the dataset has {found} classes and a surrogate only {classes}: "
+                    f"the dataset has {found} classes and a surrogate {'only ' if found > classes else ''}{classes}: "
                     "give a surrogate of this dataset, or attack_labels=predicted"
                 )
+
+    def _check_size(self) -> None:
+        config, size = self.model.config, self.augmentation.image_size
+        if size != config.image_size and config.purify_mode != "windows":
+            raise ValueError(
+                f"image_size={size}: this purifier has purify_mode={config.purify_mode!r}; only in mode 'windows' are "
+                f"images trained on that are not of its native {config.image_size} pixels"
+            )
+
+    @torch.no_grad()
+    def _find_num_classes(self, surrogate: PixelClassifier) -> int:
+        """What the surrogate says, or else the width of its logits."""
+        if surrogate.num_labels is not None:
+            return surrogate.num_labels
+        size = self.augmentation.image_size
+        return surrogate(torch.zeros(1, 3, size, size)).shape[1]
 
     def to(self, device: torch.device) -> None:
         super().to(device)
@@ -134,7 +164,8 @@ class PurificationTask(Task):
 
     def draw(self) -> Draw:
         stored = self.train_data.adversarial_column is not None
-        return PairDraw(self.mixture, self.augmentation.image_size, self._patches(self.model), stored)
+        size = self.augmentation.image_size
+        return PairDraw(self.mixture, size, self._patches(size), stored)
 
     def _labels(self, batch: dict[str, Tensor]) -> Tensor | None:
         return None if self.arguments.attack_labels == "predicted" else batch["labels"]
@@ -156,21 +187,65 @@ class PurificationTask(Task):
         """Each sample's logits on the surrogate drawn to guide it."""
         if len(self.surrogates) == 1:
             return self.surrogates[0](pixel_values).float()
-        classes = max(model.num_labels for model in self.surrogates)
+        classes = max(self.num_classes)
         logits = pixel_values.new_zeros((len(pixel_values), classes), dtype=torch.float32)
         for index, model in enumerate(self.surrogates):
             rows = (surrogate == index).nonzero().squeeze(1)
             if len(rows):
                 values = model(pixel_values[rows]).float()
-                logits = logits.index_put((rows,), nn.functional.pad(values, (0, classes - values.shape[1])))
+                logits = logits.index_put((rows,), F.pad(values, (0, classes - values.shape[1])))
         return logits
 
-    def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _windows(self, height: int, width: int, like: Tensor | None = None) -> MAEPWindows | None:
+        """The windows over images that are not of the native size, as `purify` lays them."""
+        config = self.model.config
+        if (height, width) == (config.image_size, config.image_size):
+            return None
+        where = {} if like is None else {"device": like.device, "dtype": like.dtype}
+        return MAEPWindows(height, width, config.image_size, config.window_overlap, **where)
+
+    def _patches(self, size: int) -> int:
+        """Patches in all windows over an image of `size` x `size` pixels."""
+        windows, config = self._windows(size, size), self.model.config
+        return (1 if windows is None else len(windows)) * (config.image_size // config.patch_size) ** 2
+
+    def purify(
+        self,
+        model: nn.Module,
+        pixel_values: Tensor,
+        clean: Tensor | None = None,
+        mask_ratio: float = 0.0,
+        noise: Tensor | None = None,
+    ) -> MAEPOutput:
+        """Purify whole images in one call of `model`, which may be wrapped for distributed training.
+
+        Args:
+            model: the purifier, as the loop prepared it.
+            pixel_values: (B, 3, H, W) in [0, 1].
+            clean: the clean images, of the same shape; with them the losses are returned, means over the windows.
+            mask_ratio: share of each window's patches to hide.
+            noise: (B, patches of all windows), what the masks are drawn from.
+
+        Returns:
+            The model's output, with `purified_pixel_values` (B, 3, H, W): at mask ratio 0 and in eval mode those of
+            `MAEPModel.purify`.
+        """
+        windows = self._windows(*pixel_values.shape[2:], like=pixel_values)
+        if windows is None:
+            return model(pixel_values=pixel_values, clean_pixel_values=clean, mask_ratio=mask_ratio, noise=noise)
+        cut = windows.cut(pixel_values)
         output = model(
-            pixel_values=batch["attacked"],
-            clean_pixel_values=batch["pixel_values"],
-            mask_ratio=self.arguments.mask_ratio,
-            noise=batch["mask_noise"],
+            pixel_values=cut,
+            clean_pixel_values=None if clean is None else windows.cut(clean),
+            mask_ratio=mask_ratio,
+            noise=None if noise is None else noise.reshape(len(cut), -1),
+        )
+        output.purified_pixel_values = windows.blend(pixel_values, output.purified_pixel_values - cut)
+        return output
+
+    def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        output = self.purify(
+            model, batch["attacked"], batch["pixel_values"], self.arguments.mask_ratio, batch["mask_noise"]
         )
         losses = {
             "loss": output.loss,
@@ -187,56 +262,103 @@ class PurificationTask(Task):
         """The fixed subset with its attacked version (PGD-10 at 8/255 on the first surrogate), made once."""
         if self._validation is None:
             batch = self.validation_batch()
-            labels = self._labels(batch)
+            clean, labels = batch["pixel_values"], self._labels(batch)
+            predicted = torch.cat([self._predict(chunk) for chunk in clean.split(self._images_at_once)])
             if labels is None:
-                with torch.no_grad():
-                    labels = torch.cat([self.surrogates[0](x).argmax(-1) for x in batch["pixel_values"].split(CHUNK)])
-            pairs = zip(batch["pixel_values"].split(CHUNK), labels.split(CHUNK), strict=True)
+                labels = predicted
+            else:
+                self._warn_of_labels(100 * (predicted == labels).float().mean().item())
+            pairs = zip(clean.split(self._images_at_once), labels.split(self._images_at_once), strict=True)
             attacked = [pgd(self.surrogates[0], x, y, seed=i, **VALIDATION_ATTACK) for i, (x, y) in enumerate(pairs)]
-            self._validation = {"clean": batch["pixel_values"], "labels": labels, "attacked": torch.cat(attacked)}
+            self._validation = {"clean": clean, "labels": labels, "attacked": torch.cat(attacked)}
         return self._validation
+
+    def _warn_of_labels(self, accuracy: float) -> None:
+        chance = 100 / self.num_classes[0]
+        if accuracy < 2 * chance:
+            logger.warning(
+                "the first surrogate gives %.1f %% of the validation images the dataset's label (chance: %.1f %%): if "
+                "the labels are not those it was trained on, use attack_labels=predicted",
+                accuracy, chance,
+            )  # fmt: skip
+
+    @property
+    def _images_at_once(self) -> int:
+        """Images that a surrogate is run on, and attacked, at once in validation."""
+        return max(1, min(CHUNK, PIXELS_AT_ONCE // self.augmentation.image_size**2))
+
+    @property
+    def _purified_at_once(self) -> int:
+        """Images that the purifier is run on at once in validation."""
+        size = self.augmentation.image_size
+        windows = self._windows(size, size)
+        return CHUNK if windows is None else max(1, CHUNK // len(windows))
+
+    @torch.no_grad()
+    def _predict(self, pixel_values: Tensor) -> Tensor:
+        return self.surrogates[0](pixel_values).argmax(-1)
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """Loss parts without and with masks, PSNR (dB) and accuracy (%), gray-box, on the validation subset."""
+        """Loss parts, PSNR (dB) and accuracy (%), gray-box, on the validation subset.
+
+        With `attack_labels=predicted` there is no accuracy but agreement: the share of images that the first surrogate
+        puts into the class that it predicts for the clean image. The loss with masks (`reconstruction_loss`) is left
+        out where images take several windows and training has no masks.
+        """
         data = self._validation_set()
         clean, attacked, labels = data["clean"], data["attacked"], data["labels"]
-        noise = torch.rand(len(clean), self._patches(model), generator=torch.Generator().manual_seed(0))
-        noise = noise.to(clean.device)
+        with_masks = self._windows(*clean.shape[2:]) is None or self.arguments.mask_ratio > 0
+        noise = None
+        if with_masks:
+            shape = (len(clean), self._patches(clean.shape[-1]))
+            noise = torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(clean.device)
         sums: dict[str, float] = {}
         outputs: dict[str, list[Tensor]] = {"clean": [], "attacked": []}
-        for rows in torch.arange(len(clean)).split(CHUNK):
+        for rows in torch.arange(len(clean)).split(self._purified_at_once):
             x, x_a = clean[rows], attacked[rows]
-            full = model(pixel_values=x_a, clean_pixel_values=x, mask_ratio=0.0)
-            masked = model(pixel_values=x_a, clean_pixel_values=x, mask_ratio=0.5, noise=noise[rows])
+            full = self.purify(model, x_a, x)
             outputs["attacked"].append(full.purified_pixel_values)
-            outputs["clean"].append(model(pixel_values=x, mask_ratio=0.0).purified_pixel_values)
-            parts = {"purification_loss": full.purification_loss, "reconstruction_loss": masked.reconstruction_loss}
+            outputs["clean"].append(self.purify(model, x).purified_pixel_values)
+            parts = {"purification_loss": full.purification_loss}
+            if noise is not None:
+                masked = self.purify(model, x_a, x, mask_ratio=0.5, noise=noise[rows])
+                parts["reconstruction_loss"] = masked.reconstruction_loss
             for name, value in parts.items():
                 sums[name] = sums.get(name, 0.0) + value.item() * len(rows) / len(clean)
         purified = {name: torch.cat(values) for name, values in outputs.items()}
-        return sums | {
-            "psnr_clean": psnr(purified["clean"], clean),
-            "psnr_attacked": psnr(attacked, clean),
-            "psnr_purified": psnr(purified["attacked"], clean),
-            "accuracy_clean": self._accuracy(clean, labels),
-            "accuracy_attacked": self._accuracy(attacked, labels),
-            "accuracy_clean_purified": self._accuracy(purified["clean"], labels),
-            "accuracy_attacked_purified": self._accuracy(purified["attacked"], labels),
+        judged = {
+            "clean": clean,
+            "attacked": attacked,
+            "clean_purified": purified["clean"],
+            "attacked_purified": purified["attacked"],
         }
+        score = "accuracy"
+        if self.arguments.attack_labels == "predicted":
+            score = "agreement"
+            del judged["clean"]  # 100 by definition
+        return (
+            sums
+            | {
+                "psnr_clean": psnr(purified["clean"], clean),
+                "psnr_attacked": psnr(attacked, clean),
+                "psnr_purified": psnr(purified["attacked"], clean),
+            }
+            | {f"{score}_{name}": self._score(images, labels) for name, images in judged.items()}
+        )
 
-    def _patches(self, model: nn.Module) -> int:
-        return (model.config.image_size // model.config.patch_size) ** 2
-
-    def _accuracy(self, pixel_values: Tensor, labels: Tensor) -> float:
-        logits = torch.cat([self.surrogates[0](chunk) for chunk in pixel_values.split(CHUNK)])
-        return 100 * (logits.argmax(-1) == labels).float().mean().item()
+    def _score(self, pixel_values: Tensor, labels: Tensor) -> float:
+        """Share of the images that the first surrogate puts into `labels`, in percent."""
+        predicted = torch.cat([self._predict(chunk) for chunk in pixel_values.split(self._images_at_once)])
+        return 100 * (predicted == labels).float().mean().item()
 
     @torch.no_grad()
     def preview(self, model: nn.Module, path: Path) -> None:
         data = self._validation_set()
         clean, attacked = data["clean"][:PREVIEW_IMAGES], data["attacked"][:PREVIEW_IMAGES]
-        purified = model(pixel_values=attacked, mask_ratio=0.0).purified_pixel_values
+        purified = torch.cat(
+            [self.purify(model, part).purified_pixel_values for part in attacked.split(self._purified_at_once)]
+        )
         rows = {
             "clean": clean,
             "attacked": attacked,

@@ -34,16 +34,28 @@ class Augmentation:
             `mixed` tosses a coin, `center` is `resized` without randomness. Smaller pictures are enlarged.
         padding: reflected border, pixels, added before the random crop.
         flip: mirror half of the pictures.
+        max_zoom: pictures are enlarged up to so many times before a window is cut, the factor drawn log-uniformly: a
+            window of a large picture is smoother than a small picture, and the purifier is to know both. 1 is off.
+        zoom_share: share of the samples that are.
+
+    Raises:
+        ValueError: an unknown crop, a zoom below 1, or a share outside [0, 1].
     """
 
     image_size: int = 32
     crop: str = "mixed"
     padding: int = 0
     flip: bool = True
+    max_zoom: float = 1.0
+    zoom_share: float = 0.5
 
     def __post_init__(self) -> None:
         if self.crop not in CROPS:
             raise ValueError(f"crop={self.crop!r}: must be one of {', '.join(CROPS)}")
+        if not self.max_zoom >= 1:
+            raise ValueError(f"max_zoom={self.max_zoom}: must be at least 1, which is off")
+        if not 0 <= self.zoom_share <= 1:
+            raise ValueError(f"zoom_share={self.zoom_share}: must be in [0, 1]")
 
     def __call__(self, images: list[PILImage.Image], rng: np.random.Generator) -> list[torch.Tensor]:
         """Apply one draw to all `images` alike (an image and its attacked version); uint8 tensors (3, S, S)."""
@@ -54,6 +66,9 @@ class Augmentation:
         if not native or scale > 1:
             width, height = max(size, round(width * scale)), max(size, round(height * scale))
         random_crop = self.crop != "center"
+        if random_crop and self.max_zoom > 1 and rng.random() < self.zoom_share:
+            zoom = self.max_zoom ** rng.random()
+            width, height = round(width * zoom), round(height * zoom)
         padding = self.padding if random_crop else 0
         top, left = (height + 2 * padding - size) // 2, (width + 2 * padding - size) // 2
         if random_crop:

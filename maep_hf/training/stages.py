@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import logging
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from ..attacks import AttackMixture
-from ..checkpoints import load_frozen_classifier
+from ..checkpoints import check_model
 from ..classifier import PixelClassifier
+from ..classifier_sources import load_frozen_classifier
 from ..configuration_maep import MAEPConfig
 from ..image_processing_maep import MAEPImageProcessor
+from ..modeling_maep import MAEPModel
 from .arguments import DataArguments
 from .purification import PurificationArguments, PurificationTask
 from .samples import Augmentation
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+logger = logging.getLogger(__name__)
 
 SIZES = ("tiny", "small", "base")
 
@@ -58,6 +67,9 @@ class ModelArguments:
     patch_size: int | None = field(
         default=None, metadata={"help": "side of a patch, pixels; the size's own by default"}
     )
+    hidden_size: int | None = field(default=None, metadata={"help": "width of the encoder"})
+    intermediate_size: int | None = field(default=None, metadata={"help": "width of its MLPs"})
+    num_hidden_layers: int | None = field(default=None, metadata={"help": "blocks of the encoder"})
     residual: bool = field(default=True, metadata={"help": "predict a correction instead of pixels"})
     local_branch_layers: int | None = field(default=None, metadata={"help": "convolution blocks; 0 is the pure form"})
     pixel_loss: str = field(default="l2", metadata={"help": "l1, l2 or charbonnier, on visible pixels"})
@@ -72,10 +84,57 @@ class ModelArguments:
         """
         if self.size not in SIZES:
             raise ValueError(f"size={self.size!r}: must be one of {', '.join(SIZES)}")
-        names = ("patch_size", "residual", "local_branch_layers", "pixel_loss", "reconstruction_loss_weight",
-                 "purification_loss_weight")  # fmt: skip
+        names = [each.name for each in fields(self) if each.name != "size"]
         chosen = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         return getattr(MAEPConfig, self.size)(**chosen, **more)
+
+
+@dataclass
+class LoraArguments:
+    """The LoRA update; see [`maep_hf.adaptation.default_lora_config`]."""
+
+    lora_rank: int = field(default=4, metadata={"help": "rank of the LoRA update"})
+    lora_alpha: int | None = field(
+        default=None, metadata={"help": "scale of the update times its rank; twice the rank by default"}
+    )
+    lora_dropout: float = field(default=0.0, metadata={"help": "dropout on the input of the update"})
+    lora_targets: list[str] | None = field(
+        default=None,
+        metadata={"help": "names of the layers that are adapted; attention and MLP of every block by default"},
+    )
+
+    def adapt(self, model: MAEPModel, scope: str) -> PeftModel:
+        """The purifier with its weights frozen and a trainable update beside them.
+
+        Args:
+            model: a trained purifier.
+            scope: `decoder` (stage 2) or `all` (stage 3).
+
+        Raises:
+            ValueError: an untrained purifier, or arguments out of range.
+        """
+        from ..adaptation import add_lora, default_lora_config, trainable_share
+
+        config = default_lora_config(
+            model, scope, self.lora_rank, self.lora_alpha, self.lora_dropout, self.lora_targets
+        )
+        adapted = add_lora(model, config)
+        logger.info("LoRA: %.2f %% of the purifier's parameters are trained", 100 * trainable_share(adapted))
+        return adapted
+
+
+def load_trainable(name_or_path: str, **chosen: Any) -> MAEPModel:
+    """A purifier to go on training, by folder or Hub id.
+
+    Args:
+        name_or_path: folder or Hub id.
+        chosen: fields of its configuration; those that are `None` stay as they are.
+
+    Raises:
+        maep_hf.checkpoints.CheckpointError: no such model, or it is not a purifier.
+    """
+    check_model(name_or_path, model_type="maep", kind="a purifier")
+    return MAEPModel.from_pretrained(name_or_path, **{key: value for key, value in chosen.items() if value is not None})
 
 
 def load_surrogates(names: list[str]) -> list[PixelClassifier]:
@@ -88,12 +147,18 @@ def purification_task(
 ) -> PurificationTask:
     """Load data and surrogates and put the task together.
 
+    Args:
+        model: the purifier, also one with LoRA beside its weights.
+        data: with an `image_size` other than the purifier's own, whole images of that size are attacked and judged,
+            and purified in windows.
+
     Raises:
         maep_hf.data.DataError: data that cannot be used; checked before anything is trained.
+        ValueError: an image size below 1, or one that this purifier does not take in windows.
     """
-    size = data.image_size or model.config.image_size
-    if size != model.config.image_size:
-        raise ValueError(f"image_size={size}: the purifier's windows are {model.config.image_size} pixels wide")
+    size = model.config.image_size if data.image_size is None else data.image_size
+    if size < 1:
+        raise ValueError(f"image_size={size}: must be at least 1 pixel")
     train_data, validation_data = data.load()
     surrogates = load_surrogates(purification.surrogates)
     return PurificationTask(
@@ -102,7 +167,7 @@ def purification_task(
         surrogates,
         train_data,
         validation_data,
-        Augmentation(size, data.crop, flip=data.flip),
+        Augmentation(size, data.crop, flip=data.flip, max_zoom=data.max_zoom, zoom_share=data.zoom_share),
         attack.mixture(len(surrogates)),
         purification,
         data.validation_images,
