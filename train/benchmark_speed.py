@@ -1,6 +1,7 @@
 """Speed as ratios that hold on a noisy machine: contestants take turns in one run, and each round gives one ratio.
 
 python train/benchmark_speed.py --out speed.json
+python train/benchmark_speed.py --part peers --out peers.json     # against diffusion and DISCO; see benchmark_peers.py
 
 1. A training step (forward, backward, optimizer) against transformers' `ViTMAEForPreTraining` of the same widths,
    depths, patches, mask ratio and batch; the attack's time per image apart.
@@ -9,20 +10,18 @@ python train/benchmark_speed.py --out speed.json
 """
 
 import os
-import platform
 import statistics
-import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import benchmark_peers
 import numpy as np
 import torch
+from benchmark_timing import BenchmarkArguments, Contestant, compete, count_flops, processor_name, ratios
 from rich.console import Console
 from rich.table import Table
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
 from maep_hf import MAEPConfig, MAEPModel
@@ -32,83 +31,12 @@ from maep_hf.classifier import PixelClassifier
 from maep_hf.configuration_cifar_resnet import CifarResNetConfig
 from maep_hf.modeling_cifar_resnet import CifarResNetForImageClassification
 from maep_hf.records import describe_environment, write_json
-from maep_hf.training import LoopArguments, parse_arguments
+from maep_hf.training import LoopArguments, parse_arguments, run_script
 from maep_hf.training.loop import build_optimizer
 from maep_hf.training.samples import collate
 from maep_hf.training.stages import AttackArguments, load_surrogates
 
 MASK_RATIO = 0.5
-
-
-@dataclass
-class BenchmarkArguments:
-    size: str = field(default="tiny", metadata={"help": "purifier: tiny, small or base"})
-    batch_size: int = field(default=64, metadata={"help": "images of a training step"})
-    purify_batch_size: int = field(default=256, metadata={"help": "images purified at once"})
-    large_image: int = field(default=1024, metadata={"help": "side of the larger image, pixels"})
-    matmul_size: int = field(default=2048, metadata={"help": "side of the matrices that set the mark"})
-    rounds: int = field(default=9, metadata={"help": "turns of every contestant"})
-    seconds: float = field(default=1.0, metadata={"help": "least duration of one turn"})
-    classifier: str = field(
-        default="checkpoints/resnet20-cifar10",
-        metadata={"help": "classifier that is attacked; one with random weights where it cannot be loaded"},
-    )
-    torch_compile: bool = field(default=True, metadata={"help": "also measure the compiled purifier"})
-    clock: str = field(
-        default="wall", metadata={"help": "wall, or cpu: processor time, for a busy machine with --cpu_threads 1"}
-    )
-    cpu_threads: int = field(default=0, metadata={"help": "threads; 0 takes all cores"})
-    device: str = field(default="cuda" if torch.cuda.is_available() else "cpu", metadata={"help": "cpu or cuda"})
-    out: str | None = field(default=None, metadata={"help": "JSON file for the result"})
-
-    def __post_init__(self) -> None:
-        for name in ("batch_size", "purify_batch_size", "large_image", "matmul_size", "rounds"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
-        if self.clock not in ("wall", "cpu"):
-            raise ValueError(f"clock={self.clock!r}: must be wall or cpu")
-        if self.out is not None and not Path(self.out).resolve().parent.is_dir():
-            raise ValueError(f"out={self.out!r}: its folder does not exist")
-
-
-@dataclass
-class Contestant:
-    """Something to time: `run()` works on `images` images with `flops` floating-point operations."""
-
-    name: str
-    run: Callable[[], Any]
-    images: int = 1
-    flops: int = 0
-
-
-def compete(contestants: list[Contestant], args: BenchmarkArguments, device: torch.device) -> dict[str, list[float]]:
-    """Seconds per call of every contestant, one figure a round; a turn lasts `args.seconds`, or one call if longer."""
-    clock = time.process_time if args.clock == "cpu" else time.perf_counter
-
-    def timed(contestant: Contestant, calls: int) -> float:
-        synchronise(device)
-        started = clock()
-        for _ in range(calls):
-            contestant.run()
-        synchronise(device)
-        return (clock() - started) / calls
-
-    calls = {}
-    for contestant in contestants:
-        timed(contestant, 2)  # warm-up: allocations, algorithm choice
-        calls[contestant.name] = max(1, round(args.seconds / timed(contestant, 1)))
-    results: dict[str, list[float]] = {contestant.name: [] for contestant in contestants}
-    for turn in range(args.rounds):
-        for contestant in contestants[
-            :: 1 if turn % 2 == 0 else -1
-        ]:  # both orders, so that no one profits from a drift
-            results[contestant.name].append(timed(contestant, calls[contestant.name]))
-    return results
-
-
-def synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def training_step(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> Callable[[], None]:
@@ -194,19 +122,6 @@ def purify_contestants(
     return contestants, failed
 
 
-def count_flops(function: Callable[[torch.Tensor], Any], images: torch.Tensor) -> int:
-    """Two operations for every multiply-add of matrix products, convolutions and attention; nothing else counts."""
-    # Written out, because the counter has no formula for the fused attention of CPUs.
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        function(images)
-    return counter.get_total_flops()
-
-
-def ratios(results: dict[str, list[float]], one: str, other: str, scale: float = 1.0) -> list[float]:
-    """Round by round: how many times as fast `one` is as `other`."""
-    return [scale * b / a for a, b in zip(results[one], results[other], strict=True)]
-
-
 def measure(args: BenchmarkArguments) -> dict[str, Any]:
     """All measurements; times in ms, arithmetic in GFLOP/s, ratios one a round."""
     device = torch.device(args.device)
@@ -283,16 +198,6 @@ def show(result: dict[str, Any], args: BenchmarkArguments, console: Console) -> 
     console.print(table)
 
 
-def processor_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()
-
-
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     (args,) = parse_arguments(BenchmarkArguments, argv=argv)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -302,17 +207,27 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "cpu_threads": torch.get_num_threads(),
         "load_average_before": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
     }
-    result = {"arguments": asdict(args), "machine": machine, **measure(args), **describe_environment()}
     console = Console()
-    show(result, args, console)
+    if args.part == "peers":
+        measured = benchmark_peers.measure(args)
+    else:
+        measured = measure(args)
+    result = {"arguments": asdict(args), "machine": machine, **measured, **describe_environment()}
+    if args.part == "peers":
+        console.print(benchmark_peers.markdown(result), highlight=False, soft_wrap=True, markup=False)
+    else:
+        show(result, args, console)
     load = machine["load_average_before"]
     console.print(f"{machine['processor']}, {machine['cpu_threads']} threads, load before: {load}, {args.clock} clock")
     console.print(f"Ratios are medians (least to greatest) of {args.rounds} rounds.")
     if args.out:
         write_json(Path(args.out), result)
-        console.print(f"wrote {args.out}")
+        written = [Path(args.out)]
+        if args.part == "peers":
+            written += benchmark_peers.write_beside(result, Path(args.out))
+        console.print(f"wrote {', '.join(map(str, written))}")
     return result
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)
