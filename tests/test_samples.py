@@ -233,6 +233,25 @@ def test_padding_reflects_the_border():
     assert found <= windows and len(found) > 20
 
 
+def test_zoomed_windows_show_less_of_the_picture():
+    spans = [np.ptp(cut("native", coordinates(64, 64), seed, max_zoom=4.0, zoom_share=0.5)[0]) for seed in range(200)]
+    zoomed = [span for span in spans if span < SIZE - 1]
+    assert 60 < len(zoomed) < 140 and min(zoomed) < SIZE / 3 and min(zoomed) >= SIZE / 4 - 3
+    assert all(np.ptp(cut("center", coordinates(64, 64), seed, max_zoom=4.0)[0]) > 40 for seed in range(20))
+
+
+def test_without_zoom_nothing_else_is_drawn():
+    image = coordinates(40, 30)
+    for seed in range(20):
+        assert np.array_equal(cut("mixed", image, seed), cut("mixed", image, seed, max_zoom=1.0, zoom_share=1.0))
+
+
+@pytest.mark.parametrize("wrong", [{"max_zoom": 0.5}, {"zoom_share": 1.5}])
+def test_a_wrong_zoom_is_named(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        Augmentation(SIZE, **wrong)
+
+
 def test_unknown_crop_is_named():
     with pytest.raises(ValueError, match="crop='middle'"):
         Augmentation(SIZE, "middle")
