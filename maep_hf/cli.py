@@ -15,6 +15,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from .cli_evaluation import attacks, evaluate, report
+from .cli_hub import card, push
 
 if TYPE_CHECKING:
     import torch
@@ -31,7 +32,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
-for command in (evaluate, report, attacks):
+for command in (evaluate, report, attacks, push, card):
     app.command()(command)
 errors = Console(stderr=True, highlight=False)
 
@@ -173,23 +174,6 @@ def demo(
             seed=seed,
             imagenet_images=imagenet_images,
         )
-
-
-@app.command()
-def card(
-    folder: Annotated[Path, typer.Argument(help="Folder of a trained purifier, with its run.json and results.jsonl.")],
-    repo_id: Annotated[str | None, typer.Option(help="Hub id that the card's code names.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a README.md that is there.")] = False,
-) -> None:
-    """Write a purifier's model card, FOLDER/README.md, from the records beside its weights."""
-    with one_line_errors():
-        from .hub import render_model_card
-
-        path = folder / "README.md"
-        if path.exists() and not overwrite:
-            raise FileExistsError(f"{path} exists and may have been edited; --overwrite replaces it")
-        render_model_card(folder, repo_id).save(path)
-        Console().print(f"written: {path}", highlight=False, soft_wrap=True)
 
 
 @contextmanager

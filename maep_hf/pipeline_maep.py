@@ -8,15 +8,13 @@ import math
 import os
 from collections import defaultdict
 from collections.abc import Sequence
-from io import BytesIO
 from typing import Any
-from urllib.request import Request, urlopen
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from transformers import AutoModel, Pipeline
 
-from .image_processing_maep import MAEPImageProcessor
+from .image_processing_maep import MAEPImageProcessor, read_image
 
 TASK = "image-purification"
 
@@ -129,7 +127,7 @@ class ImagePurificationPipeline(Pipeline):
     def preprocess(self, image: Any, timeout: float = 30.0) -> dict[str, list]:
         """One image of any kind to its `(channels, height, width)` pixels in [0, 1] and its PIL mode."""
         if isinstance(image, (str, os.PathLike)):
-            image = _read(os.fspath(image), timeout)
+            image = read_image(os.fspath(image), timeout)
         elif isinstance(image, (list, tuple)) or getattr(image, "ndim", 0) == 4:
             raise ValueError("Every entry of a list must be one image, not several: pass one flat list.")
         pixels = self.image_processor(image, return_tensors="pt").pixel_values[0]
@@ -176,20 +174,6 @@ class ImagePurificationPipeline(Pipeline):
         # As maep_hf.figures.difference_image, which does not lie beside the weights.
         (difference,) = self.image_processor.post_process((0.5 + difference_factor * (purified - pixels)).clamp(0, 1))
         return {"purified": image, "difference": difference}
-
-
-def _read(source: str, timeout: float) -> Image.Image:
-    """An image file or URL, upright and in its own mode (transformers' `load_image` clips 16 bits to 8)."""
-    try:
-        file: Any = source
-        if source.startswith(("http://", "https://")):
-            # with a name of its own: many sites turn urllib's away
-            with urlopen(Request(source, headers={"User-Agent": "maep_hf"}), timeout=timeout) as response:
-                file = BytesIO(response.read())
-        with Image.open(file) as image:
-            return ImageOps.exif_transpose(image)
-    except Exception as error:  # a broken file raises nearly anything, depending on the decoder
-        raise ValueError(f"{source}: not an image file or the URL of one that can be read: {error}") from error
 
 
 def _restore_class_names(config: Any) -> None:

@@ -1,5 +1,5 @@
 """A Hub in memory, on loopback, for the real `huggingface_hub` client: repositories with commits, branches, tags, pull
-requests and LFS files. One user, one token; files lie in flat listings, nothing is deleted. What the client asks for in
+requests and LFS files. One user, one token; nothing is deleted. What the client asks for in
 vain is answered by a 404 that names it.
 
 The client reads `HF_ENDPOINT` when it is imported, so it runs in a process of its own, started with
@@ -88,7 +88,7 @@ class LocalHub:
         url: where.
         repositories: `(type, id)` -> [`Repository`], the type `"model"` or `"dataset"`.
         received: bodies of all requests, as they came; `objects` has the LFS uploads by their SHA-256.
-        cut_uploads: how many of the next LFS uploads to cut off after their first bytes.
+        cut_uploads: how many of the next LFS uploads to cut off in their middle.
     """
 
     user, token = "someone", "hf_localtokenofthetests"
@@ -133,6 +133,31 @@ def route(method: str, pattern: str) -> Callable:
     return add
 
 
+def wrong_metadata(metadata: dict[str, Any]) -> list[str]:
+    """What the Hub refuses in a README: values of another form than its fields have."""
+
+    def texts(value: Any) -> list:
+        return value if isinstance(value, list) else [value]
+
+    wrong = []
+    for name in ("license", "library_name", "pipeline_tag", "tags", "datasets", "metrics", "base_model"):
+        if name in metadata and not all(isinstance(each, str) and each for each in texts(metadata[name])):
+            wrong.append(f'"{name}" must be a string or a list of strings')
+    for name in ("datasets", "base_model"):
+        for each in texts(metadata.get(name, [])):
+            if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(each)):
+                wrong.append(f'"{name}" with value "{each}" is not a valid id')
+    if metadata.get("base_model_relation", "adapter") not in ("adapter", "finetune", "merge", "quantized"):
+        wrong.append('"base_model_relation" is none of the four')
+    for model in metadata.get("model-index", []):
+        for result in model["results"] if model.get("name") else [{}]:
+            known = (result.get("task") or {}).get("type"), *map((result.get("dataset") or {}).get, ("type", "name"))
+            metrics = result.get("metrics") or [{}]
+            if not all(known) or not all(metric.get("type") and "value" in metric for metric in metrics):
+                wrong.append('"model-index" needs a name, and of each result task.type, dataset.type and name, metrics')
+    return wrong
+
+
 class _Handler(BaseHTTPRequestHandler):
     hub: LocalHub
     protocol_version = "HTTP/1.1"
@@ -168,7 +193,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _read(self) -> bytes:
         if self.command == "PUT" and self.hub.cut_uploads:
             self.hub.cut_uploads -= 1
-            self.rfile.read(16)
+            self.rfile.read(int(self.headers["Content-Length"]) // 2)
             raise ConnectionError("cut off")
         if self.headers.get("Transfer-Encoding") != "chunked":
             return self.rfile.read(int(self.headers.get("Content-Length", 0)))
@@ -212,13 +237,22 @@ class _Handler(BaseHTTPRequestHandler):
         self.hub.repositories[type, repo] = repository
         return {"url": url, "name": repo}
 
+    @route("GET", "/api/whoami-v2")
+    def whoami(self) -> dict:
+        if not self.known:
+            raise Refusal(401, "", "Invalid credentials in Authorization header")
+        return {"type": "user", "name": self.hub.user, "orgs": [], "auth": {"accessToken": {"role": "write"}}}
+
     @route("POST", "/api/validate-yaml")
     def validate(self) -> dict:
-        found = re.match(r"---\n(.*?)\n---", self.json()["content"], re.DOTALL)
+        found = re.match(r"---\r?\n(.*?)\r?\n---", self.json()["content"], re.DOTALL)
         try:
-            yaml.safe_load(found[1] if found else "")
+            wrong = wrong_metadata(yaml.safe_load(found[1] if found else "") or {})
         except yaml.YAMLError as error:
-            raise Refusal(400, "", "Invalid metadata", errors=[{"message": str(error)}], warnings=[]) from error
+            wrong = [str(error)]
+        if wrong:
+            errors = [{"message": message} for message in wrong]
+            raise Refusal(400, "", "Invalid metadata", errors=errors, warnings=[])
         return {"errors": [], "warnings": []}
 
     @route("POST", REPO + "/preupload/(?P<revision>[^/]+)")
@@ -253,6 +287,9 @@ class _Handler(BaseHTTPRequestHandler):
     def commit(self, type: str, repo: str, revision: str) -> dict:
         repository = self.repository(type, repo, write=True)
         parent = repository.sha(revision)
+        header = next(entry["value"] for entry in map(json.loads, self.body.splitlines()) if entry["key"] == "header")
+        if header.get("parentCommit") not in (None, parent):
+            raise Refusal(412, "", "A commit has happened since. Please refresh and try again.")
         files, title = dict(repository.commits[parent].files), ""
         for line in self.body.splitlines():
             key, value = (entry := json.loads(line))["key"], entry["value"]
@@ -287,10 +324,24 @@ class _Handler(BaseHTTPRequestHandler):
         repository = self.repository(type, repo)
         prefix = f"{folder}/" if folder else ""
         files = repository.commits[repository.sha(revision)].files
-        rows = [blob.row(path) for path, blob in files.items() if path.startswith(prefix)]
+        rows = {}
+        for path, blob in files.items():
+            if path.startswith(prefix):
+                parts = path.removeprefix(prefix).split("/")
+                for depth in range(1, len(parts)):
+                    parent = prefix + "/".join(parts[:depth])
+                    rows[parent] = {"type": "directory", "path": parent, "oid": "0" * 40, "size": 0}
+                rows[path] = blob.row(path)
         if folder and not rows:
             raise Refusal(404, "EntryNotFound", f"{folder} does not exist on {revision}")
-        return rows
+        deep = self.query.get("recursive", ["false"])[0].lower() in ("true", "1")
+        return [row for path, row in rows.items() if deep or "/" not in path.removeprefix(prefix)]
+
+    @route("POST", REPO + "/paths-info/(?P<revision>[^/]+)")
+    def paths_info(self, type: str, repo: str, revision: str) -> list:
+        asked = self.json()["paths"] if self.body.startswith(b"{") else parse_qs(self.body.decode())["paths"]
+        self.query["recursive"] = ["true"]
+        return [row for row in self.tree(type, repo, revision, None) if row["path"] in asked]
 
     @route("GET", REPO + "/refs")
     def refs(self, type: str, repo: str) -> dict:
@@ -300,6 +351,16 @@ class _Handler(BaseHTTPRequestHandler):
             prefix = next(prefix for prefix in kinds if ref.startswith(prefix))
             answer[kinds[prefix]].append({"name": ref.removeprefix(prefix), "ref": ref, "targetCommit": sha})
         return answer
+
+    @route("GET", REPO + "/commits/(?P<revision>[^/]+)")
+    def commits(self, type: str, repo: str, revision: str) -> list:
+        repository, rows = self.repository(type, repo), []
+        sha: str | None = repository.sha(revision)
+        while sha:
+            row = {"id": sha, "title": (commit := repository.commits[sha]).title, "message": "", "authors": []}
+            rows.append(row | {"date": "2000-01-01T00:00:00.000Z"})
+            sha = commit.parent
+        return rows
 
     @route("POST", REPO + "/(?P<kind>branch|tag)/(?P<name>[^/]+)")
     def create_ref(self, type: str, repo: str, kind: str, name: str) -> dict:

@@ -1,74 +1,188 @@
-"""The model card: from the records, complete, and honest about what is not there."""
+"""Cards: from the records, complete, honest about what is not there, and never over the work of a person."""
 
 import json
 import re
 
 import pytest
-import torch
+from conftest import ROOT, tiny_purifier
+from huggingface_hub import ModelCard
 from jinja2 import UndefinedError
+from local_hub import wrong_metadata
+from made_up_records import PASSED, failed, record
+from PIL import Image
 
-from maep_hf import MAEPConfig, MAEPModel
-from maep_hf.hub import render_model_card
+from maep_hf.evaluation.fingerprint import fingerprint
+from maep_hf.hub import render_card, render_model_card, write_card
+from maep_hf.hub.names import dataset_id, hub_id, without_paths
+from maep_hf.hub.seal import edited, renewed, sealed
 
-SHARE = {"correct": 16, "n": 20, "percent": 80.0, "interval_95": [58.4, 91.9]}
-PROTOCOL = {
-    "threat_model": "gray-box",
-    "attack": {"name": "PGD-20", "norm": "Linf", "eps": 8.0, "steps": 20},
-    "dataset": {"name": "CIFAR-10", "split": "test", "images": "the first 20", "n": 20},
-    "classifier": {"name": "resnet20-cifar10"},
-    "purifier": {"name": "my-purifier"},
-}
-RESULT = {
-    "protocol": PROTOCOL,
-    "accuracy": {name: SHARE for name in ("clean", "attacked", "purified_clean", "purified_attacked")},
-    "checks": None,
-}
+THREATS = ("gray-box", "bpda", "white-box", "black-box", "transfer", "no attack")
+UNRENDERED = (
+    r"None|\{\{|\}\}|\{%|%\}|\bundefined\b(?! \()|More Information Needed|TODO|<(?!details|summary|sup)[a-z_]+>"
+)
 RUN = {
-    "arguments": {"data": {"dataset": "/home/someone/cifar10.parquet", "eps": 8}, "loop": {"output_dir": "/tmp/x"}},
-    "data": {"train": "fingerprint-1"},
+    "arguments": {
+        "finetune": {"model": "/home/someone/runs/stage1"},
+        "data": {"dataset": "/home/someone/cifar10", "validation_images": 100},
+        "purification": {"surrogates": ["/home/someone/resnet20", "google/vit"]},
+        "loop": {"output_dir": "/tmp/x", "max_steps": 30, "per_device_train_batch_size": 10},
+    },
+    "data": {"train": {"fingerprint": "f1", "images": 50000}, "validation": {"fingerprint": "f2", "images": 10000}},
+    "command": ["finetune.py"],
     "versions": {"torch": "2.13.0", "peft": None},
     "git_revision": "abc123",
+    "git_dirty": True,
 }
 
 
 @pytest.fixture
 def folder(tmp_path):
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-    sizes |= {f"decoder_{name}": value for name, value in sizes.items()}
-    torch.manual_seed(0)
-    MAEPModel(MAEPConfig(local_branch_layers=0, **sizes)).save_pretrained(tmp_path / "my-purifier")
+    tiny_purifier().save_pretrained(tmp_path / "my-purifier")
     return tmp_path / "my-purifier"
 
 
-def test_card_shows_protocol_recipe_and_versions(folder):
+@pytest.fixture
+def of_these_weights():
+    """A function that makes records of the purifier in `folder`."""
+    mark = fingerprint(tiny_purifier().eval())
+
+    def make(*args, **options):
+        made = record(*args, **options)
+        if made["protocol"]["purifier"] is not None:
+            made["protocol"]["purifier"] = made["protocol"]["purifier"] | {"fingerprint": mark}
+        return made
+
+    return make
+
+
+def write_results(folder, *records) -> None:
+    (folder / "results.jsonl").write_text("".join(json.dumps(each) + "\n" for each in records))
+
+
+def check(card) -> None:
+    """What holds of every card."""
+    text = str(card)
+    found = re.search(UNRENDERED, text)
+    assert not found, text[max(0, found.start() - 100) : found.end() + 100]
+    assert wrong_metadata(card.data.to_dict()) == []
+    assert not re.search(r"/home/|/tmp/|/root/|/work/", text)
+    assert not re.search(r"\n\n\n|[ \t]\n", card.text), "untidy"
+    figures = [line for line in card.text.splitlines() if re.search(r"\d\.\d \(\d", line)]
+    for line in figures:  # in a row, or under a heading, that names a threat model
+        table = card.text[: card.text.index(line)].rpartition("\n\n")[2] + line
+        assert any(name in table for name in THREATS), line
+    for result in getattr(card.data, "eval_results", None) or []:
+        assert any(name in result.metric_name for name in THREATS), result.metric_name
+        assert "n = " in result.metric_name and "95 % interval" in result.metric_name
+
+
+def test_card_of_a_run(folder, of_these_weights):
     (folder / "run.json").write_text(json.dumps(RUN))
-    (folder / "results.jsonl").write_text(json.dumps(RESULT) + "\n")
+    first = RUN | {
+        "arguments": {"loop": RUN["arguments"]["loop"] | {"output_dir": "stage1"}},
+        "command": ["pretrain.py"],
+    }
+    first["arguments"]["loop"]["output_dir"] = "/home/someone/runs/stage1"
+    (folder / "pretrain_run.json").write_text(json.dumps(first))
+    Image.new("RGB", (4, 4)).save(folder / "attacks.png")
+    Image.new("RGB", (4, 4)).save(folder / "resnet56.png")
+    Image.new("RGB", (4, 4)).save(folder / "unrelated.png")
+    write_results(
+        folder,
+        of_these_weights(82.3, "gray-box"),
+        of_these_weights(70.1, "gray-box", "MI-FGSM"),
+        of_these_weights(12.5, "white-box", checks=PASSED),
+        of_these_weights(90.0, "gray-box", "JPEG", control=True, norm=None, eps=None),
+        record(1.0, "white-box", purifier=None),
+    )
     card = render_model_card(folder, repo_id="someone/my-purifier")
-    assert card.data.license == "apache-2.0" and card.data.library_name == "transformers"
-    text = card.text
-    assert "| gray-box | PGD-20, Linf 8/255 | CIFAR-10 test, the first 20 (n = 20)" in text
-    assert "80.0 (58.4 to 91.9) |" in text
-    assert "Not measured: bpda, white-box, black-box." in text
-    assert 'from_pretrained("someone/my-purifier")' in text
-    assert "dataset: cifar10.parquet" in text and "eps: 8" in text and "abc123" in text and "torch 2.13.0" in text
-    assert "fingerprint-1" in text
-    assert not re.search(r"/home/|/tmp/|peft|None|\{\{|\{%", text)
+    check(card)
+    data, text = card.data, card.text
+    assert (data.license, data.library_name, data.pipeline_tag) == ("apache-2.0", "transformers", "image-to-image")
+    assert data.datasets == ["uoft-cs/cifar10"] and data.metrics == ["accuracy"] and data.base_model is None
+    values = {result.metric_name: result.metric_value for result in data.eval_results}
+    assert len(values) == 5 and 12.5 in values.values() and 1.0 not in values.values()
+    assert any(
+        name.startswith("robust accuracy (%), white-box, PGD-20, Linf 8/255, resnet56, n = 1000") for name in values
+    )
+    assert any("under corruption" in name for name in values)
+    assert "| **70.1 (67.2–72.9) %** | MI-FGSM" in text and "| **12.5 (10.6–14.7) %** |" in text
+    assert re.search(r"\| bpda \|.*\*\*not measured\*\*", text) and re.search(r"\| black-box \|.*not measured", text)
+    assert "![" in text and "(attacks.png)" in text and "(resnet56.png)" in text and "unrelated" not in text
+    assert 'from_pretrained("someone/my-purifier")' in text and "pipeline(" in text
+    assert "`pretrain_run.json` (pretrain.py): 30 steps, 300 images; `run.json` (finetune.py)" in text
+    assert "600 images in all" in text and "abc123 with uncommitted changes" in text and "torch 2.13.0" in text
+    assert "uoft-cs/cifar10: train 50,000 images (fingerprint f1)" in text and "peft" not in text
+    assert "resnet20, vit" in text and "## Limits and misuse" in text and "## Licence" in text
 
 
 def test_card_without_records_names_what_is_missing(folder):
-    text = render_model_card(folder).text
-    assert "Not measured: gray-box, bpda, white-box, black-box." in text
-    assert "No record of the training run" in text
-    assert "| threat model |" not in text
-    assert not re.search(r"None|\{\{|\{%|\}\}", text)
+    card = render_model_card(folder)
+    check(card)
+    assert card.text.count("**not measured**") == 4 and "Nothing was measured" in card.text
+    assert "No record of the training run" in card.text and card.data.eval_results is None
 
 
-def test_table_has_no_broken_lines(folder):
-    lines = render_model_card(folder, results=[RESULT, RESULT]).text.splitlines()
-    table = [line for line in lines if line.startswith("|")]
-    assert len(table) == 4 and {line.count("|") for line in table} == {9}
-    first = lines.index(table[0])
-    assert lines[first : first + 4] == table
+def test_adapter_and_its_base(tmp_path):
+    adapter = {"base_model_name_or_path": "/home/someone/base", "r": 8, "lora_alpha": 16, "modules_to_save": ["x.head"]}
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(adapter))
+    (tmp_path / "run.json").write_text(json.dumps(RUN))
+    with pytest.raises(ValueError, match="base_model: the adapter was trained on 'base'"):
+        render_card(tmp_path / "adapter")
+    card = render_card(tmp_path / "adapter", "someone/lora", base_model="someone/base")
+    check(card)
+    assert (card.data.base_model, card.data.base_model_relation) == ("someone/base", "adapter")
+    assert card.data.library_name == "peft" and "lora" in card.data.tags and "abc123" in card.text
+    assert 'from_pretrained("someone/base")' in card.text and "rank 8, alpha 16, and the whole of `x.head`" in card.text
+    assert re.search(r"\| white-box \|.*not measured", card.text)
+
+
+def test_classifier(classifier_folder, tmp_path):
+    folder = tmp_path / "resnet"
+    folder.mkdir()
+    for path in classifier_folder.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    check(card := render_card(folder, "someone/resnet"))
+    assert "Nothing was recorded" in card.text and card.data.pipeline_tag == "image-classification"
+    (folder / "run.json").write_text(json.dumps(RUN))
+    (folder / "metrics.jsonl").write_text('{"step": 1, "validation": {"accuracy_clean": 50, "accuracy_pgd10_8": 3}}\n')
+    check(card := render_card(folder, "someone/resnet"))
+    assert "| no attack | none | 100 | 50.0 (40.4–59.6) % |" in card.text and "| white-box | PGD-10" in card.text
+    assert [result.metric_value for result in card.data.eval_results] == [50.0, 3.0]
+
+
+@pytest.mark.checkpoint
+@pytest.mark.parametrize("name", ["maep-tiny-cifar10", "resnet20-cifar10"])
+def test_cards_of_the_released_checkpoints(name):
+    card = render_card(ROOT / "checkpoints" / name)
+    check(card)
+    if name.startswith("maep"):
+        assert len(card.data.eval_results) > 20 and card.text.count("![") == 3
+        assert re.search(r"\| white-box \|.*\| \*\*0\.0 \(0\.0–0\.4\) %\*\*", card.text)
+
+
+def test_figures_of_other_weights_are_not_shown(folder, of_these_weights):
+    with pytest.raises(ValueError, match="other weights .fingerprint b{16}; these are"):
+        render_model_card(folder, results=[record(82.3)])
+    card = render_model_card(folder, results=[record(11.1), of_these_weights(82.3)])
+    assert "82.3" in card.text and "11.1" not in str(card)
+
+
+def test_unreliable_results_say_so(folder, of_these_weights):
+    made = of_these_weights(40, "white-box", checks=failed("gradient", "transfer"))
+    check(card := render_model_card(folder, results=[made]))
+    assert "⚠ unreliable" in card.text and "failed gradient, transfer" in card.text
+    assert "unreliable: failed gradient, transfer" in card.data.eval_results[-1].metric_name
+    assert "not checked" in render_model_card(folder, results=[made | {"checks": None}]).text
+
+
+def test_result_without_its_protocol_is_refused(folder, of_these_weights):
+    for name in ("threat_model", "attack", "dataset", "classifier"):
+        made = of_these_weights(82.3)
+        del made["protocol"][name]
+        with pytest.raises(ValueError, match=f"record 1: there is no protocol.{name}"):
+            render_model_card(folder, results=[made])
 
 
 def test_template_that_asks_for_more_is_refused(folder, tmp_path):
@@ -77,27 +191,103 @@ def test_template_that_asks_for_more_is_refused(folder, tmp_path):
         render_model_card(folder, template=tmp_path / "card.md")
 
 
-def test_result_without_its_protocol_is_refused(folder):
-    for name in ("threat_model", "attack", "dataset", "classifier"):
-        with pytest.raises(ValueError, match=f"no '{name}'"):
-            protocol = {key: value for key, value in PROTOCOL.items() if key != name}
-            render_model_card(folder, results=[RESULT | {"protocol": protocol}])
-    with pytest.raises(ValueError, match="threat model 'grey'"):
-        render_model_card(folder, results=[RESULT | {"protocol": PROTOCOL | {"threat_model": "grey"}}])
-
-
-def test_unreliable_results_say_so(folder):
-    checks = {"reliable": False, "failed": ["gradient", "transfer"], "results": []}
-    result = RESULT | {"protocol": PROTOCOL | {"threat_model": "white-box"}, "checks": checks}
-    assert "⚠ unreliable: gradient, transfer failed |" in render_model_card(folder, results=[result]).text
-    unchecked = render_model_card(folder, results=[result | {"checks": None}]).text
-    assert "(not checked for gradient masking) |" in unchecked
-    assert "| – |" in unchecked  # what was attacked through the purifier says nothing of the bare classifier
-
-
-def test_what_is_no_purifier_is_refused(tmp_path):
+def test_what_has_no_card_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no such folder"):
-        render_model_card(tmp_path / "gone")
+        render_card(tmp_path / "gone")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="no config.json"):
-        render_model_card(tmp_path / "empty")
+        render_card(tmp_path / "empty")
+    (tmp_path / "preprocessor_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="no card of its own"):
+        render_card(tmp_path)
+
+
+def test_a_written_card_is_renewed_and_an_edited_one_gets_results_only(folder, of_these_weights):
+    path = folder / "README.md"
+    assert write_card(folder) == "written" and "not measured" in path.read_text()
+    write_results(folder, of_these_weights(82.3), of_these_weights(5.5, "white-box", checks=PASSED))
+    assert write_card(folder) == "written" and "82.3" in path.read_text()  # untouched, so written anew
+    mine = path.read_text().replace("## Use", "## How I use it")
+    path.write_text(mine)
+    assert write_card(folder) == "merged" and path.read_text() == mine  # nothing new
+    write_results(folder, of_these_weights(33.3))
+    assert write_card(folder) == "merged"
+    body = mine.split("\n---\n", 1)[1]
+    text = path.read_text()
+    assert text.split("\n---\n", 1)[1] == body and "value: 33.3" in text and "value: 82.3" not in text
+    (folder / "results.jsonl").unlink()
+    with pytest.raises(FileExistsError, match="edited by hand.*--overwrite"):
+        write_card(folder)
+    assert path.read_text() == text
+    assert write_card(folder, overwrite=True) == "written" and "How I use it" not in path.read_text()
+    assert not (folder / "README.md.tmp").exists()
+
+
+CARD = "---\nlicense: mit\ntags:\n- a\n- b\n---\n\n# Card\n\nText\n"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "changed"),
+    [
+        ("Text", "Other text", True),
+        ("mit", "apache-2.0", True),
+        ("- b\n", "- b\n- c\n", True),
+        ("\n# Card", "\nA first line\n\n# Card", True),
+        ("tags:\n- a\n- b\n", "tags: [a, b]\n", False),  # the same in another style
+        ("license: mit\ntags:\n- a\n- b\n", "tags:\n  - a\n  - b\nlicense: 'mit'\n", False),
+        ("\n", "\r\n", False),
+    ],
+)
+def test_an_edit_is_what_changes_the_content(old, new, changed):
+    card = str(sealed(ModelCard(CARD)))
+    assert not edited(ModelCard(card))
+    assert edited(ModelCard(card.replace(old, new))) is changed
+
+
+def test_readmes_without_a_seal():
+    fresh = sealed(ModelCard(CARD))
+    assert renewed(None, fresh) == (fresh, "written") and renewed("", fresh)[1] == "written"
+    for text in ("# By hand", "---\nlicense: gpl\n---\n# By hand\n"):
+        card, how = renewed(text, fresh)
+        assert how == "kept" and card.text in text
+    card, how = renewed("---\nlicense: gpl-3.0\n---\n", fresh)  # made on the website, empty
+    assert how == "written" and card.data.license == "gpl-3.0" and "# Card" in card.text and not edited(card)
+    with pytest.raises(ValueError, match="README.md: its metadata cannot be read"):
+        renewed("---\n- a list\n---\n# By hand", fresh)
+
+
+@pytest.mark.parametrize(
+    ("value", "kept"),
+    [
+        ("/home/a b/model", "model"),
+        ("--output_dir=/home/me/run", "--output_dir=run"),
+        (["~/x/y", {"a": "C:\\Users\\me\\x"}], ["y", {"a": "x"}]),
+        ("see /home/me/x/data.csv, please", "see data.csv, please"),
+        ("https://huggingface.co/a/b/c", "https://huggingface.co/a/b/c"),
+        ("Linf 8/255 and/or L2", "Linf 8/255 and/or L2"),
+        ("runs/pretrain", "runs/pretrain"),
+        (8.5, 8.5),
+    ],
+)
+def test_paths_of_this_machine_are_cut(value, kept):
+    assert without_paths(value) == kept
+
+
+def test_hub_ids_and_local_names(tmp_path, monkeypatch):
+    assert hub_id("uoft-cs/cifar10") == dataset_id("uoft-cs/cifar10") == "uoft-cs/cifar10"
+    for local in (None, "", "data/cifar10", "/abs/cifar10", "cifar10", "a/b/c", "runs/x", "./x", "../x"):
+        assert hub_id(local) is None
+    assert dataset_id("data/cifar10") == dataset_id("embedded:cifar10") == "uoft-cs/cifar10"
+    assert dataset_id("data/mine") is None
+    (tmp_path / "uoft-cs/cifar10").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert hub_id("uoft-cs/cifar10") is None  # a folder of that name comes first, as it does in training
+
+
+def test_the_local_hub_refuses_what_the_hub_would():
+    assert (
+        wrong_metadata({"license": "mit", "tags": ["a"], "base_model": "a/b", "base_model_relation": "adapter"}) == []
+    )
+    for wrong in ({"tags": [1]}, {"base_model": "/home/x/base"}, {"datasets": ["a/b/c"]}, {"base_model_relation": "x"},
+                  {"model-index": [{"name": "x", "results": [{"task": {"type": "t"}}]}]}):  # fmt: skip
+        assert wrong_metadata(wrong), wrong

@@ -1,81 +1,19 @@
-"""Pushes and loads with the real client against a Hub on loopback.
+"""`push_to_hub` and `from_pretrained` of the objects themselves, with the real client against a Hub on loopback.
 
-The client takes its endpoint from the environment when it is imported, so one process with that environment runs the
-functions of this file that tests hand to it; nothing here imports conftest, which puts the client offline.
+Functions that talk to the Hub run in the client's process, see `hub_client.py`.
 """
 
-import multiprocessing
-import os
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from unittest import mock
 
-import pytest
 import torch
-from local_hub import LocalHub
+from hub_helpers import OTHER_TOKEN, failure, purifier, same
 from PIL import Image
 
-TINY = {
-    "image_size": 16, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32,
-    "decoder_hidden_size": 16, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 2,
-    "decoder_intermediate_size": 32, "local_branch_layers": 1, "local_branch_channels": 8,
-}  # fmt: skip
+pytest_plugins = ["hub_client"]
 CODE = {"configuration_maep.py", "modeling_maep.py"}
-OTHER_TOKEN = "hf_tokenofsomebodyelse"
-
-
-@pytest.fixture(scope="session")
-def hub():
-    with LocalHub() as hub:
-        yield hub
-
-
-@pytest.fixture(scope="session")
-def home(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("hub-client")
-
-
-@pytest.fixture(scope="session")
-def client(hub, home):
-    """Calls a function of this file in the process of the client; an exception there is raised here."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        with mock.patch.dict(os.environ, hub.environment(str(home))):
-            assert pool.submit(endpoint).result() == hub.url
-        yield lambda function, *args: pool.submit(function, *args).result()
 
 
 # In the process of the client
-
-
-def endpoint() -> str:
-    from huggingface_hub import HfApi
-
-    torch.set_num_threads(1)
-    return HfApi().endpoint
-
-
-def purifier(seed: int = 0):
-    from maep_hf import MAEPConfig, MAEPModel
-
-    torch.manual_seed(seed)
-    model = MAEPModel(MAEPConfig(**TINY))
-    for head in (model.local_branch.head, model.decoder.head):
-        torch.nn.init.normal_(head.weight, std=0.02)  # zeros would be the identity, with any adapter
-    return model.eval()
-
-
-def same(one: torch.nn.Module, other: torch.nn.Module) -> bool:
-    states = one.state_dict(), other.state_dict()
-    return states[0].keys() == states[1].keys() and all(torch.equal(v, states[1][k]) for k, v in states[0].items())
-
-
-def failure(function, *args, **options) -> str:
-    """The error as text; the client's own exceptions do not travel between processes."""
-    try:
-        function(*args, **options)
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    raise AssertionError("no error")
 
 
 def push_purifier(repo: str, folder: Path) -> None:

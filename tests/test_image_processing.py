@@ -63,6 +63,24 @@ def test_paths_are_read(processor, tmp_path):
     np.testing.assert_array_equal((pixels[0].permute(1, 2, 0) * 255).round().byte().numpy(), RGB)
 
 
+def test_files_keep_sixteen_bits_and_are_turned_upright(processor, tmp_path):
+    grey = Image.fromarray(np.arange(600, dtype=np.uint16).reshape(20, 30) * 100)
+    grey.save(tmp_path / "grey.png")
+    pixels = processor(tmp_path / "grey.png", return_tensors="pt").pixel_values
+    np.testing.assert_allclose(pixels[0, 0].numpy(), np.asarray(grey) / 65535, atol=1e-6)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(RGB).save(tmp_path / "turned.png", exif=exif)
+    assert processor(str(tmp_path / "turned.png"), return_tensors="pt").pixel_values.shape == (1, 3, 30, 20)
+
+
+def test_files_that_cannot_be_read_are_named(processor, tmp_path):
+    (tmp_path / "notes.png").write_text("no picture")
+    for name in ("notes.png", "gone.png"):
+        with pytest.raises(ValueError, match=f"{name}: not an image file"):
+            processor(tmp_path / name)
+
+
 def test_round_trip_of_all_256_values_is_exact(processor):
     values = np.arange(256, dtype=np.uint8).reshape(16, 16)
     pixels = processor(values, return_tensors="pt").pixel_values

@@ -1,9 +1,6 @@
 """`pipeline("image-purification")`: every input, batches of mixed sizes, options, and loading it as remote code."""
 
 import json
-import os
-import subprocess
-import sys
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
@@ -225,40 +222,3 @@ def test_saved_code_imports_only_what_lies_beside_it(saved):
     config = json.loads((saved / "config.json").read_text())
     entry = {"impl": "pipeline_maep.ImagePurificationPipeline", "pt": ["AutoModel"], "type": "image"}
     assert config["custom_pipelines"] == {TASK: entry}
-
-
-REMOTE = """
-import sys
-for name in ("maep_hf", "matplotlib", "peft"):  # as if they were not installed
-    sys.modules[name] = None
-from transformers import pipeline
-
-folder, picture, out = sys.argv[1:]
-try:
-    pipeline("image-purification", model=folder)
-    raise SystemExit("ran code without being trusted to")
-except ValueError as error:
-    assert "trust_remote_code=True" in str(error), error
-for task in ("image-purification", None):
-    pipe = pipeline(task, model=folder, trust_remote_code=True, device="cpu")
-results = pipe([picture, picture], batch_size=2, return_difference=True)
-results[0]["purified"].save(out + "/purified.png")
-pipe.model.save_pretrained(out + "/model")
-pipe.save_pretrained(out + "/again")
-pipe = pipeline("image-purification", model=out + "/again", trust_remote_code=True, device="cpu")
-assert pipe(picture).tobytes() == results[0]["purified"].tobytes()
-for part in (pipe, pipe.model, pipe.image_processor):
-    assert type(part).__module__.startswith("transformers_modules."), type(part)
-"""
-
-
-def test_remote_code_without_the_package(pipe, saved, tmp_path):
-    image = picture(6, 40, 21)
-    image.save(tmp_path / "picture.png")
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    environment |= {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
-    words = [sys.executable, "-c", REMOTE, str(saved), str(tmp_path / "picture.png"), str(tmp_path)]
-    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert equal(Image.open(tmp_path / "purified.png"), pipe(image), levels=1)
-    assert json.loads((tmp_path / "again/config.json").read_text())["custom_pipelines"][TASK]["pt"] == ["AutoModel"]

@@ -1,11 +1,13 @@
 """Images to what a purifier takes, [0, 1] pixels in three channels, and back to pictures."""
 
 import os
+from io import BytesIO
 from typing import Any
+from urllib.request import Request, urlopen
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from transformers import BatchFeature
 from transformers.image_processing_backends import PilBackend
 from transformers.image_utils import PILImageResampling
@@ -60,7 +62,7 @@ class MAEPImageProcessor(PilBackend):
         if isinstance(images, (list, tuple)):
             return [image for entry in images for image in self._prepare_images_structure(entry)]
         if isinstance(images, (str, os.PathLike)):
-            return [self.fetch_images(os.fspath(images))]
+            return [read_image(os.fspath(images))]
         return list(images) if getattr(images, "ndim", 0) == 4 else [images]
 
     def process_image(
@@ -160,6 +162,28 @@ class MAEPImageProcessor(PilBackend):
                 pixels = _resize(pixels, size, self.resample).clip(0, 1)
             images.append(_to_pil(pixels, mode))
         return images
+
+
+def read_image(source: str, timeout: float = 30.0) -> Image.Image:
+    """An image file or `http(s)` URL, upright and in its own mode (transformers' `load_image` clips 16 bits to 8).
+
+    Args:
+        source: path or URL.
+        timeout: seconds to wait for a URL.
+
+    Raises:
+        ValueError: it cannot be read; the message names it.
+    """
+    try:
+        file: Any = source
+        if source.startswith(("http://", "https://")):
+            # with a name of its own: many sites turn urllib's away
+            with urlopen(Request(source, headers={"User-Agent": "maep_hf"}), timeout=timeout) as response:
+                file = BytesIO(response.read())
+        with Image.open(file) as image:
+            return ImageOps.exif_transpose(image)
+    except Exception as error:  # a broken file raises nearly anything, depending on the decoder
+        raise ValueError(f"{source}: not an image file or the URL of one that can be read: {error}") from error
 
 
 def _from_pil(image: Image.Image, rgb: bool | None) -> np.ndarray:

@@ -14,7 +14,15 @@ from torch import nn
 from transformers import PreTrainedModel
 
 _NOT_SETTINGS = ("training", "name_or_path", "warnings_issued")
-_UNSAID = ("_name_or_path", "transformers_version", "architectures", "auto_map", "dtype", "torch_dtype")
+_UNSAID = (
+    "custom_pipelines",
+    "_name_or_path",
+    "transformers_version",
+    "architectures",
+    "auto_map",
+    "dtype",
+    "torch_dtype",
+)
 
 
 class Opaque(ValueError):

@@ -44,6 +44,15 @@ class LoopArguments:
     dataloader_num_workers: int = field(default=0, metadata={"help": "processes that read images"})
     report_to: str = field(default="none", metadata={"help": "none, tensorboard or trackio"})
     overwrite_output_dir: bool = field(default=False, metadata={"help": "start over in a folder that holds a run"})
+    push_to_hub: bool = field(default=False, metadata={"help": "push the model (or adapter) and its card to the Hub"})
+    hub_model_id: str | None = field(
+        default=None, metadata={"help": "repository, OWNER/NAME or NAME; the folder's name by default"}
+    )
+    hub_private: bool = field(default=False, metadata={"help": "make a new repository private"})
+    hub_strategy: str = field(default="end", metadata={"help": "end, or every_save: in the background, and at the end"})
+    hub_base_model: str | None = field(
+        default=None, metadata={"help": "Hub id of an adapter's base that was loaded from a folder"}
+    )
 
     def __post_init__(self) -> None:
         for name in ("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps",
@@ -56,7 +65,7 @@ class LoopArguments:
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay={self.ema_decay}: must be in [0, 1)")
         choices = {"optimizer": ("adamw", "sgd"), "mixed_precision": ("no", "bf16", "fp16"),
-                   "report_to": ("none", "tensorboard", "trackio")}  # fmt: skip
+                   "report_to": ("none", "tensorboard", "trackio"), "hub_strategy": ("end", "every_save")}  # fmt: skip
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r}: must be one of {', '.join(allowed)}")
@@ -72,6 +81,11 @@ FREE_ARGUMENTS = frozenset(
         "dataloader_num_workers",
         "cpu_threads",
         "output_dir",
+        "push_to_hub",
+        "hub_model_id",
+        "hub_private",
+        "hub_strategy",
+        "hub_base_model",
     }
 )
 
@@ -108,6 +122,10 @@ class DataArguments:
         default="mixed", metadata={"help": "native, resized, mixed or center: how larger pictures are cut"}
     )
     flip: bool = field(default=True, metadata={"help": "mirror half of the images"})
+    max_zoom: float = field(
+        default=1.0, metadata={"help": "enlarge images up to so many times before a window is cut; 1 is off"}
+    )
+    zoom_share: float = field(default=0.5, metadata={"help": "share of the images that are enlarged"})
 
     def load(self) -> tuple[ImageDataset, ImageDataset]:
         """The training and the validation images."""

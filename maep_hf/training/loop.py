@@ -81,6 +81,7 @@ class _Loop:
             step_scheduler_with_optimizer=False,
         )
         self.main = self.accelerator.is_main_process
+        self.push = self._background_push() if self.main and args.push_to_hub else None
         torch.backends.cudnn.deterministic = True  # a resumed run repeats what an uninterrupted one computes
         if self.accelerator.device.type == "cpu" and args.mixed_precision == "fp16":
             raise ValueError("mixed_precision='fp16' needs a GPU; use bf16 or no")
@@ -157,7 +158,23 @@ class _Loop:
             self._export()  # it may have been stopped between its last checkpoint and this
         if args.report_to != "none":
             self.accelerator.end_training()
+        if self.push is not None:
+            self.push.finish(state.step)
         return self.folder.path
+
+    def _background_push(self) -> Any:
+        """What cannot be pushed is known before anything is trained."""
+        from ..hub.background import BackgroundPush
+
+        args, adapters = self.args, getattr(self.task.model, "peft_config", None)
+        return BackgroundPush(
+            self.folder.path,
+            args.hub_model_id,
+            private=args.hub_private or None,
+            base_model=args.hub_base_model,
+            trains_adapter=bool(adapters),
+            base_path=next(iter(adapters.values())).base_model_name_or_path if adapters else None,
+        )
 
     def _train(self) -> None:
         args, state, accelerator = self.args, self.state, self.accelerator
@@ -312,6 +329,8 @@ class _Loop:
             self.args.save_total_limit,
         )
         self._export()
+        if self.push is not None and self.args.hub_strategy == "every_save" and self.state.step < self.args.max_steps:
+            self.push.start(self.state.step)
         self.clock += time.perf_counter() - started
 
     def _export(self) -> None:

@@ -1,0 +1,306 @@
+"""Cards for the Hub, written from the records in a folder and from nothing else."""
+
+from __future__ import annotations
+
+import os
+import site
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard, ModelCardData
+from huggingface_hub.repocard import RepoCard
+
+from ..records import read_jsonl
+from .folders import ADAPTER, CLASSIFIER, EVALUATION, PAIRS, PURIFIER, RESULTS, Kind, kind_of, read_json
+from .names import hub_id, short, without_paths
+from .recipe import Recipe
+from .results import CardResults, records_of, validation_results
+from .seal import renewed, sealed
+
+LICENCE = "apache-2.0"
+PAPER = "arxiv:2501.16904"  # as a tag, the Hub links it
+_TEMPLATES = Path(__file__).parent / "templates"
+_TAGS = ["maep", "adversarial-robustness", "adversarial-purification", "masked-autoencoder", PAPER]
+
+
+def render_card(
+    folder: str | os.PathLike,
+    repo_id: str | None = None,
+    *,
+    base_model: str | None = None,
+    results: Sequence[Mapping[str, Any]] | None = None,
+    template: str | os.PathLike | None = None,
+    kind: Kind | None = None,
+) -> RepoCard:
+    """Render the card of a folder: purifier, LoRA adapter, classifier, stored pairs or evaluation records.
+
+    What was not recorded is named as such: a missing `run.json` as no record of training, each threat model without a
+    result as not measured.
+
+    Args:
+        folder: of a model, of a training run, of an adapter, of `make_pairs` or of `maep evaluate`.
+        repo_id: Hub id for the card's code; by default the folder's name.
+        base_model: Hub id of the model this one was made from; by default what the records say, if that is a Hub id.
+        results: records of `benchmark`; by default those of `results.jsonl`, if it is there.
+        template: Jinja template in place of the kind's own (`model_card.md` for a purifier).
+        kind: by default what the folder holds.
+
+    Returns:
+        A `ModelCard`, or a `DatasetCard` for pairs and evaluation records, that carries its seal (see `seal.py`).
+
+    Raises:
+        ValueError: a folder of no known kind, results that lack their protocol or are of other weights, or an adapter
+            without a Hub id of its base.
+        OSError: the template cannot be read.
+    """
+    folder = Path(folder)
+    kind = kind or kind_of(folder)
+    if kind not in _CARDS:
+        raise ValueError(f"{folder}: an {kind.name} has no card of its own; push it beside its purifier")
+    records = without_paths(read_jsonl(folder / RESULTS) if results is None else list(results))
+    repo_id = repo_id or folder.resolve().name
+    describe, file_name = _CARDS[kind]
+    context = describe(folder, repo_id, base_model, records)
+    path = Path(template) if template else _template(file_name)
+    content = _environment().from_string(path.read_text(encoding="utf-8")).render(
+        name=short(repo_id), repo_id=repo_id, **context | {"card_data": context["card_data"].to_yaml()}
+    )  # fmt: skip
+    card = DatasetCard(content) if isinstance(context["card_data"], DatasetCardData) else ModelCard(content)
+    return sealed(card)
+
+
+def write_card(
+    folder: str | os.PathLike, repo_id: str | None = None, *, overwrite: bool = False, **options: Any
+) -> str:
+    """Write FOLDER/README.md; one that a person edited keeps its text, and gets the results into its metadata.
+
+    Args:
+        folder, repo_id, options: of [`render_card`].
+        overwrite: replace an edited one too.
+
+    Returns:
+        `"written"`, or `"merged"` where an edited README only got the results.
+
+    Raises:
+        FileExistsError: there is an edited README, and no results to merge into it.
+        ValueError: as of [`render_card`], or a README whose metadata cannot be read.
+    """
+    path = Path(folder) / "README.md"
+    fresh = render_card(folder, repo_id, **options)
+    card, how = fresh, "written"
+    if path.exists() and not overwrite:
+        with path.open(encoding="utf-8-sig", newline="") as stream:  # its line endings stay
+            card, how = renewed(stream.read(), fresh)
+    if how == "kept":
+        raise FileExistsError(
+            f"{path} was edited by hand and there are no results to merge into it; --overwrite replaces it"
+        )
+    temporary = path.with_name("README.md.tmp")
+    card.save(temporary)
+    os.replace(temporary, path)
+    return how
+
+
+def _purifier(folder: Path, repo_id: str, base_model: str | None, records: list) -> dict[str, Any]:
+    from ..checkpoints import load_purifier
+
+    context = _trained(folder, own_records(folder, records))
+    purifier = load_purifier(folder.resolve())
+    recipe = context["recipe"]
+    base = base_model or recipe.base_model
+    card_data = _model_data(
+        repo_id,
+        pipeline_tag="image-to-image",
+        base_model=base,
+        base_model_relation="finetune" if base else None,
+        datasets=recipe.datasets,
+        metadata=context["results"].metadata,
+    )
+    return context | {
+        "card_data": card_data,
+        "parameters": purifier.num_parameters(),
+        "image_size": purifier.config.image_size,
+        "channels": purifier.config.num_channels,
+    }
+
+
+def own_records(folder: Path, records: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The records that were measured on a purifier's weights.
+
+    Raises:
+        ValueError: there are records, and all of them are of other weights.
+    """
+    from ..checkpoints import load_purifier
+    from ..evaluation.fingerprint import fingerprint
+
+    if not records:
+        return []
+    purifier = load_purifier(folder.resolve())
+    fingerprints = {fingerprint(purifier)}
+    if vars(purifier.config).pop("custom_pipelines", None):  # a push adds it, and changes no output
+        fingerprints.add(fingerprint(purifier))
+    return records_of(records, fingerprints)
+
+
+def _adapter(folder: Path, repo_id: str, base_model: str | None, records: list) -> dict[str, Any]:
+    adapter = read_json(folder / "adapter_config.json")
+    base = base_of_adapter(adapter, base_model)
+    context = _trained(folder, records_of(records, None))
+    card_data = _model_data(
+        repo_id,
+        library_name="peft",
+        pipeline_tag="image-to-image",
+        base_model=base,
+        base_model_relation="adapter",
+        datasets=context["recipe"].datasets,
+        tags=[*_TAGS, "lora"],
+        metadata=context["results"].metadata,
+    )
+    head = ", ".join(adapter.get("modules_to_save") or [])
+    return context | {"card_data": card_data, "base_model": base, "rank": adapter.get("r"),
+                      "alpha": adapter.get("lora_alpha"), "saved_modules": head}  # fmt: skip
+
+
+def base_of_adapter(adapter: Mapping[str, Any], base_model: str | None) -> str:
+    """Hub id of an adapter's base: the one given, or the one in its `adapter_config.json`.
+
+    Raises:
+        ValueError: that one is a local path, so the base has to be named.
+    """
+    stored = adapter.get("base_model_name_or_path")
+    found = base_model or hub_id(stored)
+    if not found:
+        raise ValueError(
+            f"base_model: the adapter was trained on {short(stored) if stored else 'an unnamed model'!r}, which is no "
+            "Hub id; push that model and name it with base_model (--base-model OWNER/NAME)"
+        )
+    return found
+
+
+def _classifier(folder: Path, repo_id: str, base_model: str | None, records: list) -> dict[str, Any]:
+    from transformers import AutoConfig
+
+    from ..checkpoints import check_model
+
+    check_model(folder.resolve(), model_type="cifar_resnet", kind="a CIFAR classifier")
+    config, recipe = AutoConfig.from_pretrained(folder.resolve()), Recipe(folder)
+    validation = validation_results(folder, recipe)
+    card_data = _model_data(
+        repo_id,
+        pipeline_tag="image-classification",
+        base_model=base_model,
+        datasets=recipe.datasets,
+        tags=["maep", "cifar-resnet", "image-classification"],
+        metadata=[row["metadata"] for row in validation],
+    )
+    return {
+        "card_data": card_data,
+        "recipe": recipe,
+        "depth": config.depth,
+        "channels": config.num_channels,
+        "classes": [str(config.id2label[index]) for index in sorted(config.id2label)],
+        "validation": validation,
+    }
+
+
+def _pairs(folder: Path, repo_id: str, base_model: str | None, records: list) -> dict[str, Any]:
+    record = without_paths(read_json(folder / "make_pairs.json"))
+    arguments, result = record.get("arguments", {}), record.get("result", {})
+    pairs, attack = arguments.get("pairs", {}), arguments.get("attack", {})
+    source = pairs.get("dataset")
+    card_data = DatasetCardData(
+        pretty_name=short(repo_id),
+        task_categories=["image-to-image"],
+        tags=["maep", "adversarial-robustness", "adversarial-examples"],
+        source_datasets=[f"extended|{found}"] if (found := hub_id(source)) else None,
+        configs=[{"config_name": "default", "data_files": [{"split": "train", "path": "data/*.parquet"}]}],
+    )
+    return {
+        "card_data": card_data,
+        "pairs": pairs,
+        "attack": attack,
+        "result": result,
+        "source": source or "unnamed",
+        "surrogates": pairs.get("surrogates", []),
+        "revision": record.get("git_revision") or "not recorded",
+    }
+
+
+def _evaluation(folder: Path, repo_id: str, base_model: str | None, records: list) -> dict[str, Any]:
+    from ..evaluation.tables import markdown_table
+
+    purifiers = sorted({(record["protocol"]["purifier"] or {"name": "none"})["name"] for record in records})
+    card_data = DatasetCardData(
+        pretty_name=short(repo_id),
+        license=LICENCE,
+        tags=["maep", "adversarial-robustness", "evaluation"],
+        configs=[{"config_name": "default", "data_files": [{"split": "results", "path": "results.csv"}]}],
+    )
+    return {"card_data": card_data, "table": markdown_table(records).rstrip(), "count": len(records),
+            "purifiers": purifiers, "pictures": _pictures(folder, records)}  # fmt: skip
+
+
+def _trained(folder: Path, records: list) -> dict[str, Any]:
+    recipe = Recipe(folder)
+    return {
+        "results": CardResults(records),
+        "recipe": recipe,
+        "pictures": _pictures(folder, records),
+    }
+
+
+def _model_data(repo_id: str, *, metadata: list[EvalResult], datasets: list[str], **fields: Any) -> ModelCardData:
+    fields = {"library_name": "transformers", "tags": _TAGS} | fields
+    return ModelCardData(
+        license=LICENCE,
+        datasets=datasets or None,
+        metrics=["accuracy"],
+        model_name=short(repo_id) if metadata else None,
+        eval_results=metadata or None,
+        **{name: value for name, value in fields.items() if value},
+    )
+
+
+def _pictures(folder: Path, records: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """(file, caption) of the pictures that evaluations leave; each names its threat model in its title."""
+    shown = [
+        (path.name, f"clean, attacked and purified images and the magnified difference, in front of {name}")
+        for name in dict.fromkeys(short(record["protocol"]["classifier"]["name"]) for record in records)
+        if (path := folder / f"{name}.png").is_file()
+    ]
+    if (folder / "attacks.png").is_file():
+        shown.append(("attacks.png", "accuracy under every attack, each threat model in a panel of its own"))
+    return shown
+
+
+_CARDS: dict[Kind, tuple[Callable[..., dict[str, Any]], str]] = {
+    PURIFIER: (_purifier, "model_card.md"),
+    ADAPTER: (_adapter, "adapter.md"),
+    CLASSIFIER: (_classifier, "classifier.md"),
+    PAIRS: (_pairs, "pairs.md"),
+    EVALUATION: (_evaluation, "evaluation.md"),
+}
+
+
+def _environment() -> Any:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    # strict: a field that a template asks for and nobody gives is an error, not an empty place in the card
+    return Environment(
+        loader=FileSystemLoader(_TEMPLATES), undefined=StrictUndefined, keep_trailing_newline=True,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+
+
+def _template(name: str) -> Path:
+    """A template of the package. The purifier's own lies at the top of a clone, where people find and change it, and in
+    `share/` of an installation, where the `data-files` of pyproject.toml put it."""
+    top = Path(__file__).resolve().parents[2]
+    shared = Path("share", "maep_hf")
+    places = [_TEMPLATES, top, top / shared, Path(sys.prefix) / shared, Path(site.getuserbase()) / shared]
+    for place in places:
+        if (place / name).is_file():
+            return place / name
+    raise FileNotFoundError(f"the template {name} is not part of this installation; install maep-hf again")

@@ -1,0 +1,103 @@
+"""What lies in a folder, by the files that only one kind of folder has."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+_WEIGHTS = ("config.json", "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
+_RUN = ("run.json", "*_run.json", "metrics.jsonl", "*_metrics.jsonl", "LICENSE")
+RESULTS = "results.jsonl"
+RESULT_FILES = (RESULTS, "results.md", "results.csv", "*.png")
+PURIFIER_CODE = ("configuration_maep.py", "modeling_maep.py", "image_processing_maep.py", "pipeline_maep.py")
+CLASSIFIER_CODE = ("configuration_cifar_resnet.py", "modeling_cifar_resnet.py")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What may leave a folder of this kind: nothing that is not listed is ever pushed.
+
+    Attributes:
+        name: as in messages.
+        files: names and patterns, relative to the folder. The README is not among them: see `seal.py`.
+        code: modules of this package that stand beside the weights, for people without it.
+        repo_type: of the Hub repository.
+    """
+
+    name: str
+    files: tuple[str, ...]
+    code: tuple[str, ...] = ()
+    repo_type: str = "model"
+
+
+PURIFIER = Kind("purifier", (*_WEIGHTS, *_RUN, *RESULT_FILES, "preprocessor_config.json"), PURIFIER_CODE)
+CLASSIFIER = Kind("classifier", (*_WEIGHTS, *_RUN, "preprocessor_config.json"), CLASSIFIER_CODE)
+ADAPTER = Kind("adapter", ("adapter_config.json", "adapter_model.safetensors", "base_model.json", *_RUN, *RESULT_FILES))
+IMAGE_PROCESSOR = Kind("image processor", ("preprocessor_config.json",), ("image_processing_maep.py",))
+PAIRS = Kind("pairs", ("make_pairs.json", "data/*.parquet"), repo_type="dataset")
+EVALUATION = Kind("evaluation", RESULT_FILES)
+_OF_MODEL_TYPE = {"maep": PURIFIER, "cifar_resnet": CLASSIFIER}
+
+
+def kind_of(folder: str | os.PathLike) -> Kind:
+    """The kind of a folder.
+
+    Raises:
+        ValueError: there is no such folder, or it is of no kind that this package writes.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder")
+    if (folder / "adapter_config.json").is_file():
+        return ADAPTER
+    if (folder / "config.json").is_file():
+        model_type = read_json(folder / "config.json").get("model_type")
+        if model_type not in _OF_MODEL_TYPE:
+            raise ValueError(
+                f"{folder}: config.json has model_type {model_type!r}, not one of {', '.join(_OF_MODEL_TYPE)}"
+            )
+        return _OF_MODEL_TYPE[model_type]
+    if (folder / "make_pairs.json").is_file():
+        if not any((folder / "data").glob("*.parquet")):
+            raise ValueError(f"{folder}: its pairs are not complete; run train/make_pairs.py again to go on")
+        return PAIRS
+    if (folder / RESULTS).is_file():
+        return EVALUATION
+    if (folder / "preprocessor_config.json").is_file():
+        return IMAGE_PROCESSOR
+    raise ValueError(
+        f"{folder} holds no config.json, adapter_config.json, make_pairs.json or {RESULTS}: it is not the folder of a "
+        "model, an adapter, pairs or an evaluation"
+    )
+
+
+def files_of(folder: Path, kind: Kind) -> list[Path]:
+    """The folder's files that may be pushed, in order of their names."""
+    found = {path for pattern in kind.files for path in folder.glob(pattern) if path.is_file()}
+    return sorted(found)
+
+
+def run_record(folder: Path) -> dict[str, Any]:
+    """The run's `run.json`; of an adapter also the one of the run that it lies in."""
+    for path in (folder / "run.json", folder.resolve().parent / "run.json"):
+        if path.is_file() and (path.parent == folder or (folder / "adapter_config.json").is_file()):
+            return read_json(path)
+    return {}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        ValueError: the file holds none.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds no JSON object")
+    return value

@@ -1,0 +1,317 @@
+"""One way to the Hub for everything this package makes: models, adapters, records and pairs."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HTTPError,
+    LocalTokenNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.repocard import RepoCard
+from huggingface_hub.utils import validate_repo_id
+
+from ..evaluation.results import read_results
+from .cards import base_of_adapter, own_records, render_card
+from .contents import check_for_leaks, operations_of
+from .folders import ADAPTER, EVALUATION, IMAGE_PROCESSOR, PURIFIER, RESULT_FILES, RESULTS, Kind, kind_of, read_json
+from .records import merge_records
+from .seal import renewed
+
+_REFS = "refs/"
+
+
+class PushError(OSError):
+    """A push that the Hub refused or that was cut off; the message says why. The same call can be made again."""
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """What a push left on the Hub.
+
+    Attributes:
+        repo_id, repo_type: the repository.
+        url: its page, or that of the pull request.
+        revision: hash of the last commit.
+        branch: the branch or `refs/pr/N` that the commit is on.
+        card: `"written"`, `"merged"` (an edited README got the results), `"kept"` (an edited README, no results) or
+            `"none"` (an image processor has none).
+    """
+
+    repo_id: str
+    repo_type: str
+    url: str
+    revision: str
+    branch: str
+    card: str
+
+
+def push_to_hub(
+    source: Any,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    tag: str | None = None,
+    create_pr: bool = False,
+    commit_message: str | None = None,
+    base_model: str | None = None,
+    repo_type: str | None = None,
+    image_processor: Any = None,
+    token: str | None = None,
+) -> Pushed:
+    """Push a model, image processor, adapter, evaluation records or stored pairs, and their card as the last step.
+
+    Only listed files go (`folders.py`), without paths of this machine (`contents.py`). Whatever fails half-way can be
+    repeated: files that are there already are not sent again. A README that a person edited keeps its text and only
+    gets the results into its metadata (`seal.py`).
+
+    Args:
+        source: folder of a purifier, classifier, adapter, evaluation or pairs, or an object: a `MAEPModel`, a
+            `CifarResNetForImageClassification`, a `PeftModel` around a purifier, a `MAEPImageProcessor`, a pipeline.
+        repo_id: OWNER/NAME, or NAME under the account of the token. Made when missing.
+        private: make it private; one that exists must be so. By default the account's own setting.
+        revision: branch, made when missing, or `refs/pr/N`; `main` by default.
+        tag: name for the last commit.
+        create_pr: open a pull request with the files instead of changing `revision`.
+        commit_message: of the files' commit.
+        base_model: Hub id of the model this one was made from; needed for an adapter whose base is a local folder.
+        repo_type: `"dataset"` gives evaluation records a repository of their own. By default they go to the repository
+            of the purifier or adapter that they are of, merged with its records, tables and card.
+        image_processor: goes with a model that is an object.
+        token: instead of that of `hf auth login` or `HF_TOKEN`.
+
+    Raises:
+        ValueError: an argument that cannot be, before anything is sent; `LeakError`, a file that holds a token.
+        PushError: no valid token, no such repository or revision, or the connection was cut.
+    """
+    if create_pr and (tag or (revision or "").startswith(_REFS)):
+        raise ValueError("create_pr: a pull request has no tag, and is not opened on another; push to its revision")
+    if repo_type not in (None, "model", "dataset"):
+        raise ValueError(f"repo_type={repo_type!r}: must be model or dataset")
+    with ExitStack() as stack:
+        stack.enter_context(_as_push_errors(repo_id))
+        folder = stack.enter_context(_folder_of(source, image_processor))
+        kind = kind_of(folder)
+        api = HfApi(token=token)
+        user = check_login(api)
+        repo_id = with_owner(repo_id, user)
+        base_model = with_owner(base_model, user) if base_model else None
+        kind_type = repo_type if kind is EVALUATION and repo_type else kind.repo_type
+        if repo_type not in (None, kind_type):
+            raise ValueError(f"repo_type={repo_type!r}: a {kind.name} goes to a {kind_type} repository")
+        push = _Push(api, repo_id, kind_type, revision, create_pr, token)
+        what = kind
+        if kind is ADAPTER:
+            base_model = _base(api, folder, base_model)
+        elif kind is EVALUATION:
+            staged = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="maep-push-")))
+            if kind_type == "model":
+                push.download_model(staged)
+            folder, kind = staged, _with_records(staged, folder, repo_id)
+        # all that can be wrong is known before anything is sent
+        card = None if kind is IMAGE_PROCESSOR else render_card(folder, repo_id, base_model=base_model, kind=kind)
+        operations = operations_of(folder, kind, base_model=base_model, token=token)
+        if what is EVALUATION:  # the model that they are merged with is there already
+            operations = [each for each in operations if _is_result(each.path_in_repo)]
+        push.prepare(private)
+        push.commit(operations, commit_message or f"Upload {what.name} with maep")
+        how = push.card(card, folder) if card is not None else "none"
+        push.tag(tag)
+        return Pushed(repo_id, kind_type, push.url, push.oid, push.branch, how)
+
+
+def check_login(api: HfApi) -> str:
+    """The account's name.
+
+    Raises:
+        PushError: there is no token, or it is not valid.
+    """
+    try:
+        return api.whoami()["name"]
+    except (LocalTokenNotFoundError, HfHubHTTPError) as error:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if status not in (None, 401, 403):
+            raise
+        why = "is not valid" if status else "is missing"
+        said = f" ({status} {_reason(error)})" if status else ""
+        raise PushError(f"the token of the Hub {why}{said}: log in with `hf auth login`, or set HF_TOKEN") from error
+
+
+def with_owner(repo_id: str, user: str) -> str:
+    """OWNER/NAME; a name alone is the user's.
+
+    Raises:
+        ValueError: it cannot be the name of a repository.
+    """
+    validate_repo_id(repo_id)
+    return repo_id if "/" in repo_id else f"{user}/{repo_id}"
+
+
+class _Push:
+    """The steps of a push to one repository."""
+
+    def __init__(self, api: HfApi, repo_id: str, repo_type: str, revision: str | None, create_pr: bool, token: Any):
+        self.api, self.repo_id, self.repo_type, self.token = api, repo_id, repo_type, token
+        self.branch, self.create_pr = revision or "main", create_pr
+        self.repo = {"repo_id": repo_id, "repo_type": repo_type}
+        self.url, self.oid = "", ""
+
+    def download_model(self, folder: Path) -> None:
+        """The files of the model that records are of, which has to be there."""
+        wanted = [*PURIFIER.files, *ADAPTER.files]
+        try:
+            downloaded = self.api.snapshot_download(**self.repo, revision=self.branch, allow_patterns=wanted)
+        except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+            raise ValueError(
+                f"{self.repo_id}: no such repository or revision ({self.branch}) for these records; push the purifier "
+                "or adapter first, or give the records a repository of their own with repo_type='dataset'"
+            ) from error
+        for path in Path(downloaded).iterdir():
+            if path.is_file():
+                shutil.copy(path, folder / path.name)
+
+    def prepare(self, private: bool | None) -> None:
+        """Make the repository and the branch where they are missing."""
+        url = self.api.create_repo(**self.repo, private=private, exist_ok=True)
+        self.url = str(url)
+        if private is not None and self.api.repo_info(**self.repo).private != private:
+            is_now, wish = ("public", "private") if private else ("private", "public")
+            raise ValueError(
+                f"private={private}: {self.repo_id} exists and is {is_now}; make it {wish} in its settings"
+            )
+        if self.branch != "main" and not self.branch.startswith(_REFS):
+            self.api.create_branch(**self.repo, branch=self.branch, exist_ok=True)
+
+    def commit(self, operations: list, message: str, parent: str | None = None) -> None:
+        """One commit on the branch, or the first on a pull request, where the next ones follow."""
+        info: CommitInfo = self.api.create_commit(
+            **self.repo,
+            operations=operations,
+            commit_message=message,
+            revision=self.branch,
+            create_pr=self.create_pr,
+            parent_commit=parent,
+        )
+        self.oid = info.oid
+        if self.create_pr and info.pr_revision:
+            self.branch, self.create_pr, self.url = info.pr_revision, False, info.pr_url
+
+    def card(self, fresh: RepoCard, folder: Path) -> str:
+        """The README, last: it is read at the commit just made, and is refused if somebody changed it since."""
+        try:
+            path = self.api.hf_hub_download(**self.repo, filename="README.md", revision=self.oid)
+            with open(path, encoding="utf-8-sig", newline="") as stream:
+                existing = stream.read()
+        except EntryNotFoundError:
+            existing = None
+        card, how = renewed(existing, fresh)
+        content = str(card)
+        if how != "kept" and content != existing:
+            if how == "written":
+                check_for_leaks("README.md", content.encode(), folder, self.token)
+            card.validate()
+            operation = CommitOperationAdd("README.md", content.encode())
+            message = "Add results to the model card" if how == "merged" else "Write the model card from the records"
+            self.commit([operation], message, parent=None if self.create_pr else self.oid)
+        return how
+
+    def tag(self, tag: str | None) -> None:
+        """Name the last commit; a repeated push finds its own tag."""
+        if not tag:
+            return
+        try:
+            self.api.create_tag(**self.repo, tag=tag, revision=self.oid)
+        except HfHubHTTPError as error:
+            if error.response.status_code != 409:
+                raise
+            tags = {ref.name: ref.target_commit for ref in self.api.list_repo_refs(**self.repo).tags}
+            if tags.get(tag) != self.oid:
+                raise ValueError(
+                    f"tag={tag!r} exists and marks another commit; the files are on {self.branch}, choose another tag"
+                ) from error
+
+
+def _with_records(folder: Path, records: Path, repo_id: str) -> Kind:
+    """Bring records into a folder, perhaps beside a model, with the tables and charts of all that are then there."""
+    from rich.console import Console
+
+    from ..evaluation.report import report
+
+    kind = kind_of(folder) if any(folder.iterdir()) else EVALUATION
+    if kind not in (PURIFIER, ADAPTER, EVALUATION):
+        raise ValueError(f"{repo_id} is the repository of a {kind.name}, not of what these records measured")
+    if kind is PURIFIER:
+        own_records(folder, read_results(records / RESULTS))  # of other weights, they are refused
+    merge_records(folder / RESULTS, records / RESULTS)
+    for picture in records.glob("*.png"):
+        shutil.copy(picture, folder / picture.name)
+    with open(os.devnull, "w") as silent:
+        report(folder / RESULTS, folder, Console(file=silent))
+    return kind
+
+
+def _is_result(name: str) -> bool:
+    return any(Path(name).match(pattern) for pattern in RESULT_FILES)
+
+
+def _base(api: HfApi, folder: Path, base_model: str | None) -> str:
+    """The adapter's base on the Hub, which must be there: nobody could load the adapter without it."""
+    base = base_of_adapter(read_json(folder / "adapter_config.json"), base_model)
+    if not api.repo_exists(base):
+        raise ValueError(
+            f"base_model: {base} is not on the Hub (or not visible with this token); push the base first, or name it "
+            "with base_model (--base-model OWNER/NAME)"
+        )
+    return base
+
+
+@contextmanager
+def _folder_of(source: Any, image_processor: Any) -> Iterator[Path]:
+    """The source's folder; an object is saved into one that goes again."""
+    if isinstance(source, str | os.PathLike):
+        if image_processor is not None:
+            raise ValueError("image_processor: it goes with a model that is an object; a folder brings its own")
+        yield Path(source)
+        return
+    if not callable(getattr(source, "save_pretrained", None)):
+        raise ValueError(f"source: {type(source).__name__} is neither a folder nor has it save_pretrained")
+    with tempfile.TemporaryDirectory(prefix="maep-push-") as temporary:
+        source.save_pretrained(temporary)
+        if image_processor is not None:
+            image_processor.save_pretrained(temporary)
+        yield Path(temporary)
+
+
+@contextmanager
+def _as_push_errors(repo_id: str) -> Iterator[None]:
+    """The client's errors, of the Hub and of the connection, with what to do."""
+    try:
+        yield
+    except PushError:
+        raise
+    except (HTTPError, RuntimeError) as error:  # an upload that ends midway is a RuntimeError because of the other
+        if not isinstance(error, HTTPError) and not isinstance(error.__cause__, HTTPError):
+            raise
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        what = f"the Hub answered {status}" if status else "the connection failed"
+        raise PushError(
+            f"{repo_id}: {what} ({_reason(error)}); what arrived stays, the same push can be repeated"
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    message = getattr(error, "server_message", None) or str(error).strip() or type(error).__name__
+    return message.splitlines()[0]

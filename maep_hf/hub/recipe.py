@@ -1,0 +1,117 @@
+"""How weights came about, from the run's own records: data, stages, arguments, versions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .folders import read_json, run_record
+from .names import dataset_id, hub_id, short, without_paths
+
+# Where things lay, and where they were pushed to: neither changes what was computed.
+_NOT_SHOWN = ("output_dir", "overwrite_output_dir", "push_to_hub", "hub_model_id", "hub_private", "hub_strategy",
+              "hub_base_model")  # fmt: skip
+
+
+class Recipe:
+    """What a card says of the training.
+
+    Attributes:
+        known: whether there is a record at all.
+        dataset: the training data as it was named, and `datasets`: its Hub id, where it has one.
+        validation_images: how many held-out images were validated on; 0 where that is not recorded.
+        images: training images seen in all stages, counted each time.
+        base_model: Hub id of the model that training started from, where it has one.
+        surrogates: short names of the classifiers that training images were attacked on.
+        arguments: of the last stage, as YAML.
+        stages: one line for each stage, in order.
+        data, revision, versions: one line each.
+    """
+
+    def __init__(self, folder: Path):
+        run = without_paths(run_record(folder))
+        self.known = bool(run)
+        arguments = run.get("arguments", {})
+        dataset = arguments.get("data", {}).get("dataset")
+        self.dataset = dataset or "unnamed"
+        self.validation_images = _validation_images(arguments.get("data", {}), run.get("data"))
+        self.datasets = [found] if (found := dataset_id(dataset)) else []
+        self.base_model = hub_id(_started_from(run))
+        self.surrogates = [short(name) for name in arguments.get("purification", {}).get("surrogates", [])]
+        shown = {
+            group: {name: value for name, value in values.items() if name not in _NOT_SHOWN}
+            for group, values in arguments.items()
+        }
+        self.arguments = yaml.safe_dump(shown, sort_keys=False).strip() if shown else ""
+        self.data = _data(dataset, run.get("data"))
+        self.revision = str(run.get("git_revision") or "not recorded")
+        if run.get("git_dirty"):
+            self.revision += " with uncommitted changes"
+        self.versions = _inline(run.get("versions"))
+        self.stages = [_stage(name, record) for name, record in _chain(folder, run)]
+        self.images = sum(_images(record) for _, record in _chain(folder, run))
+
+
+def _started_from(run: Mapping[str, Any]) -> str | None:
+    for group in run.get("arguments", {}).values():
+        if isinstance(group, Mapping) and isinstance(group.get("model"), str):
+            return group["model"]
+    return None
+
+
+def _chain(folder: Path, run: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    """Records of this run and of those it went on from, the first stage first; they lie beside it as NAME_run.json."""
+    if not run:
+        return []
+    earlier = {path.name: without_paths(read_json(path)) for path in sorted(folder.glob("*_run.json"))}
+    made = {record.get("arguments", {}).get("loop", {}).get("output_dir"): name for name, record in earlier.items()}
+    chain, current = [("run.json", run)], run
+    while (name := made.pop(_started_from(current), None)) is not None:
+        current = earlier[name]
+        chain.insert(0, (name, current))
+    return chain
+
+
+def _stage(name: str, record: Mapping[str, Any]) -> str:
+    loop = record.get("arguments", {}).get("loop", {})
+    steps, batch = loop.get("max_steps"), loop.get("per_device_train_batch_size")
+    if not steps or not batch:
+        return f"`{name}`"
+    task = short(str((record.get("command") or [name])[0]))
+    return f"`{name}` ({task}): {steps:,} steps, {_images(record):,} images"
+
+
+def _images(record: Mapping[str, Any]) -> int:
+    loop = record.get("arguments", {}).get("loop", {})
+    per_step = loop.get("per_device_train_batch_size", 0) * loop.get("gradient_accumulation_steps", 1)
+    return loop.get("max_steps", 0) * per_step * record.get("num_processes", 1)
+
+
+def _validation_images(arguments: Mapping[str, Any], described: Any) -> int:
+    wanted = arguments.get("validation_images") or 0
+    held_out = described.get("validation") if isinstance(described, Mapping) else None
+    there = held_out.get("images") if isinstance(held_out, Mapping) else None
+    return min(wanted, there) if there else wanted
+
+
+def _data(dataset: str | None, described: Any) -> str:
+    named = dataset_id(dataset) or (short(dataset) if dataset else None)
+    if not isinstance(described, Mapping):
+        return named or "not recorded"
+    parts = []
+    for role, about in described.items():
+        if isinstance(about, Mapping):
+            count = f"{about['images']:,} images" if about.get("images") else "a stream of images"
+            parts.append(f"{role} {count} (fingerprint {about.get('fingerprint')})")
+        else:
+            parts.append(f"{role} {about}")
+    return ": ".join(filter(None, (named, ", ".join(parts))))
+
+
+def _inline(record: Any) -> str:
+    if not record:
+        return "not recorded"
+    return ", ".join(f"{name} {value}" for name, value in record.items() if value is not None)

@@ -1,0 +1,45 @@
+"""Evaluation records, read from a folder or from the Hub."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from ..evaluation.results import read_results
+from ..records import append_jsonl
+from .folders import RESULTS
+
+
+def load_records(
+    name_or_path: str | os.PathLike,
+    *,
+    revision: str | None = None,
+    repo_type: str = "model",
+    token: str | bool | None = None,
+) -> list[dict[str, Any]]:
+    """The records of `results.jsonl`, which `maep_hf.evaluation` makes tables and charts of.
+
+    Args:
+        name_or_path: folder of an evaluation or model, or Hub id of a purifier, an adapter or records.
+        revision: branch, tag or commit on the Hub.
+        repo_type: `"dataset"` for records with a repository of their own.
+        token: for a private repository, instead of the stored one.
+
+    Raises:
+        OSError: no such folder, repository, revision or file.
+        ValueError: a line that is no record.
+    """
+    folder = Path(name_or_path)
+    if folder.is_dir():
+        return read_results(folder / RESULTS)
+    from huggingface_hub import hf_hub_download
+
+    path = hf_hub_download(os.fspath(name_or_path), RESULTS, revision=revision, repo_type=repo_type, token=token)
+    return read_results(path)
+
+
+def merge_records(into: Path, new: Path) -> None:
+    """Add the records of `new` to those of `into`, each in place of an older one of the same protocol."""
+    for record in read_results(new):
+        append_jsonl(into, record)

@@ -1,0 +1,177 @@
+"""Evaluation records in a card: whose they are, the summary, the table and the metadata of its results."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult
+
+from ..evaluation.results import UNRELIABLE, Result, attack_name, check_record, results
+from ..evaluation.statistics import wilson_interval
+from ..evaluation.tables import markdown_table, percent
+from ..records import read_jsonl
+from .names import dataset_id, short
+from .recipe import Recipe
+from .seal import RECORD
+
+# What each attacker differentiates; transfer is measured between pipelines and is missed by nobody.
+ATTACKERS = {
+    "gray-box": "the classifier, not knowing the purifier",
+    "bpda": "the classifier, and the identity in place of the purifier",
+    "white-box": "purifier and classifier together",
+    "black-box": "nothing: it only asks for outputs",
+}
+
+
+class CardResults:
+    """Records of one purifier as a card shows them.
+
+    Attributes:
+        table: Markdown tables, every threat model in a column of its own; empty without records.
+        summary: one row a threat model, the worst attack of those measured or that there is none.
+        metadata: `EvalResult`s, whose names say threat model, attack, classifier and number of images.
+    """
+
+    def __init__(self, records: Sequence[Mapping[str, Any]]):
+        named = results(records)
+        self.table = markdown_table(records).rstrip() if records else ""
+        self.summary = [_summary(name, named) for name in ATTACKERS]
+        self.metadata = [*_clean(named), *map(_robust, named)]
+
+
+def records_of(records: Iterable[Mapping[str, Any]], fingerprints: set[str] | None) -> list[Mapping[str, Any]]:
+    """The records that belong to one purifier: a page never shows figures of other weights.
+
+    Args:
+        records: of `results.jsonl`, perhaps of several purifiers and of none.
+        fingerprints: of the purifier's weights; unknown, the records must all be of one purifier.
+
+    Raises:
+        ValueError: a record without a field of its protocol, all of them are of other weights, or of several.
+    """
+    found = []
+    for index, record in enumerate(records):
+        check_record(record, f"results, record {index + 1}")
+        if record["protocol"]["purifier"] is not None:
+            found.append(record)
+    made_on = {_fingerprint(record) for record in found if not record["protocol"]["purifier"].get("randomised")}
+    if fingerprints is None and len(made_on) > 1:
+        names = sorted({record["protocol"]["purifier"]["name"] for record in found})
+        raise ValueError(
+            f"results: they are of {len(made_on)} purifiers ({', '.join(names)}); give records of one, in a folder"
+        )
+    if fingerprints is None or not found:
+        return found
+    own = [record for record in found if _fingerprint(record) in fingerprints]
+    names = {record["protocol"]["purifier"]["name"] for record in own}
+    own_random = [
+        record for record in found
+        if record["protocol"]["purifier"].get("randomised") and record["protocol"]["purifier"]["name"] in names
+    ]  # fmt: skip
+    if not own:
+        raise ValueError(
+            f"results: they were measured on other weights (fingerprint {', '.join(sorted(map(str, made_on)))}; these "
+            f"are {', '.join(sorted(fingerprints))}): evaluate again, or take results.jsonl out of the folder"
+        )
+    return [record for record in found if record in own or record in own_random]
+
+
+def _fingerprint(record: Mapping[str, Any]) -> str:
+    return record["protocol"]["purifier"].get("fingerprint") or "not recorded"
+
+
+def _summary(threat_model: str, named: Sequence[Result]) -> dict[str, str]:
+    row = {"threat_model": threat_model, "differentiates": ATTACKERS[threat_model]}
+    found = [each for each in named if each.column == threat_model and not each.control]
+    if not found:
+        return row | {"worst": "**not measured**", "by": "–"}
+    worst = min(found, key=lambda each: each.figure["percent"])
+    mark = f" {worst.mark}" if worst.mark else ""
+    return row | {
+        "worst": f"**{percent(worst.figure)} %**{mark}",
+        "by": f"{worst.attack}, {worst.classifier}, n = {worst.figure['n']}; worst of {len(found)} measured",
+    }
+
+
+def _clean(named: Sequence[Result]) -> Iterable[EvalResult]:
+    """Accuracy on clean images, once for each classifier and set of images."""
+    seen = set()
+    for each in named:
+        place = (each.dataset, each.classifier, each.purifier)
+        if place not in seen:
+            seen.add(place)
+            share = each.record["accuracy"]["purified_clean"]
+            yield _result(each, share, f"accuracy (%) of purified clean images, no attack, {_measured(each, share)}")
+
+
+def _robust(each: Result) -> EvalResult:
+    threat_model = each.record["protocol"]["threat_model"]
+    what = "accuracy (%) under corruption" if each.control else "robust accuracy (%)"
+    mark = f", {UNRELIABLE.removeprefix('⚠ ')}: failed {', '.join(each.failed)}" if each.failed else ""
+    name = f"{what}, {threat_model}, {attack_name(each.record['protocol']['attack'])}, {_measured(each, each.figure)}"
+    attack = each.record["protocol"]["attack"]
+    protocol = {
+        "threat_model": threat_model, "attack": attack["name"], "norm": attack["norm"], "eps": attack["eps"],
+        "eps_unit": attack.get("eps_unit"), "seed": each.record["protocol"].get("seed"),
+    }  # fmt: skip
+    return _result(each, each.figure, name + mark, **protocol)
+
+
+def _measured(each: Result, share: Mapping[str, Any]) -> str:
+    low, high = share["interval_95"]
+    return f"{each.classifier}, n = {share['n']}, 95 % interval {low:.1f} to {high:.1f}"
+
+
+def _result(each: Result, share: Mapping[str, Any], name: str, **protocol: Any) -> EvalResult:
+    data = each.record["protocol"]["dataset"]
+    args = {"classifier": each.classifier, "n": share["n"], "interval_95": [round(x, 2) for x in share["interval_95"]]}
+    args |= {key: value for key, value in protocol.items() if value is not None}
+    return EvalResult(
+        task_type="image-classification",
+        task_name="Image classification behind the purifier",
+        dataset_type=dataset_id(data["name"]) or data["name"],
+        dataset_name=data["name"],
+        dataset_split=data.get("split"),
+        metric_type="accuracy",
+        metric_name=name,
+        metric_value=round(share["percent"], 2),
+        metric_args=args | {RECORD: each.record["key"]},
+    )
+
+
+def validation_results(folder: Path, recipe: Recipe) -> list[dict[str, Any]]:
+    """What the training of a classifier measured last, as rows of a card's table with their `metadata`.
+
+    The number of images is the recorded one; without a record of it nothing is shown, for a share needs its n.
+    """
+    lines = [line["validation"] for line in read_jsonl(folder / "metrics.jsonl") if "validation" in line]
+    if not lines or not recipe.validation_images:
+        return []
+    n = recipe.validation_images
+    rows = []
+    for key, threat_model, attack, count in (
+        ("accuracy_clean", "no attack", "none", n),
+        ("accuracy_pgd10_8", "white-box", "PGD-10, Linf 8/255", min(n, 128)),
+    ):
+        if key not in lines[-1]:
+            continue
+        correct = round(lines[-1][key] * count / 100)
+        low, high = (100 * bound for bound in wilson_interval(correct, count))
+        interval = f"95 % interval {low:.1f} to {high:.1f}"
+        what = threat_model if attack == "none" else f"{threat_model}, {attack}"
+        metadata = EvalResult(
+            task_type="image-classification",
+            dataset_type=recipe.datasets[0] if recipe.datasets else recipe.dataset,
+            dataset_name=short(recipe.dataset),
+            metric_type="accuracy",
+            metric_name=f"accuracy (%), {what}, no purifier, n = {count}, {interval}",
+            metric_value=round(100 * correct / count, 2),
+            metric_args={"n": count, "interval_95": [round(low, 2), round(high, 2)], RECORD: key},
+        )
+        accuracy = f"{100 * correct / count:.1f} ({low:.1f}–{high:.1f}) %"
+        rows.append(
+            {"threat_model": threat_model, "attack": attack, "n": count, "accuracy": accuracy, "metadata": metadata}
+        )
+    return rows

@@ -1,0 +1,471 @@
+"""`maep_hf.hub.push_to_hub`: what goes to the Hub, what never does, and what happens to pages that people edited."""
+
+import contextlib
+import io
+import json
+import os
+import time
+from pathlib import Path
+from unittest import mock
+
+import pytest
+from hub_helpers import OTHER_TOKEN, classifier, failure, purifier, python_blocks, same
+from local_hub import Blob, Commit
+from made_up_records import PASSED, record
+
+pytest_plugins = ["hub_client"]
+CODE = {"configuration_maep.py", "modeling_maep.py", "image_processing_maep.py", "pipeline_maep.py"}
+MODEL = {"config.json", "model.safetensors", "preprocessor_config.json", *CODE}
+
+
+# In the process of the client
+
+
+def trained(folder: Path, seed: int = 0, results: tuple = (("gray-box", 82.3), ("white-box", 1.2))) -> Path:
+    """What a run leaves, with records of these weights, and much that is nobody's business."""
+    import torch
+    from PIL import Image
+
+    from maep_hf.evaluation.fingerprint import fingerprint
+
+    model = purifier(seed)
+    model.save_pretrained(folder)
+    write_records(folder, fingerprint(model), results)
+    paths = {"dataset": f"{folder.parent}/data/cifar10", "train_split": "train"}
+    loop = {"output_dir": str(folder), "max_steps": 3, "per_device_train_batch_size": 4}
+    run = {"arguments": {"data": paths, "loop": loop}, "command": ["pretrain.py", f"--output_dir={folder}"]}
+    (folder / "run.json").write_text(json.dumps(run))
+    (folder / "metrics.jsonl").write_text('{"step": 3, "loss": 0.5}\n')
+    Image.new("RGB", (8, 8)).save(folder / "attacks.png")
+    (folder / "checkpoints/step-1").mkdir(parents=True, exist_ok=True)
+    torch.save(torch.optim.AdamW(model.parameters()).state_dict(), folder / "checkpoints/step-1/optimizer.bin")
+    for name in ("optimizer.pt", "token", "training_args.bin", ".env", "notes.txt", "events.out.tfevents"):
+        (folder / name).write_bytes(b"private")
+    return folder
+
+
+def write_records(folder: Path, fingerprint: str, results) -> None:
+    lines = []
+    for threat_model, figure in results:
+        made = record(figure, threat_model, checks=PASSED if threat_model == "white-box" else None)
+        made["protocol"]["purifier"] = made["protocol"]["purifier"] | {"fingerprint": fingerprint}
+        made["protocol"]["classifier"]["name"] = f"{folder.parent}/resnet56"
+        lines.append(json.dumps(made) + "\n")
+    folder.mkdir(exist_ok=True)
+    (folder / "results.jsonl").write_text("".join(lines))
+
+
+def push(folder, repo: str, **options) -> dict:
+    from maep_hf.hub import push_to_hub
+
+    return vars(push_to_hub(folder, repo, **options))
+
+
+def build_and_push(folder: Path, repo: str, seed: int = 0, **options) -> dict:
+    return push(trained(folder, seed), repo, **options)
+
+
+def load_everywhere(repo: str, seed: int) -> None:
+    from transformers import AutoImageProcessor, AutoModel, pipeline
+
+    from maep_hf import MAEPImageProcessor, MAEPModel
+
+    assert same(MAEPModel.from_pretrained(repo), purifier(seed)) and same(
+        AutoModel.from_pretrained(repo), purifier(seed)
+    )
+    assert type(AutoImageProcessor.from_pretrained(repo)) is MAEPImageProcessor
+    pipeline("image-purification", model=repo, device="cpu")
+
+
+def push_revisions(folder: Path, repo: str) -> dict:
+    from huggingface_hub import HfApi
+
+    from maep_hf import MAEPModel
+
+    first = push(trained(folder / "a", 1), repo, private=True, tag="v1")
+    again = push(folder / "a", repo, private=True, tag="v1")  # a repeated push changes nothing, and its tag is its own
+    branch = push(trained(folder / "b", 2), repo, revision="experiment")
+    request = push(trained(folder / "c", 3), repo, create_pr=True, commit_message="Better weights")
+    more = push(trained(folder / "c", 4), repo, revision=request["branch"])
+    revisions = {None: 1, "v1": 1, "experiment": 2, request["branch"]: 4, request["revision"]: 3}
+    for revision, seed in revisions.items():
+        assert same(MAEPModel.from_pretrained(repo, revision=revision), purifier(seed)), revision
+    titles = [commit.title for commit in HfApi().list_repo_commits(repo, revision=request["branch"])]
+    errors = [
+        failure(push, folder / "b", repo, tag="v1"),
+        failure(push, folder / "a", repo, private=False),
+        failure(push, folder / "a", repo, create_pr=True, tag="v2"),
+        failure(push, folder / "a", "no such/name/at all"),
+    ]
+    return {"first": first, "again": again, "branch": branch, "request": request, "more": more, "errors": errors,
+            "titles": titles}  # fmt: skip
+
+
+def overwrite_readme(repo: str, text: str) -> None:
+    from huggingface_hub import HfApi
+
+    HfApi().upload_file(path_or_fileobj=text.encode(), path_in_repo="README.md", repo_id=repo)
+
+
+def push_during_an_edit(folder: Path, repo: str) -> str:
+    """Somebody saves the README on the website between our reading and our writing of it."""
+    from huggingface_hub import ModelCard
+
+    def edit(card) -> None:
+        overwrite_readme(repo, "edited in this moment")
+
+    trained(folder, results=[("gray-box", 70.0)])
+    with mock.patch.object(ModelCard, "validate", edit):
+        return failure(push, folder, repo)
+
+
+def push_after_transformers(folder: Path, repo: str) -> tuple[str, dict]:
+    from huggingface_hub import hf_hub_download
+
+    purifier().push_to_hub(repo)
+    before = Path(hf_hub_download(repo, "README.md")).read_text()
+    return before, build_and_push(folder, repo)
+
+
+def push_adapter(folder: Path, base: str, repo: str) -> dict:
+    import torch
+    from peft import PeftModel
+
+    from maep_hf import MAEPModel
+    from maep_hf.adaptation import add_lora, default_lora_config
+
+    purifier().save_pretrained(folder / "base")
+    model = add_lora(MAEPModel.from_pretrained(folder / "base"), default_lora_config(purifier(), rank=2))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(folder / "run/adapter")
+    (folder / "run/run.json").write_text(json.dumps({"arguments": {"finetune": {"model": str(folder / "base")}}}))
+    errors = [failure(push, folder / "run/adapter", repo), failure(push, folder / "run/adapter", repo, base_model=base)]
+    push(folder / "base", base)
+    pushed = push(folder / "run/adapter", repo, base_model=base.split("/")[1])  # a name alone is ours
+    loaded = PeftModel.from_pretrained(MAEPModel.from_pretrained(base), repo).eval()
+    pixels = torch.rand(1, 3, 16, 20)
+    assert torch.equal(loaded.purify(pixels), model.eval().purify(pixels))
+    assert not torch.equal(loaded.purify(pixels), purifier().purify(pixels))
+    return {"errors": errors, "pushed": pushed, "object": push(model, repo, base_model=base)}
+
+
+def push_others(folder: Path, prefix: str) -> list[dict]:
+    from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTImageProcessor
+
+    from maep_hf import MAEPImageProcessor
+
+    model = classifier(3)
+    pushed = [push(model, f"{prefix}classifier", image_processor=ViTImageProcessor(size={"height": 8, "width": 8}))]
+    assert same(AutoModelForImageClassification.from_pretrained(f"{prefix}classifier"), model)
+    processor = MAEPImageProcessor(do_resize=True, size={"height": 20, "width": 24})
+    pushed.append(push(processor, f"{prefix}processor"))
+    assert AutoImageProcessor.from_pretrained(f"{prefix}processor").to_dict() == processor.to_dict()
+    return pushed
+
+
+def push_records(folder: Path, repo: str, dataset: str) -> list:
+    from maep_hf.evaluation.fingerprint import fingerprint
+    from maep_hf.hub import load_records
+
+    missing = failure(push, records_folder(folder / "none", "0" * 16), repo)
+    push(trained(folder / "model", results=[("gray-box", 82.3)]), repo, tag="before")
+    other = failure(push, records_folder(folder / "other", "0" * 16, [("white-box", 2.0)]), repo)
+    pushed = push(records_folder(folder / "mine", fingerprint(purifier()), [("white-box", 1.5)]), repo)
+    own = push(folder / "mine", dataset, repo_type="dataset")
+    found = {name: len(load_records(*args, **options)) for name, args, options in (
+        ("merged", (repo,), {}), ("before", (repo,), {"revision": "before"}),
+        ("dataset", (dataset,), {"repo_type": "dataset"}), ("local", (folder / "mine",), {}),
+    )}  # fmt: skip
+    return [missing, other, pushed, own, found]
+
+
+def records_folder(folder: Path, fingerprint: str, results=(("gray-box", 60.0),)) -> Path:
+    write_records(folder, fingerprint, results)
+    (folder / "attacked").mkdir(exist_ok=True)
+    (folder / "attacked/batch.safetensors").write_bytes(b"large")
+    return folder
+
+
+def push_pairs(folder: Path, repo: str) -> dict:
+    import datasets
+    from PIL import Image
+
+    images = [Image.effect_noise((8, 8), 20 + i).convert("RGB") for i in range(4)]
+    columns = {
+        "image": images, "adversarial_image": images, "label": [0, 1, 0, 1], "eps": [8.0, 0.0, 4.0, 2.0],
+        "attack": ["pgd", "clean", "fgsm", "pgd"], "surrogate": [f"{folder}/resnet", None] * 2, "index": [0, 1, 2, 3],
+    }  # fmt: skip
+    features = datasets.Features(
+        image=datasets.Image(), adversarial_image=datasets.Image(), label=datasets.ClassLabel(names=["a", "b"]),
+        eps=datasets.Value("float32"), attack=datasets.Value("string"), surrogate=datasets.Value("string"),
+        index=datasets.Value("int64"),
+    )  # fmt: skip
+    (folder / "data").mkdir(parents=True)
+    datasets.Dataset.from_dict(columns, features).to_parquet(folder / "data/train-00000-of-00001.parquet")
+    pairs = {"dataset": str(folder / "images"), "train_split": "train", "surrogates": [f"{folder}/resnet"], "seed": 0}
+    attack = {"eps_min": 2.0, "eps_max": 12.0}
+    result = {"pairs": 4, "attacks": {"clean": 1, "fgsm": 1, "pgd": 2}}
+    made = {"arguments": {"pairs": pairs, "attack": attack}, "result": result, "git_revision": None}
+    (folder / "make_pairs.json").write_text(json.dumps(made))
+    pushed = push(folder, repo)
+    loaded = datasets.load_dataset(repo, split="train")
+    assert loaded.features == features and loaded["surrogate"][:2] == ["resnet", None]
+    assert loaded[3]["image"].tobytes() == images[3].tobytes() and loaded["eps"] == columns["eps"]
+    return pushed
+
+
+def push_large(folder: Path, repo: str) -> str:
+    """Weights of more than 60 MB; the Hub is told to cut every upload, and the client's waits are cut short."""
+    wide = {"decoder_hidden_size": 256, "decoder_intermediate_size": 31_000}
+    purifier(7, **wide).save_pretrained(folder)
+    assert (folder / "model.safetensors").stat().st_size > 60 * 2**20
+    with mock.patch.object(time, "sleep"):
+        return failure(push, folder, repo)
+
+
+def load_large(folder: Path, repo: str) -> None:
+    from maep_hf import MAEPModel
+
+    assert same(MAEPModel.from_pretrained(repo), MAEPModel.from_pretrained(folder))
+
+
+def push_without_right(folder: Path, repo: str) -> list[str]:
+    trained(folder)
+    errors = [failure(push, folder, repo, token=OTHER_TOKEN)]
+    with mock.patch.dict(os.environ):
+        del os.environ["HF_TOKEN"]
+        errors.append(failure(push, folder, repo))
+    return errors
+
+
+def run_code(repo: str, folder: Path, **options) -> list[str]:
+    """Execute the code of a page, as a reader would."""
+    from huggingface_hub import hf_hub_download
+    from PIL import Image
+
+    text = Path(hf_hub_download(repo, "README.md", **options)).read_text()
+    Image.effect_noise((30, 20), 60).save(folder / "cat.png")
+    names: dict = {}
+    with contextlib.chdir(folder), contextlib.redirect_stdout(io.StringIO()):
+        for block in python_blocks(text):
+            exec(block, names)
+    return sorted(names)
+
+
+# Tests
+
+
+def test_a_run_goes_with_card_and_code_and_nothing_else(client, hub, tmp_path):
+    pushed = client(build_and_push, tmp_path / "run", "someone/run")
+    assert (pushed["repo_id"], pushed["branch"], pushed["card"]) == ("someone/run", "main", "written")
+    files = hub.files("someone/run")
+    records = {"run.json", "metrics.jsonl", "results.jsonl", "attacks.png"}
+    assert set(files) - {".gitattributes"} == MODEL | records | {"README.md"}
+    assert files["model.safetensors"] in hub.objects.values()
+    client(load_everywhere, "someone/run", 0)
+    last = hub.repositories["model", "someone/run"].commits[pushed["revision"]]
+    assert "card" in last.title and last.parent is not None  # a commit of its own, after the files
+    package = Path(__file__).parent.parent / "maep_hf"
+    assert all(files[name] == (package / name).read_bytes() for name in CODE)
+    run = json.loads(files["run.json"])
+    assert run["arguments"]["data"]["dataset"] == "cifar10" and run["command"] == ["pretrain.py", "--output_dir=run"]
+    assert [r["protocol"]["classifier"]["name"] for r in map(json.loads, files["results.jsonl"].splitlines())] == [
+        "resnet56"
+    ] * 2
+    card = files["README.md"].decode()
+    assert 'MAEPModel.from_pretrained("someone/run")' in card and "1.2 (" in card and "![" in card
+
+
+def test_revisions_private_and_repeated(client, hub, tmp_path):
+    found = client(push_revisions, tmp_path, "someone/revisions-of-folders")
+    repository = hub.repositories["model", "someone/revisions-of-folders"]
+    assert repository.private and set(repository.refs) == {
+        "refs/heads/main", "refs/heads/experiment", "refs/tags/v1", "refs/pr/1",
+    }  # fmt: skip
+    assert found["again"]["revision"] == found["first"]["revision"]
+    assert found["request"]["branch"] == "refs/pr/1" and "discussions/1" in found["request"]["url"]
+    assert found["request"]["card"] == "written" and "Better weights" in found["titles"]
+    tag, private, both, name = found["errors"]
+    assert "tag='v1' exists" in tag and "private=False" in private and "create_pr" in both
+    assert name.startswith("HFValidationError")
+
+
+def test_an_edited_readme_keeps_its_text_and_gets_the_results(client, hub, tmp_path):
+    repo = "someone/edited"
+    client(build_and_push, tmp_path / "run", repo)
+    written = hub.files(repo)["README.md"].decode()
+    mine = written.replace("## Use", "## My own words\r\n\r\nDo not touch.\n\n## Use").replace("- maep\n", "- mine\n")
+    body = mine.split("\n---\n", 1)[1]
+    own_result = (
+        "  - task:\n      type: x\n    dataset:\n      type: y\n      name: z\n    metrics:\n    - type: accuracy\n"
+    )
+    mine = mine.replace("  results:\n", f"  results:\n{own_result}      value: 12.5\n", 1)
+    client(overwrite_readme, repo, mine)
+    (tmp_path / "run/results.jsonl").unlink()
+    assert client(push, tmp_path / "run", repo)["card"] == "kept"
+    assert hub.files(repo)["README.md"].decode() == mine
+    client(trained, tmp_path / "run", 0, [("gray-box", 55.5), ("black-box", 44.4)])
+    assert client(push, tmp_path / "run", repo)["card"] == "merged"
+    merged = hub.files(repo)["README.md"].decode()
+    assert merged.split("\n---\n", 1)[1] == body and "- mine\n" in merged and "value: 12.5" in merged
+    assert "value: 55.5" in merged and "value: 44.4" in merged and "value: 82.3" not in merged
+    assert client(push, tmp_path / "run", repo)["card"] == "merged" and hub.files(repo)["README.md"].decode() == merged
+    repository = hub.repositories["model", repo]
+    broken = {
+        **repository.commits[repository.sha("main")].files,
+        "README.md": Blob(b"---\nlicense: [\n---\n# x", False),
+    }
+    repository.add("refs/heads/main", Commit(broken, "by hand, past the client's validation", repository.sha("main")))
+    assert "README.md: its metadata cannot be read" in client(failure, push, tmp_path / "run", repo)
+
+
+def test_an_edit_in_the_same_moment_wins(client, hub, tmp_path):
+    client(build_and_push, tmp_path / "run", "someone/moment")
+    assert "PushError: someone/moment: the Hub answered 412" in client(
+        push_during_an_edit, tmp_path / "run", "someone/moment"
+    )
+    assert hub.files("someone/moment")["README.md"] == b"edited in this moment"
+
+
+def test_pages_of_placeholders_are_replaced(client, hub, tmp_path):
+    before, pushed = client(push_after_transformers, tmp_path / "run", "someone/placeholders")
+    assert "More Information Needed" in before and pushed["card"] == "written"
+    assert "More Information Needed" not in hub.files("someone/placeholders")["README.md"].decode()
+
+
+def test_a_licence_chosen_on_the_website_stays(client, hub, tmp_path):
+    client(push, client(trained, tmp_path / "run"), "someone/licensed")
+    client(overwrite_readme, "someone/licensed", "---\nlicense: mit\n---\n")
+    assert client(push, tmp_path / "run", "someone/licensed")["card"] == "written"
+    card = hub.files("someone/licensed")["README.md"].decode()
+    assert "license: mit" in card and "# licensed" in card
+
+
+def test_adapter(client, hub, tmp_path):
+    found = client(push_adapter, tmp_path, "someone/base-of-adapter", "someone/my-adapter")
+    local, absent = found["errors"]
+    assert "base_model: the adapter was trained on 'base', which is no Hub id" in local
+    assert "someone/base-of-adapter is not on the Hub" in absent
+    files = hub.files("someone/my-adapter")
+    assert set(files) - {".gitattributes"} == {
+        "adapter_config.json", "adapter_model.safetensors", "run.json", "README.md",
+    }  # fmt: skip
+    assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == "someone/base-of-adapter"
+    card = files["README.md"].decode()
+    lines = card.splitlines()
+    assert {"base_model: someone/base-of-adapter", "base_model_relation: adapter", "library_name: peft"} <= set(lines)
+    assert card.count("**not measured**") == 4
+    assert "merged" in client(run_code, "someone/my-adapter", tmp_path)
+
+
+def test_classifier_and_image_processor(client, hub, tmp_path):
+    pushed = client(push_others, tmp_path, "someone/other-")
+    assert [each["card"] for each in pushed] == ["written", "none"]
+    files = set(hub.files("someone/other-classifier")) - {".gitattributes"}
+    assert files == {"config.json", "model.safetensors", "preprocessor_config.json", "configuration_cifar_resnet.py",
+                     "modeling_cifar_resnet.py", "README.md"}  # fmt: skip
+    assert "pipeline_tag: image-classification" in hub.files("someone/other-classifier")["README.md"].decode()
+    assert set(hub.files("someone/other-processor")) - {".gitattributes"} == {
+        "preprocessor_config.json", "image_processing_maep.py",
+    }  # fmt: skip
+    assert "logits" in client(run_code, "someone/other-classifier", tmp_path)
+
+
+def test_evaluation_records(client, hub, tmp_path):
+    missing, other, pushed, own, found = client(push_records, tmp_path, "someone/measured", "someone/records")
+    assert "someone/measured: no such repository" in missing and "push the purifier" in missing
+    assert other.startswith("ValueError") and "other weights" in other
+    assert found == {"merged": 2, "before": 1, "dataset": 1, "local": 1}
+    assert pushed["card"] == "written" and own["repo_type"] == "dataset"
+    files = hub.files("someone/measured")
+    assert {"results.csv", "results.md"} <= set(files) and "white-box" in files["results.md"].decode()
+    card = files["README.md"].decode()
+    assert "82.3 (" in card and "1.5 (" in card
+    files = hub.files("someone/records", type="dataset")
+    assert set(files) - {".gitattributes"} == {"README.md", "results.jsonl", "results.csv", "results.md"}
+    assert "records" in client(run_code, "someone/records", tmp_path, repo_type="dataset")
+
+
+def test_stored_pairs(client, hub, tmp_path):
+    client(push_pairs, tmp_path / "pairs", "someone/pairs")
+    files = hub.files("someone/pairs", type="dataset")
+    assert set(files) - {".gitattributes"} == {"README.md", "make_pairs.json", "data/train-00000-of-00001.parquet"}
+    assert "4 pairs" in files["README.md"].decode()
+    assert "attacked" in client(run_code, "someone/pairs", tmp_path, repo_type="dataset")
+
+
+def test_sixty_megabytes_through_a_connection_that_is_cut(client, hub, tmp_path):
+    repo = "someone/large"
+    hub.cut_uploads = 1000
+    error = client(push_large, tmp_path, repo)
+    assert hub.cut_uploads < 1000 and error.startswith("PushError: someone/large") and "can be repeated" in error
+    assert set(hub.files(repo)) == {".gitattributes"}  # half a push is none
+    hub.cut_uploads = 1  # once more, and then it holds
+    assert client(push, tmp_path, repo)["card"] == "written" and hub.cut_uploads == 0
+    assert len(hub.files(repo)["model.safetensors"]) > 60 * 2**20
+    client(load_large, tmp_path, repo)
+
+
+def test_wrong_and_missing_tokens(client, hub, tmp_path):
+    wrong, missing = client(push_without_right, tmp_path, "someone/forbidden")
+    assert wrong.startswith("PushError") and "401" in wrong and "hf auth login" in wrong
+    assert missing.startswith("PushError") and "token of the Hub is missing" in missing
+    assert ("model", "someone/forbidden") not in hub.repositories
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("run.json", {"note": "hf_" + "A" * 34}), ("metrics.jsonl", {"step": 1, "note": "TOKEN"})]
+)
+def test_a_token_in_a_record_is_refused(client, hub, tmp_path, name, content):
+    client(trained, tmp_path / "run")
+    (tmp_path / "run" / name).write_text(json.dumps(content).replace("TOKEN", hub.token) + "\n")
+    error = client(failure, push, tmp_path / "run", "someone/leak")
+    assert error.startswith(f"LeakError: {name}") and ("model", "someone/leak") not in hub.repositories
+
+
+def test_what_is_no_folder_of_ours_is_named(client, tmp_path):
+    def refused(folder, **options) -> str:
+        return client(failure, push, folder, "someone/nothing", **options)
+
+    assert "no such folder" in refused(tmp_path / "gone")
+    assert "holds no config.json" in refused(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    assert "model_type 'bert'" in refused(tmp_path)
+    assert "repo_type='space'" in refused(tmp_path, repo_type="space")
+    assert "neither a folder nor" in refused(3)
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "make_pairs.json").write_text("{}")
+    assert "not complete" in refused(tmp_path)
+    write_records(tmp_path / "records", "0" * 16, [("gray-box", 1.0)])
+    client(trained, tmp_path / "run")
+    assert "goes to a model repository" in refused(tmp_path / "run", repo_type="dataset")
+
+
+def test_code_of_a_purifiers_page_runs(client, tmp_path):
+    client(build_and_push, tmp_path / "run", "someone/page")
+    client(push_as_google, "google/vit-base-patch16-224")
+    assert {"clean", "logits", "purify"} <= set(client(run_code, "someone/page", tmp_path))
+    assert (tmp_path / "cat-purified.png").is_file()
+
+
+def push_as_google(repo: str) -> None:
+    """A tiny classifier under the name that the page takes as its example."""
+    from transformers import ViTImageProcessor
+
+    classifier().push_to_hub(repo)
+    ViTImageProcessor(size={"height": 32, "width": 32}).push_to_hub(repo)
+
+
+def test_no_secret_path_or_optimiser_was_pushed(client, hub, home, tmp_path):
+    """Over everything that any test of this file sent."""
+    client(build_and_push, tmp_path / "run", "someone/last")
+    forbidden = [hub.token, OTHER_TOKEN, str(tmp_path.parent), str(home), str(Path(__file__).parent.parent)]
+    commits = [commit for repository in hub.repositories.values() for commit in repository.commits.values()]
+    contents = [blob.data for commit in commits for blob in commit.files.values()] + [*hub.objects.values()]
+    for secret in forbidden:
+        found = [body[max(0, body.index(secret.encode()) - 80) :][:240] for body in contents if secret.encode() in body]
+        assert not found, secret
+    names = {path for commit in commits for path in commit.files}
+    assert not [name for name in names if name.endswith((".pt", ".pth", ".bin", ".pkl", ".txt")) or "optim" in name]
