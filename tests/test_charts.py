@@ -186,6 +186,20 @@ def test_doubtful_points_are_ringed_and_unchecked_lines_named(build):
     assert partly.legends[0].get_texts()[0].get_text() == "white-box (checked in part)"
 
 
+def test_every_line_lies_inside_its_axes_though_rows_share_them(build):
+    records = [record(60, eps=4.0), record(50, eps=8.0)]
+    records += [record(60, eps=4.0, classifier="other"), record(40, eps=16.0, classifier="other")]
+    figure = build(accuracy_against_eps, records)
+    for axis in figure.axes:
+        low, high = axis.get_xlim()
+        assert low == 0 and high >= 16 and all(max(line.get_xdata()) <= high for line in axis.get_lines())
+
+
+def test_attacks_of_one_radius_give_way_to_those_of_several(build):
+    (axis,) = build(accuracy_against_eps, [record(60, eps=4.0), record(50), record(70, attack="FGSM")]).axes
+    assert {70.0} & {float(y) for line in axis.get_lines() for y in line.get_ydata()} == set()
+
+
 def test_controls_and_unbounded_attacks_have_no_eps(build):
     control = record(88, attack="noise", control=True)
     unbounded = record(1, attack="CW-L2", norm="L2", eps=None)

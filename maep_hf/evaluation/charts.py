@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,7 +48,8 @@ def accuracy_against_eps(records: Iterable[Mapping], path: str | os.PathLike) ->
 
     Norms stand side by side, data sets and classifiers under each other. Lines begin at eps 0 with the accuracy without
     an attack; the bare classifier is grey. Of several results at one point (seeds, parameters) the lowest is drawn.
-    Controls and attacks without an eps are left out.
+    Controls and attacks without an eps are left out, and, where some attack was measured at several radii, those
+    measured at one: a line from 0 to there says no more than the bars do.
 
     Args:
         records: as from [`read_results`].
@@ -63,6 +65,7 @@ def accuracy_against_eps(records: Iterable[Mapping], path: str | os.PathLike) ->
     found = [result for result in results(records) if not result.control and _eps(result) is not None]
     if not found:
         raise ResultsError("records: none is of an attack with an eps, there is nothing to draw")
+    found = _of_several_radii(found)
     norms = [norm for norm in _NORMS if any(_attack(result)["norm"] == norm for result in found)]
     places = list(dict.fromkeys((result.dataset, result.classifier) for result in found))
     purifiers = _in_order(result.purifier for result in found if result.purifier != NO_PURIFIER)
@@ -81,8 +84,8 @@ def accuracy_against_eps(records: Iterable[Mapping], path: str | os.PathLike) ->
             names = [norm] * (len(norms) > 1 and norm is not None) + list(_place_name(place, places))
             _dress(axis, ", ".join(names))
             axis.set_ylim(-3, 103)
-            axis.set_xlim(left=0)
     for norm, axis in zip(norms, axes[-1], strict=True):
+        axis.set_xlim(left=0)  # when all rows are drawn: it ends the scaling to what they hold
         unit = next((_attack(r).get("eps_unit") for r in found if _attack(r)["norm"] == norm), None)
         axis.set_xlabel(" ".join(filter(None, ("eps,", norm, f"({unit})" if unit else ""))))
     for axis in axes[:, 0]:
@@ -92,6 +95,18 @@ def accuracy_against_eps(records: Iterable[Mapping], path: str | os.PathLike) ->
     _title(figure, width, f"Accuracy against eps: {', '.join(columns)}", said)
     _legend(figure, width, _sorted(handles), found)
     return _save(figure, path)
+
+
+def _of_several_radii(found: list[Result]) -> list[Result]:
+    """The results of attacks that were measured at several radii on the same images; all where none was."""
+    radii: dict[tuple, set] = defaultdict(set)
+
+    def kind(result: Result) -> tuple:
+        return result.dataset, result.classifier, _attack(result)["name"], _attack(result)["norm"]
+
+    for result in found:
+        radii[kind(result)].add(_eps(result))
+    return [result for result in found if len(radii[kind(result)]) > 1] or found
 
 
 def bars_over_attacks(records: Iterable[Mapping], path: str | os.PathLike) -> Path:
