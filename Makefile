@@ -30,7 +30,7 @@ demo: $(READY)
 	"$(VENV)/bin/maep" demo $(DEMO_ARGS)
 
 test: $(READY)
-	$(RUN) -m pytest $(PYTEST_ARGS)
+	$(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
 
 lint: $(READY)
 	$(RUN) -m ruff check .

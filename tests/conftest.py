@@ -7,6 +7,13 @@ import sys
 import tempfile
 from pathlib import Path
 
+# A worker of pytest-xdist keeps to one core: threads of several workers on the same cores wait for each other, which is
+# many times slower than no threads. Processes that tests start inherit it.
+_WORKER = os.environ.get("PYTEST_XDIST_WORKER")
+if _WORKER and hasattr(os, "sched_setaffinity"):
+    _CORES = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {_CORES[int(_WORKER.removeprefix("gw")) % len(_CORES)]})
+
 # Read when the libraries are imported: no network, no cache in the user's home, no accelerator.
 _CACHE = tempfile.mkdtemp(prefix="maep-tests-")
 os.environ["HF_HUB_OFFLINE"] = "1"
