@@ -42,6 +42,7 @@ def load_purifier(
     *,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
+    revision: str | None = None,
 ) -> MAEPModel:
     """Load a purifier in eval mode, its parameters without gradients.
 
@@ -49,6 +50,7 @@ def load_purifier(
         name_or_path: folder or Hub id; `None` is the released checkpoint `maep-tiny-cifar10`.
         device: where its weights go.
         dtype: type of its weights; `None` keeps the stored one.
+        revision: branch, tag or commit of a Hub repository.
 
     Raises:
         CheckpointError: no such model, or it is not a purifier.
@@ -56,13 +58,19 @@ def load_purifier(
     from .modeling_maep import MAEPModel
 
     source = os.fspath(released_checkpoint(PURIFIER) if name_or_path is None else name_or_path)
-    check_model(source, model_type="maep", kind="a purifier")
-    options = {} if dtype is None else {"dtype": dtype}
+    check_model(source, model_type="maep", kind="a purifier", revision=revision)
+    options = {name: value for name, value in (("dtype", dtype), ("revision", revision)) if value is not None}
     model = MAEPModel.from_pretrained(source, **options)
     return model.to(device).eval().requires_grad_(False)
 
 
-def check_model(name_or_path: str | os.PathLike, *, model_type: str | None = None, kind: str = "a model") -> None:
+def check_model(
+    name_or_path: str | os.PathLike,
+    *,
+    model_type: str | None = None,
+    kind: str = "a model",
+    revision: str | None = None,
+) -> None:
     """Check that a folder or Hub repository has a model's `config.json`, of `model_type` where that is given.
 
     Raises:
@@ -80,7 +88,7 @@ def check_model(name_or_path: str | os.PathLike, *, model_type: str | None = Non
     if looks_local and not path.is_dir():
         raise CheckpointError(f"{source}: no such folder, and not a Hub id of the form OWNER/NAME")
     try:
-        config, _ = PreTrainedConfig.get_config_dict(source)
+        config, _ = PreTrainedConfig.get_config_dict(source, **({"revision": revision} if revision else {}))
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise CheckpointError(f"{source}: no such folder, and not found on the Hub ({reason})") from error

@@ -78,6 +78,7 @@ def purify(
     model: Annotated[
         str | None, typer.Option(help="Purifier: folder or Hub id.", show_default="checkpoints/maep-tiny-cifar10")
     ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub repository.")] = None,
     compare: Annotated[
         bool, typer.Option("--compare", help="Also write NAME.compare.png: image, purified, magnified difference.")
     ] = False,
@@ -108,7 +109,7 @@ def purify(
 
         found = find_images(images, exclude=out)
         check_outputs(found, out)
-        purifier = _load_purifier(model, device, dtype)
+        purifier = _load_purifier(model, device, dtype, revision)
         options = {"mode": mode and mode.value, "overlap": overlap, "window_batch_size": window_batch_size}
         options = {name: value for name, value in options.items() if value is not None}
         failed = _purify_files(purifier, found, out, compare, options)
@@ -190,7 +191,7 @@ def one_line_errors() -> Iterator[None]:
         raise typer.Exit(1) from error
 
 
-def _load_purifier(model: str | None, device: str, dtype: Precision) -> MAEPModel:
+def _load_purifier(model: str | None, device: str, dtype: Precision, revision: str | None = None) -> MAEPModel:
     import torch
     from transformers.utils import logging
 
@@ -198,7 +199,7 @@ def _load_purifier(model: str | None, device: str, dtype: Precision) -> MAEPMode
     from .devices import pick_device
 
     logging.disable_progress_bar()  # of loading weights, which takes no time here
-    return load_purifier(model, device=pick_device(device), dtype=getattr(torch, dtype.value))
+    return load_purifier(model, device=pick_device(device), dtype=getattr(torch, dtype.value), revision=revision)
 
 
 def _purify_files(purifier: MAEPModel, found: list, out: Path, compare: bool, options: dict) -> int:

@@ -74,6 +74,10 @@ def card(
     repo_id: Annotated[str | None, typer.Option(help="Hub id that the card's code names.")] = None,
     base_model: Annotated[str | None, typer.Option(help=_BASE_HELP)] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a README.md that was edited, too.")] = False,
+    results: Annotated[
+        Path | None, typer.Option(help="A results.jsonl from elsewhere.", show_default="the folder's")
+    ] = None,
+    template: Annotated[Path | None, typer.Option(help="Your own Jinja template.", show_default="the kind's")] = None,
 ) -> None:
     """Write the card of a folder, FOLDER/README.md, from the records beside the weights.
 
@@ -84,10 +88,14 @@ def card(
     with one_line_errors():
         from transformers.utils import logging
 
+        from .evaluation.results import read_results
         from .hub import write_card
 
         logging.disable_progress_bar()
-        how = write_card(folder, repo_id, base_model=base_model, overwrite=overwrite)
+        records = None if results is None else read_results(results)
+        how = write_card(
+            folder, repo_id, base_model=base_model, overwrite=overwrite, results=records, template=template
+        )
         done = "written" if how == "written" else "results merged into the metadata of"
         _say(f"{done}: {folder / 'README.md'}")
 

@@ -219,4 +219,12 @@ def test_card_is_written_once_and_not_over_an_edited_one(purifier):
     assert code == 1 and "--overwrite" in error and card.read_text() == "edited by hand"
     assert run("card", purifier, "--overwrite")[0] == 0
     assert card.read_text().startswith("---")
+    (purifier / "mine.md").write_text("---\n{{ card_data }}\n---\n# My {{ name }}\n")
+    assert run("card", purifier, "--template", purifier / "mine.md")[0] == 0 and "# My " in card.read_text()
+    (purifier / "mine.md").write_text("{{ nothing }}")
+    code, _, error = run("card", purifier, "--template", purifier / "mine.md", "--results", purifier / "gone.jsonl")
+    assert code == 1 and "gone.jsonl" in error
+    code, _, error = run("card", purifier, "--template", purifier / "mine.md")
+    assert code == 1 and "mine.md: UndefinedError" in error
+    (purifier / "mine.md").unlink()
     card.unlink()

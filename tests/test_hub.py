@@ -5,8 +5,7 @@ import re
 
 import pytest
 from conftest import ROOT, tiny_purifier
-from huggingface_hub import ModelCard
-from jinja2 import UndefinedError
+from huggingface_hub import ModelCard, ModelCardData
 from local_hub import wrong_metadata
 from made_up_records import PASSED, failed, record
 from PIL import Image
@@ -158,7 +157,7 @@ def test_cards_of_the_released_checkpoints(name):
     card = render_card(ROOT / "checkpoints" / name)
     check(card)
     if name.startswith("maep"):
-        assert len(card.data.eval_results) > 20 and card.text.count("![") == 3
+        assert len(card.data.eval_results) > 20 and card.text.count("![") == 4
         assert re.search(r"\| white-box \|.*\| \*\*0\.0 \(0\.0–0\.4\) %\*\*", card.text)
 
 
@@ -187,8 +186,20 @@ def test_result_without_its_protocol_is_refused(folder, of_these_weights):
 
 def test_template_that_asks_for_more_is_refused(folder, tmp_path):
     (tmp_path / "card.md").write_text("---\n{{ card_data }}\n---\n{{ unheard_of }}\n")
-    with pytest.raises(UndefinedError, match="unheard_of"):
+    with pytest.raises(ValueError, match="card.md: UndefinedError.*unheard_of"):
         render_model_card(folder, template=tmp_path / "card.md")
+    (tmp_path / "card.md").write_text("{% if %}")
+    with pytest.raises(ValueError, match="card.md: TemplateSyntaxError"):
+        render_model_card(folder, template=tmp_path / "card.md")
+
+
+def test_evaluation_names_what_was_not_measured(tmp_path):
+    write_results(tmp_path, record(82.3), record(1.0, "white-box", purifier=None))
+    check(card := render_card(tmp_path, "someone/records"))
+    assert "Not measured with a purifier: bpda, white-box, black-box." in card.text
+    write_results(tmp_path, {"a": 1})
+    with pytest.raises(ValueError, match="record 1: there is no key, protocol.threat_model"):
+        render_card(tmp_path)
 
 
 def test_what_has_no_card_is_refused(tmp_path):
@@ -252,8 +263,14 @@ def test_readmes_without_a_seal():
         assert how == "kept" and card.text in text
     card, how = renewed("---\nlicense: gpl-3.0\n---\n", fresh)  # made on the website, empty
     assert how == "written" and card.data.license == "gpl-3.0" and "# Card" in card.text and not edited(card)
-    with pytest.raises(ValueError, match="README.md: its metadata cannot be read"):
-        renewed("---\n- a list\n---\n# By hand", fresh)
+    for metadata in ("- a list", "license: mit\n1: a name that is no text"):
+        with pytest.raises(ValueError, match="README.md: its metadata cannot be read"):
+            renewed(f"---\n{metadata}\n---\n# By hand", fresh)
+    placeholders = ModelCard.from_template(ModelCardData(), model_description="_")  # as transformers leaves it
+    placeholders.data.license, placeholders.data.base_model = "gpl-3.0", "/home/someone/base"
+    card, how = renewed(str(placeholders), sealed(ModelCard(CARD)))
+    assert how == "written" and "# Card" in card.text and not edited(card)
+    assert card.data.license == "gpl-3.0" and card.data.base_model is None
 
 
 @pytest.mark.parametrize(
@@ -263,7 +280,11 @@ def test_readmes_without_a_seal():
         ("--output_dir=/home/me/run", "--output_dir=run"),
         (["~/x/y", {"a": "C:\\Users\\me\\x"}], ["y", {"a": "x"}]),
         ("see /home/me/x/data.csv, please", "see data.csv, please"),
+        ("python:/home/me/x.py:net", "python:x.py:net"),
+        ("dataset:/home/me/x", "dataset:x"),
+        ("see C:\\Users\\me\\x", "see x"),
         ("https://huggingface.co/a/b/c", "https://huggingface.co/a/b/c"),
+        ("at https://huggingface.co:443/a/b", "at https://huggingface.co:443/a/b"),
         ("Linf 8/255 and/or L2", "Linf 8/255 and/or L2"),
         ("runs/pretrain", "runs/pretrain"),
         (8.5, 8.5),

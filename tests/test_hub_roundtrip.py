@@ -50,6 +50,7 @@ def push_revisions(repo: str) -> None:
     from huggingface_hub import HfApi
 
     from maep_hf import MAEPModel
+    from maep_hf.checkpoints import load_purifier
 
     models = {"main": purifier(1), "experiment": purifier(2)}
     for branch, model in models.items():
@@ -61,6 +62,7 @@ def push_revisions(repo: str) -> None:
     revisions = {None: 1, "main": 1, "v1": 2, "refs/pr/1": 3, "experiment": 4, request.oid: 3}
     for revision, seed in revisions.items():
         assert same(MAEPModel.from_pretrained(repo, revision=revision), purifier(seed)), revision
+        assert same(load_purifier(repo, revision=revision), purifier(seed)), revision
     (weights,) = [file for file in HfApi().list_repo_tree(repo, revision="v1") if file.path == "model.safetensors"]
     assert weights.lfs.size == weights.size > 10_000
     refs = HfApi().list_repo_refs(repo)

@@ -111,6 +111,31 @@ def train_with_token(folder: Path, name: str, token: str, **options) -> str:
         return failure(train, folder, name, push_to_hub="true", **options)
 
 
+def without_the_hub(folder: Path) -> str:
+    """What a run is told when nobody answers."""
+    import httpx2
+    from huggingface_hub import HfApi
+
+    from maep_hf.hub.background import BackgroundPush
+
+    with mock.patch.object(HfApi, "whoami", side_effect=httpx2.ConnectError("nobody there")):
+        return failure(BackgroundPush, folder, "nobody")
+
+
+def push_what_cannot_be_copied(folder: Path, repo: str) -> tuple[list[str], list[str]]:
+    """A background push of a folder that is broken, and of one that does not fit on the disk."""
+    from maep_hf.hub.background import BackgroundPush
+
+    push = BackgroundPush(folder, repo)
+    with warnings() as warned:
+        push.start(1)  # there is no config.json
+        purifier().save_pretrained(folder)
+        with mock.patch("shutil.copy", side_effect=OSError("no space left")):
+            push.start(2)
+    assert push.running is None
+    return warned, sorted(path.name for path in folder.iterdir() if path.name.startswith(".push"))
+
+
 # Tests
 
 
@@ -154,6 +179,11 @@ def test_a_run_without_the_hub_at_its_end_is_whole(client, hub, ready):
     client(loads, "someone/never-there", ready / "offline")
 
 
+def test_a_folder_that_cannot_be_copied_is_a_warning(client, tmp_path):
+    warned, left = client(push_what_cannot_be_copied, tmp_path, "someone/uncopied")
+    assert "holds no config.json" in warned[0] and "no space left" in warned[1] and left == []
+
+
 def test_nothing_is_pushed_without_being_asked(client, hub, ready):
     before = len(hub.received)
     client(train, ready, "quiet", hub_model_id="someone/quiet")
@@ -175,9 +205,14 @@ def test_an_adapter_is_pushed_with_its_base(client, hub, ready):
     client(loads, "someone/trained-adapter", ready / "lora", "someone/trained-base")
 
 
-def test_what_cannot_be_pushed_is_known_before_training(client, ready):
+def test_what_cannot_be_pushed_is_known_before_training(client, hub, ready):
     error = client(train_with_token, ready, "refused", OTHER_TOKEN)
     assert error.startswith("PushError") and "401" in error and not (ready / "refused").exists()
+    error = client(without_the_hub, ready / "refused")
+    assert error.startswith("PushError: nobody: the connection failed (nobody there)")
+    client(push_base, ready, "someone/public-already")
+    error = client(train_with_token, ready, "refused", hub.token, hub_model_id="public-already", hub_private="true")
+    assert "private=True: someone/public-already exists and is public" in error and not (ready / "refused").exists()
     assert "hub_strategy='sometimes'" in failure(_loop_arguments, hub_strategy="sometimes")
 
 

@@ -4,13 +4,15 @@ import contextlib
 import io
 import json
 import os
+import re
 import time
 from pathlib import Path
 from unittest import mock
 
+import local_hub
 import pytest
 from hub_helpers import OTHER_TOKEN, classifier, failure, purifier, python_blocks, same
-from local_hub import Blob, Commit
+from local_hub import Blob, Commit, Refusal
 from made_up_records import PASSED, record
 
 pytest_plugins = ["hub_client"]
@@ -36,7 +38,8 @@ def trained(folder: Path, seed: int = 0, results: tuple = (("gray-box", 82.3), (
     run = {"arguments": {"data": paths, "loop": loop}, "command": ["pretrain.py", f"--output_dir={folder}"]}
     (folder / "run.json").write_text(json.dumps(run))
     (folder / "metrics.jsonl").write_text('{"step": 3, "loss": 0.5}\n')
-    Image.new("RGB", (8, 8)).save(folder / "attacks.png")
+    for name in ("attacks.png", "holiday.png"):  # the page shows the first
+        Image.new("RGB", (8, 8)).save(folder / name)
     (folder / "checkpoints/step-1").mkdir(parents=True, exist_ok=True)
     torch.save(torch.optim.AdamW(model.parameters()).state_dict(), folder / "checkpoints/step-1/optimizer.bin")
     for name in ("optimizer.pt", "token", "training_args.bin", ".env", "notes.txt", "events.out.tfevents"):
@@ -116,6 +119,29 @@ def push_during_an_edit(folder: Path, repo: str) -> str:
 
     trained(folder, results=[("gray-box", 70.0)])
     with mock.patch.object(ModelCard, "validate", edit):
+        return failure(push, folder, repo)
+
+
+def push_records_beside_others(folder: Path, repo: str) -> str:
+    """Somebody pushes records to the model between our reading and our writing of them."""
+    from huggingface_hub import HfApi
+
+    from maep_hf.evaluation.fingerprint import fingerprint
+    from maep_hf.hub import push as module
+
+    merge = module.merge_records
+
+    def meanwhile(into: Path, new: Path) -> None:
+        HfApi().upload_file(path_or_fileobj=b"theirs", path_in_repo="results.jsonl", repo_id=repo)
+        merge(into, new)
+
+    records_folder(folder / "mine", fingerprint(purifier()))
+    with mock.patch.object(module, "merge_records", meanwhile):
+        return failure(push, folder / "mine", repo)
+
+
+def push_without_waits(folder: Path, repo: str) -> str:
+    with mock.patch.object(time, "sleep"):
         return failure(push, folder, repo)
 
 
@@ -327,6 +353,27 @@ def test_an_edit_in_the_same_moment_wins(client, hub, tmp_path):
         push_during_an_edit, tmp_path / "run", "someone/moment"
     )
     assert hub.files("someone/moment")["README.md"] == b"edited in this moment"
+
+
+def test_a_readme_that_cannot_be_read_is_not_taken_for_none(client, hub, tmp_path, monkeypatch):
+    client(build_and_push, tmp_path / "run", "someone/unread")
+    client(overwrite_readme, "someone/unread", "# By hand")
+
+    def refuse(*args, **groups):
+        raise Refusal(500, "", "out of order")
+
+    route = ("GET", re.compile("/someone/unread/resolve/.*/README.md"), refuse)
+    monkeypatch.setattr(local_hub, "ROUTES", [route, *local_hub.ROUTES])
+    error = client(push_without_waits, tmp_path / "run", "someone/unread")
+    assert error.startswith("PushError: someone/unread: the connection failed") and "can be repeated" in error
+    assert hub.files("someone/unread")["README.md"] == b"# By hand"
+
+
+def test_records_of_others_in_the_same_moment_stay(client, hub, tmp_path):
+    client(build_and_push, tmp_path / "run", "someone/shared")
+    error = client(push_records_beside_others, tmp_path, "someone/shared")
+    assert error.startswith("PushError: someone/shared: the Hub answered 412")
+    assert hub.files("someone/shared")["results.jsonl"] == b"theirs"
 
 
 def test_pages_of_placeholders_are_replaced(client, hub, tmp_path):

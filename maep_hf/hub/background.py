@@ -13,9 +13,9 @@ from typing import Any
 
 from huggingface_hub import HfApi
 
-from .folders import ADAPTER, files_of, kind_of
+from .folders import ADAPTER, Kind, files_of, kind_of
 from .names import hub_id, short
-from .push import PushError, check_login, push_to_hub, with_owner
+from .push import PushError, as_push_errors, check_login, check_visibility, push_to_hub, with_owner
 
 logger = logging.getLogger(__name__)
 
@@ -35,9 +35,10 @@ class BackgroundPush:
         base_path: what that adapter's base was loaded from.
 
     Raises:
-        PushError: no valid token, or the account may not make or write the repository. All of this and what follows is
-            raised here, before anything is trained.
-        ValueError: a name that no repository can have, or an adapter whose base is on no Hub.
+        PushError: no valid token, the Hub cannot be reached, or the account may not make the repository. All of this
+            and what follows is raised here, before anything is trained.
+        ValueError: a name that no repository can have, one that exists and is public though `private` is asked for, or
+            an adapter whose base is on no Hub.
     """
 
     def __init__(
@@ -53,8 +54,19 @@ class BackgroundPush:
         for name in ("httpx", "httpx2"):  # a line for every request
             logging.getLogger(name).setLevel(logging.WARNING)
         self.api = HfApi()
-        user = check_login(self.api)
         self.folder, self.private = folder, private
+        with as_push_errors(repo_id or folder.resolve().name):
+            self._prepare(repo_id, base_model, trains_adapter, base_path)
+        self.source = folder / "adapter" if trains_adapter else folder
+        for stale in folder.glob(f"{_SNAPSHOT}*"):  # of a run that was killed
+            shutil.rmtree(stale, ignore_errors=True)
+        self.running: Future | None = None
+
+    def _prepare(
+        self, repo_id: str | None, base_model: str | None, trains_adapter: bool, base_path: str | None
+    ) -> None:
+        folder, private = self.folder, self.private
+        user = check_login(self.api)
         self.repo_id = with_owner(repo_id or folder.resolve().name, user)
         self.base_model = with_owner(base_model, user) if base_model else None
         if trains_adapter:
@@ -66,14 +78,11 @@ class BackgroundPush:
                 )
             if not self.api.repo_exists(base):
                 raise ValueError(f"hub_base_model: {base} is not on the Hub; push the base before an adapter of it")
-        self.source = folder / "adapter" if trains_adapter else folder
         try:
             self.api.create_repo(self.repo_id, private=private, exist_ok=True)
         except OSError as error:
             raise PushError(f"hub_model_id: {self.repo_id} cannot be made or written ({error})") from error
-        for stale in folder.glob(f"{_SNAPSHOT}*"):  # of a run that was killed
-            shutil.rmtree(stale, ignore_errors=True)
-        self.running: Future | None = None
+        check_visibility(self.api, self.repo_id, private)
 
     def start(self, step: int) -> None:
         """Push the folder as it is now, unless the push before is still at it: then the next one takes this along."""
@@ -82,7 +91,7 @@ class BackgroundPush:
         self._warn_of_failure()
         try:
             snapshot = self._snapshot()
-        except OSError as error:  # a full disk
+        except Exception as error:  # such as a full disk
             logger.warning("push to %s failed, to be repeated with the next: %s", self.repo_id, error)
             return
         self.running = self.api.run_as_future(self._push, snapshot, f"Training, step {step}")
@@ -122,6 +131,14 @@ class BackgroundPush:
         """The files as they are now: training replaces them while they are sent."""
         kind = kind_of(self.source)
         snapshot = Path(tempfile.mkdtemp(prefix=_SNAPSHOT, dir=self.folder))
+        try:
+            self._fill(snapshot, kind)
+        except BaseException:  # half of one would only take the space that was missing
+            shutil.rmtree(snapshot, ignore_errors=True)
+            raise
+        return snapshot
+
+    def _fill(self, snapshot: Path, kind: Kind) -> None:
         for path in files_of(self.source, kind):
             target = snapshot / path.relative_to(self.source)
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -134,7 +151,6 @@ class BackgroundPush:
             shutil.copy(path, target)
         if kind is ADAPTER and (self.folder / "run.json").is_file():
             shutil.copy(self.folder / "run.json", snapshot / "run.json")
-        return snapshot
 
     def _push(self, snapshot: Path, message: str) -> Any:
         try:

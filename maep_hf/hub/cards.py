@@ -12,11 +12,12 @@ from typing import Any
 from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard, ModelCardData
 from huggingface_hub.repocard import RepoCard
 
+from ..evaluation.results import check_record
 from ..records import read_jsonl
 from .folders import ADAPTER, CLASSIFIER, EVALUATION, PAIRS, PURIFIER, RESULTS, Kind, kind_of, read_json
 from .names import hub_id, short, without_paths
 from .recipe import Recipe
-from .results import CardResults, records_of, validation_results
+from .results import ATTACKERS, CardResults, records_of, validation_results
 from .seal import renewed, sealed
 
 LICENCE = "apache-2.0"
@@ -52,7 +53,7 @@ def render_card(
 
     Raises:
         ValueError: a folder of no known kind, results that lack their protocol or are of other weights, or an adapter
-            without a Hub id of its base.
+            without a Hub id of its base, or a template that is no Jinja or asks for what there is not.
         OSError: the template cannot be read.
     """
     folder = Path(folder)
@@ -64,9 +65,8 @@ def render_card(
     describe, file_name = _CARDS[kind]
     context = describe(folder, repo_id, base_model, records)
     path = Path(template) if template else _template(file_name)
-    content = _environment().from_string(path.read_text(encoding="utf-8")).render(
-        name=short(repo_id), repo_id=repo_id, **context | {"card_data": context["card_data"].to_yaml()}
-    )  # fmt: skip
+    fields = context | {"name": short(repo_id), "repo_id": repo_id, "card_data": context["card_data"].to_yaml()}
+    content = _rendered(path, fields)
     card = DatasetCard(content) if isinstance(context["card_data"], DatasetCardData) else ModelCard(content)
     return sealed(card)
 
@@ -231,7 +231,10 @@ def _pairs(folder: Path, repo_id: str, base_model: str | None, records: list) ->
 def _evaluation(folder: Path, repo_id: str, base_model: str | None, records: list) -> dict[str, Any]:
     from ..evaluation.tables import markdown_table
 
+    for index, record in enumerate(records):
+        check_record(record, f"results, record {index + 1}")
     purifiers = sorted({(record["protocol"]["purifier"] or {"name": "none"})["name"] for record in records})
+    measured = {record["protocol"]["threat_model"] for record in records if record["protocol"]["purifier"]}
     card_data = DatasetCardData(
         pretty_name=short(repo_id),
         license=LICENCE,
@@ -239,7 +242,8 @@ def _evaluation(folder: Path, repo_id: str, base_model: str | None, records: lis
         configs=[{"config_name": "default", "data_files": [{"split": "results", "path": "results.csv"}]}],
     )
     return {"card_data": card_data, "table": markdown_table(records).rstrip(), "count": len(records),
-            "purifiers": purifiers, "pictures": _pictures(folder, records)}  # fmt: skip
+            "purifiers": purifiers, "missing": [name for name in ATTACKERS if name not in measured],
+            "pictures": _pictures(folder, records)}  # fmt: skip
 
 
 def _trained(folder: Path, records: list) -> dict[str, Any]:
@@ -272,6 +276,8 @@ def _pictures(folder: Path, records: Sequence[Mapping[str, Any]]) -> list[tuple[
     ]
     if (folder / "attacks.png").is_file():
         shown.append(("attacks.png", "accuracy under every attack, each threat model in a panel of its own"))
+    if (folder / "accuracy_against_eps.png").is_file():
+        shown.append(("accuracy_against_eps.png", "accuracy against the radius, a line for each threat model"))
     return shown
 
 
@@ -292,6 +298,15 @@ def _environment() -> Any:
         loader=FileSystemLoader(_TEMPLATES), undefined=StrictUndefined, keep_trailing_newline=True,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
+
+
+def _rendered(path: Path, context: Mapping[str, Any]) -> str:
+    from jinja2 import TemplateError
+
+    try:
+        return _environment().from_string(path.read_text(encoding="utf-8")).render(context)
+    except TemplateError as error:
+        raise ValueError(f"template {path}: {type(error).__name__}, {error}") from error
 
 
 def _template(name: str) -> Path:

@@ -16,8 +16,8 @@ _PUBLISHED = {
     "imagenet-1k": "ILSVRC/imagenet-1k",
 }  # datasets that people keep in a folder of this name
 
-# An absolute path inside a text; not the path of a URL, not a fraction.
-_PATH = re.compile(r"""(?<![\w.:/\\~-])(?:file://)?(?:~|[A-Za-z]:(?=[\\/]))?(?:[\\/][^\s\\/"'<>|:,;()\[\]]+){2,}""")
+# An absolute path inside a text, also after a colon (`python:/home/...`); not the path of a URL, not a fraction.
+_PATH = re.compile(r"""(?<![\w./\\~-])(?:file://)?(?:~|[A-Za-z]:(?=[\\/]))?(?:[\\/][^\s\\/"'<>|:,;()\[\]]+){2,}""")
 
 
 def hub_id(name: str | None) -> str | None:

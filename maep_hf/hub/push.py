@@ -13,10 +13,11 @@ from typing import Any
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
 from huggingface_hub.errors import (
-    EntryNotFoundError,
     HfHubHTTPError,
     HTTPError,
+    LocalEntryNotFoundError,
     LocalTokenNotFoundError,
+    RemoteEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -102,7 +103,7 @@ def push_to_hub(
     if repo_type not in (None, "model", "dataset"):
         raise ValueError(f"repo_type={repo_type!r}: must be model or dataset")
     with ExitStack() as stack:
-        stack.enter_context(_as_push_errors(repo_id))
+        stack.enter_context(as_push_errors(repo_id))
         folder = stack.enter_context(_folder_of(source, image_processor))
         kind = kind_of(folder)
         api = HfApi(token=token)
@@ -124,10 +125,12 @@ def push_to_hub(
         # all that can be wrong is known before anything is sent
         card = None if kind is IMAGE_PROCESSOR else render_card(folder, repo_id, base_model=base_model, kind=kind)
         operations = operations_of(folder, kind, base_model=base_model, token=token)
+        if card is not None:  # a picture that the page does not show may be anybody's
+            operations = [each for each in operations if _is_shown(each.path_in_repo, card.text)]
         if what is EVALUATION:  # the model that they are merged with is there already
             operations = [each for each in operations if _is_result(each.path_in_repo)]
         push.prepare(private)
-        push.commit(operations, commit_message or f"Upload {what.name} with maep")
+        push.commit(operations, commit_message or f"Upload {what.name} with maep", parent=push.read_at)
         how = push.card(card, folder) if card is not None else "none"
         push.tag(tag)
         return Pushed(repo_id, kind_type, push.url, push.oid, push.branch, how)
@@ -160,6 +163,17 @@ def with_owner(repo_id: str, user: str) -> str:
     return repo_id if "/" in repo_id else f"{user}/{repo_id}"
 
 
+def check_visibility(api: HfApi, repo_id: str, private: bool | None, repo_type: str = "model") -> None:
+    """Refuse a repository that exists and is public where it should be private, or the other way round.
+
+    Raises:
+        ValueError: it is.
+    """
+    if private is not None and api.repo_info(repo_id, repo_type=repo_type).private != private:
+        is_now, wish = ("public", "private") if private else ("private", "public")
+        raise ValueError(f"private={private}: {repo_id} exists and is {is_now}; make it {wish} in its settings")
+
+
 class _Push:
     """The steps of a push to one repository."""
 
@@ -168,6 +182,7 @@ class _Push:
         self.branch, self.create_pr = revision or "main", create_pr
         self.repo = {"repo_id": repo_id, "repo_type": repo_type}
         self.url, self.oid = "", ""
+        self.read_at: str | None = None  # commit that records are merged with
 
     def download_model(self, folder: Path) -> None:
         """The files of the model that records are of, which has to be there."""
@@ -179,6 +194,7 @@ class _Push:
                 f"{self.repo_id}: no such repository or revision ({self.branch}) for these records; push the purifier "
                 "or adapter first, or give the records a repository of their own with repo_type='dataset'"
             ) from error
+        self.read_at = Path(downloaded).name  # a stale copy, or a commit since, is then refused and not undone
         for path in Path(downloaded).iterdir():
             if path.is_file():
                 shutil.copy(path, folder / path.name)
@@ -187,11 +203,7 @@ class _Push:
         """Make the repository and the branch where they are missing."""
         url = self.api.create_repo(**self.repo, private=private, exist_ok=True)
         self.url = str(url)
-        if private is not None and self.api.repo_info(**self.repo).private != private:
-            is_now, wish = ("public", "private") if private else ("private", "public")
-            raise ValueError(
-                f"private={private}: {self.repo_id} exists and is {is_now}; make it {wish} in its settings"
-            )
+        check_visibility(self.api, self.repo_id, private, self.repo_type)
         if self.branch != "main" and not self.branch.startswith(_REFS):
             self.api.create_branch(**self.repo, branch=self.branch, exist_ok=True)
 
@@ -215,7 +227,7 @@ class _Push:
             path = self.api.hf_hub_download(**self.repo, filename="README.md", revision=self.oid)
             with open(path, encoding="utf-8-sig", newline="") as stream:
                 existing = stream.read()
-        except EntryNotFoundError:
+        except RemoteEntryNotFoundError:  # and only then: one that could not be read may be a person's
             existing = None
         card, how = renewed(existing, fresh)
         content = str(card)
@@ -263,6 +275,10 @@ def _with_records(folder: Path, records: Path, repo_id: str) -> Kind:
     return kind
 
 
+def _is_shown(name: str, page: str) -> bool:
+    return not name.endswith(".png") or f"({name})" in page
+
+
 def _is_result(name: str) -> bool:
     return any(Path(name).match(pattern) for pattern in RESULT_FILES)
 
@@ -296,14 +312,15 @@ def _folder_of(source: Any, image_processor: Any) -> Iterator[Path]:
 
 
 @contextmanager
-def _as_push_errors(repo_id: str) -> Iterator[None]:
+def as_push_errors(repo_id: str) -> Iterator[None]:
     """The client's errors, of the Hub and of the connection, with what to do."""
     try:
         yield
     except PushError:
         raise
-    except (HTTPError, RuntimeError) as error:  # an upload that ends midway is a RuntimeError because of the other
-        if not isinstance(error, HTTPError) and not isinstance(error.__cause__, HTTPError):
+    # an upload that ends midway is a RuntimeError because of the other, a download a LocalEntryNotFoundError
+    except (HTTPError, RuntimeError, LocalEntryNotFoundError) as error:
+        if isinstance(error, RuntimeError) and not isinstance(error.__cause__, HTTPError):
             raise
         status = getattr(getattr(error, "response", None), "status_code", None)
         what = f"the Hub answered {status}" if status else "the connection failed"

@@ -20,6 +20,7 @@ _COMMENT = (
     "\n\n<!-- Written by maep from the records beside the weights. Change anything and the page is yours: from then on "
     "only results are merged into its metadata. seal: {} -->\n"
 )
+_LICENCE = ("license", "license_name", "license_link")
 _BOILERPLATE = re.compile(r"### Framework versions|- PEFT \S+")
 
 
@@ -59,7 +60,7 @@ def renewed(existing: str | None, fresh: RepoCard) -> tuple[RepoCard, str]:
         return fresh, "written"
     try:
         card = type(fresh)(existing)
-    except (ValueError, yaml.YAMLError) as error:
+    except (ValueError, TypeError, yaml.YAMLError) as error:  # a TypeError: names that are no text
         reason = " ".join(str(error).split())
         raise ValueError(f"README.md: its metadata cannot be read, mend it or remove the file ({reason})") from error
     if not card.text.strip():  # a repository made on the website with a licence and nothing else: that choice stays
@@ -69,6 +70,12 @@ def renewed(existing: str | None, fresh: RepoCard) -> tuple[RepoCard, str]:
         fresh.text = _SEAL.sub("", fresh.text)
         return sealed(fresh), "written"
     if not edited(card):
+        if not _SEAL.search(card.text):  # placeholders, perhaps with a licence that a person chose on the website
+            for name in _LICENCE:
+                if value := card.data.get(name):
+                    setattr(fresh.data, name, value)
+            fresh.text = _SEAL.sub("", fresh.text)
+            return sealed(fresh), "written"
         return fresh, "written"
     results = getattr(fresh.data, "eval_results", None)
     if not results:
