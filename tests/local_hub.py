@@ -301,6 +301,8 @@ class _Handler(BaseHTTPRequestHandler):
                 if value["oid"] not in self.hub.objects:
                     raise Refusal(400, "", f"{value['path']} was not uploaded")
                 files[value["path"]] = Blob(self.hub.objects[value["oid"]], lfs=True)
+            elif key == "deletedFile":
+                del files[value["path"]]
             else:
                 raise Refusal(400, "", f"{key}: not known to this Hub")
         ref, answer = f"refs/heads/{revision}", {}

@@ -207,6 +207,15 @@ def push_records(folder: Path, repo: str, dataset: str) -> list:
     return [missing, other, pushed, own, found]
 
 
+def push_again_without_records(folder: Path, repo: str) -> None:
+    push(trained(folder / "measured", results=[("gray-box", 82.3)]), repo, tag="measured")
+    for name, seed in (("same", 0), ("others", 1)):
+        trained(folder / name, seed=seed)
+        for file in ("results.jsonl", "attacks.png"):
+            (folder / name / file).unlink()
+        push(folder / name, repo, tag=name)
+
+
 def records_folder(folder: Path, fingerprint: str, results=(("gray-box", 60.0),)) -> Path:
     write_records(folder, fingerprint, results)
     (folder / "attacked").mkdir(exist_ok=True)
@@ -433,6 +442,14 @@ def test_evaluation_records(client, hub, tmp_path):
     files = hub.files("someone/records", type="dataset")
     assert set(files) - {".gitattributes"} == {"README.md", "results.jsonl", "results.csv", "results.md"}
     assert "records" in client(run_code, "someone/records", tmp_path, repo_type="dataset")
+
+
+def test_a_page_goes_on_to_show_the_records_of_its_weights_and_of_no_others(client, hub, tmp_path):
+    client(push_again_without_records, tmp_path, "someone/again")
+    same, others = (hub.files("someone/again", revision=name) for name in ("same", "others"))
+    assert b"82.3 (" in same["README.md"] and b"82.3" in same["results.jsonl"]
+    assert b"82.3" not in others["README.md"] and b"Nothing was measured" in others["README.md"]
+    assert not {"results.jsonl", "attacks.png"} & set(others) and "run.json" in others
 
 
 def test_stored_pairs(client, hub, tmp_path):

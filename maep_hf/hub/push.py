@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HTTPError,
@@ -75,6 +75,8 @@ def push_to_hub(
 ) -> Pushed:
     """Push a model, image processor, adapter, evaluation records or stored pairs, and their card as the last step.
 
+    A purifier pushed without its records keeps those on the Hub that are of its weights; those of other weights go.
+
     Only listed files go (`folders.py`), without paths of this machine (`contents.py`). Whatever fails half-way can be
     repeated: files that are there already are not sent again. A README that a person edited keeps its text and only
     gets the results into its metadata (`seal.py`).
@@ -122,13 +124,21 @@ def push_to_hub(
             if kind_type == "model":
                 push.download_model(staged)
             folder, kind = staged, _with_records(staged, folder, repo_id)
+        there: list[dict] | None = None  # records on the Hub, which the page goes on to show
+        outdated: list[str] = []  # files with figures of other weights
+        if what is PURIFIER and not (folder / RESULTS).is_file():
+            there, outdated = push.records_of(folder)
         # all that can be wrong is known before anything is sent
-        card = None if kind is IMAGE_PROCESSOR else render_card(folder, repo_id, base_model=base_model, kind=kind)
-        operations = operations_of(folder, kind, base_model=base_model, token=token)
+        card = None
+        if kind is not IMAGE_PROCESSOR:
+            card = render_card(folder, repo_id, base_model=base_model, kind=kind, results=there)
+        operations: list = operations_of(folder, kind, base_model=base_model, token=token)
         if card is not None:  # a picture that the page does not show may be anybody's
             operations = [each for each in operations if _is_shown(each.path_in_repo, card.text)]
         if what is EVALUATION:  # the model that they are merged with is there already
             operations = [each for each in operations if _is_result(each.path_in_repo)]
+        new = {each.path_in_repo for each in operations}
+        operations += [CommitOperationDelete(name) for name in outdated if name not in new]
         push.prepare(private)
         push.commit(operations, commit_message or f"Upload {what.name} with maep", parent=push.read_at)
         how = push.card(card, folder) if card is not None else "none"
@@ -198,6 +208,26 @@ class _Push:
         for path in Path(downloaded).iterdir():
             if path.is_file():
                 shutil.copy(path, folder / path.name)
+
+    def records_of(self, folder: Path) -> tuple[list[dict], list[str]]:
+        """Records on the Hub that are of a purifier's weights; and, where all are of others, the files that hold them.
+
+        A model that is pushed again without its records keeps those of an earlier push, unless its weights changed.
+        """
+        try:
+            path = self.api.hf_hub_download(**self.repo, filename=RESULTS, revision=self.branch)
+        except (RemoteEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError):
+            return [], []
+        try:
+            found = read_results(path)
+        except ValueError:  # not in our form: somebody's own file
+            return [], []
+        try:
+            own_records(folder, found)
+        except ValueError:
+            names = self.api.list_repo_files(**self.repo, revision=self.branch)
+            return [], [name for name in names if _is_result(name)]
+        return found, []
 
     def prepare(self, private: bool | None) -> None:
         """Make the repository and the branch where they are missing."""
