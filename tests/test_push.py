@@ -445,8 +445,8 @@ def test_evaluation_records(client, hub, tmp_path):
 
 
 def test_a_page_goes_on_to_show_the_records_of_its_weights_and_of_no_others(client, hub, tmp_path):
-    client(push_again_without_records, tmp_path, "someone/again")
-    same, others = (hub.files("someone/again", revision=name) for name in ("same", "others"))
+    client(push_again_without_records, tmp_path, "someone/without-records")
+    same, others = (hub.files("someone/without-records", revision=name) for name in ("same", "others"))
     assert b"82.3 (" in same["README.md"] and b"82.3" in same["results.jsonl"]
     assert b"82.3" not in others["README.md"] and b"Nothing was measured" in others["README.md"]
     assert not {"results.jsonl", "attacks.png"} & set(others) and "run.json" in others

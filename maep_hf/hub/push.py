@@ -141,7 +141,7 @@ def push_to_hub(
         operations += [CommitOperationDelete(name) for name in outdated if name not in new]
         push.prepare(private)
         push.commit(operations, commit_message or f"Upload {what.name} with maep", parent=push.read_at)
-        how = push.card(card, folder) if card is not None else "none"
+        how = push.card(card, folder, merge=there is None) if card is not None else "none"
         push.tag(tag)
         return Pushed(repo_id, kind_type, push.url, push.oid, push.branch, how)
 
@@ -251,8 +251,11 @@ class _Push:
         if self.create_pr and info.pr_revision:
             self.branch, self.create_pr, self.url = info.pr_revision, False, info.pr_url
 
-    def card(self, fresh: RepoCard, folder: Path) -> str:
-        """The README, last: it is read at the commit just made, and is refused if somebody changed it since."""
+    def card(self, fresh: RepoCard, folder: Path, merge: bool = True) -> str:
+        """The README, last: it is read at the commit just made, and is refused if somebody changed it since.
+
+        Without `merge`, an edited one is left as it is: the records are those that it was given before.
+        """
         try:
             path = self.api.hf_hub_download(**self.repo, filename="README.md", revision=self.oid)
             with open(path, encoding="utf-8-sig", newline="") as stream:
@@ -260,6 +263,8 @@ class _Push:
         except RemoteEntryNotFoundError:  # and only then: one that could not be read may be a person's
             existing = None
         card, how = renewed(existing, fresh)
+        if how == "merged" and not merge:
+            return "kept"
         content = str(card)
         if how != "kept" and content != existing:
             if how == "written":
