@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> Path:
         processor,
         train_data,
         validation_data,
-        Augmentation(size, data.crop, padding=classifier.padding, flip=data.flip),
+        Augmentation(size, data.crop, padding=classifier.padding, flip=data.flip, resize=data.resize),
         data.validation_images,
         classifier.label_smoothing,
     )

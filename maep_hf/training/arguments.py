@@ -121,6 +121,9 @@ class DataArguments:
     crop: str = field(
         default="mixed", metadata={"help": "native, resized, mixed or center: how larger pictures are cut"}
     )
+    resize: int | None = field(
+        default=None, metadata={"help": "short side of a resized picture before the cut; image_size by default"}
+    )
     flip: bool = field(default=True, metadata={"help": "mirror half of the images"})
     max_zoom: float = field(
         default=1.0, metadata={"help": "enlarge images up to so many times before a window is cut; 1 is off"}

@@ -30,8 +30,10 @@ class Augmentation:
 
     Args:
         image_size: side of the square, pixels.
-        crop: `native` cuts a window at the picture's own scale, `resized` shrinks the short side to `image_size` first,
+        crop: `native` cuts a window at the picture's own scale, `resized` brings the short side to `resize` first,
             `mixed` tosses a coin, `center` is `resized` without randomness. Smaller pictures are enlarged.
+        resize: what `resized` brings the short side to, pixels; `image_size` by default. A larger one cuts windows
+            out of pictures at the scale that they are used at.
         padding: reflected border, pixels, added before the random crop.
         flip: mirror half of the pictures.
         max_zoom: pictures are enlarged up to so many times before a window is cut, the factor drawn log-uniformly: a
@@ -39,7 +41,7 @@ class Augmentation:
         zoom_share: share of the samples that are.
 
     Raises:
-        ValueError: an unknown crop, a zoom below 1, or a share outside [0, 1].
+        ValueError: an unknown crop, a `resize` below `image_size`, a zoom below 1, or a share outside [0, 1].
     """
 
     image_size: int = 32
@@ -48,10 +50,13 @@ class Augmentation:
     flip: bool = True
     max_zoom: float = 1.0
     zoom_share: float = 0.5
+    resize: int | None = None
 
     def __post_init__(self) -> None:
         if self.crop not in CROPS:
             raise ValueError(f"crop={self.crop!r}: must be one of {', '.join(CROPS)}")
+        if self.resize is not None and self.resize < self.image_size:
+            raise ValueError(f"resize={self.resize}: must be at least image_size={self.image_size}, which is cut out")
         if not self.max_zoom >= 1:
             raise ValueError(f"max_zoom={self.max_zoom}: must be at least 1, which is off")
         if not 0 <= self.zoom_share <= 1:
@@ -62,8 +67,9 @@ class Augmentation:
         size = self.image_size
         native = self.crop == "native" or (self.crop == "mixed" and rng.random() < 0.5)
         width, height = images[0].size
-        scale = size / min(width, height)
-        if not native or scale > 1:
+        short = min(width, height)
+        scale = max(size, short if native else self.resize or size) / short
+        if scale != 1:
             width, height = max(size, round(width * scale)), max(size, round(height * scale))
         random_crop = self.crop != "center"
         if random_crop and self.max_zoom > 1 and rng.random() < self.zoom_share:

@@ -167,7 +167,9 @@ def purification_task(
         surrogates,
         train_data,
         validation_data,
-        Augmentation(size, data.crop, flip=data.flip, max_zoom=data.max_zoom, zoom_share=data.zoom_share),
+        Augmentation(
+            size, data.crop, flip=data.flip, max_zoom=data.max_zoom, zoom_share=data.zoom_share, resize=data.resize
+        ),
         attack.mixture(len(surrogates)),
         purification,
         data.validation_images,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ class Task(ABC):
 
     def validation_batch(self) -> dict[str, Tensor]:
         """The fixed validation images, centre-cropped: `pixel_values` (N, 3, S, S) in [0, 1], `labels` (N,)."""
-        center = Augmentation(self.augmentation.image_size, crop="center", flip=False)
+        center = replace(self.augmentation, crop="center", flip=False)
         samples = read_first(self.validation_data, center, self.validation_images)
         return {key: value.to(self.device) for key, value in collate(samples).items()}
 
