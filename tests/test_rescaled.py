@@ -1,0 +1,49 @@
+"""Purification at another scale."""
+
+import pytest
+import torch
+
+from maep_hf import MAEPConfig, MAEPModel
+from maep_hf.rescaled import RescaledPurifier
+
+SIZES = []
+
+
+def darken(pixels):
+    """Half of every pixel: its correction is as smooth as the image, so that it survives the resizes."""
+    SIZES.append(tuple(pixels.shape[2:]))
+    return pixels / 2
+
+
+def smooth_images() -> torch.Tensor:
+    ramp = torch.linspace(0.2, 0.8, 40)
+    return (ramp[:, None] + ramp).div(2).expand(2, 3, 40, 40).clone()
+
+
+@pytest.mark.parametrize(("scale", "size"), [(0.5, (20, 20)), (2, (80, 80)), (0.001, (1, 1))])
+def test_the_purifier_sees_the_other_scale(scale, size):
+    images = smooth_images()
+    purified = RescaledPurifier(darken, scale)(images)
+    assert SIZES[-1] == size and purified.shape == images.shape
+    if scale > 0.1:
+        torch.testing.assert_close(purified, images / 2, atol=0.01, rtol=0)
+
+
+def test_details_are_kept_where_nothing_is_corrected():
+    torch.manual_seed(0)
+    images = torch.rand(2, 3, 40, 30)
+    untrained = MAEPModel(MAEPConfig.tiny())  # exactly the identity
+    assert torch.equal(RescaledPurifier(untrained, 0.5).purify(images, overlap=0.5), images)
+
+
+def test_scale_one_is_the_purifier_and_gradients_pass():
+    images = smooth_images().requires_grad_()
+    assert torch.equal(RescaledPurifier(darken, 1)(images), images / 2)
+    RescaledPurifier(darken, 0.5)(images).sum().backward()
+    assert images.grad.abs().min() > 0
+
+
+@pytest.mark.parametrize("scale", [0, -1, float("inf"), float("nan")])
+def test_a_wrong_scale_is_named(scale):
+    with pytest.raises(ValueError, match="scale="):
+        RescaledPurifier(darken, scale)
