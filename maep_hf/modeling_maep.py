@@ -500,7 +500,7 @@ class MAEPModel(MAEPPreTrainedModel):
         copies of the image.
 
         Args:
-            pixel_values: `(batch, num_channels, height, width)`, floating, in [0, 1].
+            pixel_values: `(batch, num_channels, height, width)`, floating, in [0, 1]; the batch may be empty.
             mode: `"windows"` or `"interpolate"` (the whole image as one grid of patches with positions interpolated
                 in 2-D; cost quadratic in pixels). Default: `config.purify_mode`.
             overlap: Least overlap of neighbouring windows, a fraction of the window in [0, 0.9]. Default:
@@ -530,7 +530,9 @@ class MAEPModel(MAEPPreTrainedModel):
             limit = max(1, PIXELS_AT_ONCE.get(pixel_values.device.type, PIXELS_AT_ONCE_ELSEWHERE) // size**2)
         if limit < 1:
             raise ValueError(f"window_batch_size={window_batch_size} must be at least 1.")
-        if not torch.compiler.is_compiling() and pixel_values.numel():
+        if not len(pixel_values):
+            return pixel_values.clone()
+        if not torch.compiler.is_compiling():
             low, high = pixel_values.detach().aminmax()
             if low < -0.01 or high > 1.01:
                 raise ValueError(

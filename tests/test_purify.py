@@ -89,6 +89,13 @@ def test_batch_equals_one_by_one():
     torch.testing.assert_close(model.purify(pixels), singles, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("mode", ["windows", "interpolate"])
+@pytest.mark.parametrize("size", [(16, 16), (40, 17)])
+def test_an_empty_batch_is_one(size, mode):
+    purified = build().purify(torch.zeros(0, 3, *size), mode=mode)
+    assert purified.shape == (0, 3, *size)
+
+
 def test_no_seams():
     """Where windows begin and end, the correction of a smooth image jumps no more than elsewhere."""
     model = build(0.3)

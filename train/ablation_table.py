@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
+
+from maep_hf.records import write_text
 
 REFERENCE = "reference"
 
@@ -110,12 +111,6 @@ def _failures(records: Sequence[Mapping[str, Any]]) -> str:
 def write_table(folder: Path, records: Sequence[Mapping[str, Any]], order: Sequence[str]) -> list[dict[str, Any]]:
     """Write `table.md` and `table.jsonl` in `folder`, each whole or not at all; returns the table's rows."""
     rows = summarise(records, order)
-    _replace(folder / "table.md", markdown(rows, records))
-    _replace(folder / "table.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    write_text(folder / "table.md", markdown(rows, records))
+    write_text(folder / "table.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     return rows
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

@@ -1,0 +1,67 @@
+"""The tables of a purifier on images that it was not trained on, from stored records."""
+
+import json
+
+import pytest
+from made_up_records import record
+
+from train import transfer_table
+
+
+def made(figure, purifier="maep", dataset="nips", n=500, clean=90.0, **options):
+    one = record(
+        figure, attack=options.pop("attack", "AutoAttack"), eps=4.0, purifier=purifier, n=n, clean=91.0,
+        purified_clean=clean, attacked=0.0, purifier_options=options,
+        dataset={"name": dataset, "split": "test", "images": f"the first {n}", "n": n, "fingerprint": dataset},
+    )  # fmt: skip
+    return one | {"ms_per_image": {"attack": 1.0, "purify": 30.0, "classify": 12.0}}
+
+
+RECORDS = [
+    made(40.0),
+    made(38.0, mode="interpolate"),
+    made(70.0, "adapted", clean=88.0),
+    made(60.0, "adapted", dataset="cifar10"),
+    made(80.0, dataset="cifar10"),
+    made(82.0, dataset="cifar10", attack="PGD-20"),
+]
+
+
+def test_a_domain_has_a_line_for_every_purifier_and_option():
+    (domain, rows), _ = transfer_table.domains(RECORDS).items()
+    lines = transfer_table.domain_table(rows)
+    assert domain == ("nips test, the first 500", "resnet56") and len(lines) == 2 + 4
+    header, _, bare, plain, interpolated, adapted = lines
+    assert header.count("PSNR") == 2 and bare.startswith("| none (undefended) | 91.0") and "31.2" in bare
+    assert "40.0 (" in plain and "33.3" in plain and plain.endswith("| 30.0 | 2.5 |")
+    assert "mode=interpolate" in interpolated and "38.0 (" in interpolated
+    assert adapted.startswith("| adapted") and "88.0 (" in adapted and "70.0 (" in adapted
+
+
+def test_across_domains_one_line_a_purifier_under_each_domains_first_attack():
+    lines, figures = transfer_table.across(transfer_table.domains(RECORDS))
+    assert list(figures) == ["maep", "adapted"] and len(lines) == 4
+    assert figures["maep"] == [(90.0, 40.0), (90.0, 80.0)] and figures["adapted"] == [(88.0, 70.0), (90.0, 60.0)]
+    assert "interpolate" not in "".join(lines)
+
+
+def test_a_purifier_measured_in_one_domain_is_no_comparison():
+    assert not transfer_table.across(transfer_table.domains(RECORDS[:2]))[1]
+    assert "Trained on one" not in transfer_table.markdown(RECORDS[:2])
+
+
+def test_the_command_writes_table_and_picture(tmp_path, capsys):
+    (tmp_path / "results.jsonl").write_text("".join(json.dumps(each) + "\n" for each in RECORDS))
+    transfer_table.main([str(tmp_path)])
+    text = (tmp_path / "transfer.md").read_text()
+    assert text in capsys.readouterr().out and text.count("| adapted |") == 3
+    assert (tmp_path / "transfer.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("lines", [None, "", '{"schema": 1}\n'])
+def test_nothing_to_show_is_one_line(tmp_path, capsys, lines):
+    if lines is not None:
+        (tmp_path / "results.jsonl").write_text(lines)
+    with pytest.raises(SystemExit):
+        transfer_table.main([str(tmp_path)])
+    assert "error:" in capsys.readouterr().err and not (tmp_path / "transfer.md").exists()

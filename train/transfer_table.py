@@ -1,0 +1,165 @@
+"""Tables of what a purifier does on images that it was not trained on, from stored evaluation records.
+
+python train/transfer_table.py checkpoints/transfer     # reads results.jsonl, writes transfer.md and transfer.png
+
+One table a domain (dataset and classifier): every purifier and every way to take large images, with the accuracy,
+picture quality and time of each; and one table across domains, trained on A and used on B.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+from maep_hf.evaluation.results import Result, read_results, results
+from maep_hf.evaluation.tables import percent
+from maep_hf.records import write_text
+
+Domain = tuple[str, str]
+BARE = "none (undefended)"
+
+
+def domains(records: Sequence[Mapping[str, Any]]) -> dict[Domain, list[Result]]:
+    """The gray-box results with a purifier, by dataset and classifier."""
+    found: dict[Domain, list[Result]] = {}
+    for result in results(records):
+        if result.column == "gray-box":
+            found.setdefault((result.dataset, result.classifier), []).append(result)
+    return found
+
+
+def domain_table(rows: Sequence[Result]) -> list[str]:
+    """One line a purifier: accuracy with intervals, PSNR in dB against the clean image, and time an image."""
+    attacks = list(dict.fromkeys(result.attack for result in rows))
+    header = ["purifier", "clean", "PSNR clean"]
+    for attack in attacks:
+        header += [attack, "PSNR"]
+    header += ["ms an image", "times the classifier's"]
+    first = {result.attack: result for result in reversed(rows)}
+    bare = [BARE, percent(rows[0].record["accuracy"]["clean"]), ""]
+    for attack in attacks:
+        bare += [percent(first[attack].undefended), _db(first[attack].record["psnr_db"]["attacked"])]
+    lines = [header, ["---"] + ["---:"] * (len(header) - 1), [*bare, "", ""]]
+    for purifier in dict.fromkeys(result.purifier for result in rows):
+        by_attack = {result.attack: result.record for result in rows if result.purifier == purifier}
+        one = next(iter(by_attack.values()))
+        line = [purifier, percent(one["accuracy"]["purified_clean"]), _db(one["psnr_db"]["purified_clean"])]
+        for attack in attacks:
+            record = by_attack.get(attack)
+            line += ["–", "–"] if record is None else [
+                percent(record["accuracy"]["purified_attacked"]), _db(record["psnr_db"]["purified_attacked"])
+            ]  # fmt: skip
+        time = one["ms_per_image"]
+        lines.append([*line, f"{time['purify']:.1f}", f"{time['purify'] / time['classify']:.1f}"])
+    return [f"| {' | '.join(line)} |" for line in lines]
+
+
+def across(found: Mapping[Domain, Sequence[Result]]) -> tuple[list[str], dict[str, list[tuple[float, float] | None]]]:
+    """The attack that all of a domain's purifiers were measured under (its first), for those measured in several
+    domains: lines of the table, and for each purifier its (purified clean, robust) percentages by domain."""
+    everywhere: dict[str, dict[Domain, Mapping[str, Any]]] = {}
+    attacks = {domain: rows[0].attack for domain, rows in found.items()}
+    for domain, rows in found.items():
+        for result in rows:
+            purifier = result.record["protocol"]["purifier"]
+            if result.attack == attacks[domain] and not purifier["options"]:
+                everywhere.setdefault(purifier["name"], {})[domain] = result.record
+    kept = {name: by for name, by in everywhere.items() if len(by) > 1}
+    header = ["purifier"] + [
+        f"{dataset}; {classifier}; {attacks[dataset, classifier]}" for dataset, classifier in found
+    ]
+    lines = [header, ["---"] + ["---:"] * len(found)]
+    figures: dict[str, list[tuple[float, float] | None]] = {}
+    for name, by in kept.items():
+        line = [name]
+        figures[name] = []
+        for domain in found:
+            record = by.get(domain)
+            accuracy = None if record is None else record["accuracy"]
+            line.append(
+                "–" if accuracy is None
+                else f"{percent(accuracy['purified_clean'])} / {percent(accuracy['purified_attacked'])}"
+            )  # fmt: skip
+            figures[name].append(
+                None if accuracy is None
+                else (accuracy["purified_clean"]["percent"], accuracy["purified_attacked"]["percent"])
+            )  # fmt: skip
+        lines.append(line)
+    return [f"| {' | '.join(line)} |" for line in lines], figures
+
+
+def _db(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1f}"
+
+
+def markdown(records: Sequence[Mapping[str, Any]]) -> str:
+    """All tables.
+
+    Raises:
+        ValueError: no gray-box record with a purifier.
+    """
+    found = domains(records)
+    if not found:
+        raise ValueError("records: there are no gray-box ones with a purifier")
+    parts = ["Gray-box: the attacker differentiates the classifier alone. Accuracy in % (95 % Wilson interval)."]
+    for (dataset, classifier), rows in found.items():
+        n = rows[0].figure["n"]
+        parts += [f"**{dataset}; {classifier}; n = {n}**", "\n".join(domain_table(rows))]
+    lines, figures = across(found)
+    if figures:
+        parts += ["**Trained on one, used on another** (clean and purified / attacked and purified)", "\n".join(lines)]
+    return "\n\n".join(parts) + "\n"
+
+
+def picture(records: Sequence[Mapping[str, Any]], path: Path) -> bool:
+    """Bars of the table across domains; `False` where no purifier was measured in several."""
+    found = domains(records)
+    _, figures = across(found)
+    if not figures:
+        return False
+    figure, axes = plt.subplots(1, len(found), figsize=(4.2 * len(found), 1.2 + 0.7 * len(figures)), sharey=True)
+    for index, (axis, ((dataset, classifier), rows)) in enumerate(zip(axes, found.items(), strict=True)):
+        accuracy = rows[0].record["accuracy"]
+        bars = {BARE: (accuracy["clean"]["percent"], rows[0].undefended["percent"])}
+        bars |= {name: values[index] for name, values in figures.items()}
+        for place, values in enumerate(bars.values()):
+            if values is not None:
+                axis.barh(place - 0.2, values[0], 0.38, color="#8fb8de")
+                axis.barh(place + 0.2, values[1], 0.38, color="#1f5a96")
+                for offset, value in zip((-0.2, 0.2), values, strict=True):
+                    axis.text(value + 1, place + offset, f"{value:.1f}", va="center", fontsize=8)
+        axis.set(yticks=range(len(bars)), yticklabels=list(bars), xlim=(0, 112))
+        axis.set_title(f"{dataset.split(',')[0]}, {classifier}\n{rows[0].attack}", fontsize=9)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].invert_yaxis()
+    figure.supxlabel("accuracy in %: light, clean images; dark, attacked images (gray-box)", fontsize=9)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+    return True
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, help="holds results.jsonl; transfer.md and transfer.png go there")
+    folder = parser.parse_args(argv).folder
+    path = folder / "results.jsonl"
+    try:
+        records = read_results(path)
+        text = markdown(records)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    write_text(folder / "transfer.md", text)
+    picture(records, folder / "transfer.png")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
