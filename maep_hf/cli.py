@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from .cli_evaluation import attacks, evaluate, report
 from .cli_hub import card, push
+from .memory import keep_freed_memory
 
 if TYPE_CHECKING:
     import torch
@@ -67,6 +68,7 @@ def main(
     ] = False,
 ) -> None:
     """Defend image classifiers with a masked-autoencoder purifier: one forward pass per image."""
+    keep_freed_memory()
 
 
 @app.command()

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 from transformers import HfArgumentParser
 
+from ..memory import keep_freed_memory
 from .loop import NonFiniteLossError
 from .run_folder import RunFolderError
 
@@ -50,6 +51,7 @@ def parse_arguments(
 def run_script(main: Callable[[], Any]) -> None:
     """Run a script's `main` with its log on the screen; what a user can cause ends in one line and exit code 1."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    keep_freed_memory()
     try:
         main()
     except (ValueError, OSError, ImportError, NonFiniteLossError, RunFolderError) as error:
