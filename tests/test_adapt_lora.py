@@ -17,11 +17,11 @@ from running import assert_close_weights, assert_same_run, checkpoints, launch, 
 from safetensors.torch import load_file
 
 from maep_hf import MAEPModel
-from maep_hf.adaptation import load_adapter
+from maep_hf.adaptation import load_adapter, trainable_share
 from maep_hf.checkpoints import CheckpointError
 from maep_hf.data import DataError
 from maep_hf.training import DataArguments, LoopArguments, parse_arguments
-from maep_hf.training.stages import AttackArguments, LoraArguments
+from maep_hf.training.stages import AttackArguments, LoraArguments, load_trainable
 
 LARGE = 40  # pixels: 3 x 3 windows of the tiny purifier
 
@@ -147,6 +147,18 @@ def test_layers_are_chosen_on_the_command_line(options, tmp_path):
     assert config["lora_alpha"] == 7 and config["modules_to_save"] == ["local_branch.head"]
 
 
+def test_an_adapter_is_trained_further(whole_run, options, tmp_path, purifier_folder):
+    folder = run("adapt_lora", options(tmp_path / "run", adapter=whole_run / "adapter", lora_rank=1, seed=1))
+    before, after = (load_file(each / "adapter" / "adapter_model.safetensors") for each in (whole_run, folder))
+    assert before.keys() == after.keys()  # rank 2, as it was
+    assert all(before[name].shape == value.shape for name, value in after.items())
+    assert sum(not torch.equal(before[name], value) for name, value in after.items()) > len(after) / 2
+    first = [next(each for each in records(each) if "validation" in each)["validation"] for each in (whole_run, folder)]
+    last = [each for each in records(whole_run) if "validation" in each][-1]["validation"]
+    assert first[1]["psnr_clean"] == pytest.approx(last["psnr_clean"], abs=1e-4) != first[0]["psnr_clean"]
+    assert load_adapter(MAEPModel.from_pretrained(purifier_folder), folder / "adapter")
+
+
 def test_what_cannot_be_adapted_is_refused_before_anything_is_written(options, tmp_path, classifier_folder):
     tiny_purifier(trained=False).save_pretrained(tmp_path / "untrained")
     for changed, error, named in (
@@ -256,5 +268,6 @@ def test_every_recipe_parses(path):
     kinds = (script.AdaptArguments, LoraArguments, DataArguments, AttackArguments, script.UnlabelledArguments,
              LoopArguments)  # fmt: skip
     adapt, lora, data, _, purification, loop = parse_arguments(*kinds, argv=["--config", str(path)])
-    assert (ROOT / adapt.model).is_dir() and lora.lora_rank == 4 and data.image_size > 32
+    assert (ROOT / adapt.model).is_dir() and data.image_size > 32
+    assert trainable_share(lora.adapt(load_trainable(str(ROOT / adapt.model)), adapt.lora_scope)) < 0.05
     assert purification.attack_labels == "predicted" and purification.mask_ratio == 0 and loop.max_steps < 1000

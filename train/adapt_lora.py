@@ -11,6 +11,7 @@ from pathlib import Path
 
 from accelerate.utils import set_seed
 
+from maep_hf.adaptation import load_adapter
 from maep_hf.training import DataArguments, LoopArguments, as_groups, parse_arguments, run_script, train
 from maep_hf.training.purification import PurificationArguments
 from maep_hf.training.stages import AttackArguments, LoraArguments, load_trainable, purification_task
@@ -22,6 +23,10 @@ RECIPE = Path(__file__).parent / "configs" / "adapt_lora_imagenet.yaml"
 class AdaptArguments:
     model: str = field(
         default="checkpoints/maep-tiny-cifar10", metadata={"help": "trained purifier to adapt: folder or Hub id"}
+    )
+    adapter: str | None = field(
+        default=None,
+        metadata={"help": "adapter of it to go on training, folder or Hub id; its rank and targets stay"},
     )
     lora_scope: str = field(default="all", metadata={"help": "blocks that are adapted: all, or decoder"})
     pixel_loss: str | None = field(default=None, metadata={"help": "l1, l2 or charbonnier; the model's own by default"})
@@ -47,7 +52,10 @@ def main(argv: list[str] | None = None) -> Path:
     base = load_trainable(
         adapt.model, pixel_loss=adapt.pixel_loss, purification_loss_weight=adapt.purification_loss_weight
     )
-    model = lora.adapt(base, adapt.lora_scope)
+    if adapt.adapter:
+        model = load_adapter(base, adapt.adapter, trainable=True)
+    else:
+        model = lora.adapt(base, adapt.lora_scope)
     groups = as_groups(adapt=adapt, lora=lora, data=data, attack=attack, purification=purification, loop=loop)
     return train(purification_task(model, data, attack, purification), loop, groups)
 
