@@ -13,6 +13,7 @@ from PIL import Image
 from maep_hf.evaluation.fingerprint import fingerprint
 from maep_hf.hub import render_card, render_model_card, write_card
 from maep_hf.hub.names import dataset_id, hub_id, without_paths
+from maep_hf.hub.recipe import Recipe
 from maep_hf.hub.seal import edited, renewed, sealed
 
 THREATS = ("gray-box", "bpda", "white-box", "black-box", "transfer", "no attack")
@@ -135,6 +136,18 @@ def test_adapter_and_its_base(tmp_path):
     assert card.data.library_name == "peft" and "lora" in card.data.tags and "abc123" in card.text
     assert 'from_pretrained("someone/base")' in card.text and "rank 8, alpha 16, and the whole of `x.head`" in card.text
     assert re.search(r"\| white-box \|.*not measured", card.text)
+
+
+def test_the_runs_of_an_adapter_that_was_trained_further(tmp_path):
+    def adapted(number, **group):
+        loop = RUN["arguments"]["loop"] | {"output_dir": f"runs/adapt{number}"}
+        return RUN | {"arguments": {"adapt": {"model": "someone/base", **group}, "loop": loop}, "command": ["adapt.py"]}
+
+    (tmp_path / "run.json").write_text(json.dumps(adapted(2, adapter="runs/adapt1/adapter")))
+    (tmp_path / "adapt1_run.json").write_text(json.dumps(adapted(1, adapter=None)))
+    recipe = Recipe(tmp_path)
+    assert [stage.split()[0] for stage in recipe.stages] == ["`adapt1_run.json`", "`run.json`"]
+    assert recipe.base_model == "someone/base" and recipe.images == 600
 
 
 def test_classifier(classifier_folder, tmp_path):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import yaml
@@ -62,6 +62,14 @@ def _started_from(run: Mapping[str, Any]) -> str | None:
     return None
 
 
+def _went_on_from(run: Mapping[str, Any]) -> str | None:
+    """The output folder of the run before: of the adapter that was trained further, or else of the model."""
+    for group in run.get("arguments", {}).values():
+        if isinstance(group, Mapping) and isinstance(group.get("adapter"), str):
+            return str(PurePosixPath(group["adapter"]).parent)
+    return _started_from(run)
+
+
 def _chain(folder: Path, run: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
     """Records of this run and of those it went on from, the first stage first; they lie beside it as NAME_run.json."""
     if not run:
@@ -69,7 +77,7 @@ def _chain(folder: Path, run: Mapping[str, Any]) -> list[tuple[str, Mapping[str,
     earlier = {path.name: without_paths(read_json(path)) for path in sorted(folder.glob("*_run.json"))}
     made = {record.get("arguments", {}).get("loop", {}).get("output_dir"): name for name, record in earlier.items()}
     chain, current = [("run.json", run)], run
-    while (name := made.pop(_started_from(current), None)) is not None:
+    while (name := made.pop(_went_on_from(current), None)) is not None:
         current = earlier[name]
         chain.insert(0, (name, current))
     return chain
