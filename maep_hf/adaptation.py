@@ -140,6 +140,7 @@ def load_adapter(
     *,
     trainable: bool = False,
     allow_other_base: bool = False,
+    revision: str | None = None,
 ) -> PeftModel:
     """Put a saved adapter on its base; `PeftModel.from_pretrained`, but a wrong base is refused.
 
@@ -149,14 +150,16 @@ def load_adapter(
         name: what [`switch_adapter`] calls it; the adapter loaded last is the active one.
         trainable: go on training it.
         allow_other_base: accept a base of the same shape with other weights (one that was trained further).
+        revision: branch, tag or commit of the adapter's Hub repository.
 
     Raises:
         ValueError: no LoRA adapter, one for a purifier of another shape or with other weights, or a name that is taken.
     """
     source = os.fspath(source)
+    hub = {} if revision is None else {"revision": revision}
     try:
-        config = PeftConfig.from_pretrained(source)
-        weights = load_peft_weights(source, device="cpu")
+        config = PeftConfig.from_pretrained(source, **hub)
+        weights = load_peft_weights(source, device="cpu", **hub)
     except (ValueError, OSError, TypeError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"adapter {source}: neither a folder nor a Hub id with a PEFT adapter ({reason})") from error
@@ -171,7 +174,7 @@ def load_adapter(
             f"adapter {source}: this is not the base that it was trained on ({problem}); "
             f"its own is {config.base_model_name_or_path or 'not recorded'}"
         )
-    record = _read_base_record(source)
+    record = _read_base_record(source, revision)
     if record and not allow_other_base:
         found = describe_base(model)
         if found["dtype"] == record.get("dtype") and found["fingerprint"] != record.get("fingerprint"):
@@ -180,10 +183,10 @@ def load_adapter(
                 "than these (the same shapes); load that base, or pass allow_other_base=True if you mean it"
             )
     if isinstance(model, PeftModel):
-        model.load_adapter(source, adapter_name=name, is_trainable=trainable)
+        model.load_adapter(source, adapter_name=name, is_trainable=trainable, **hub)
         switch_adapter(model, name, trainable=trainable)
         return model
-    return PeftModel.from_pretrained(model, source, adapter_name=name, is_trainable=trainable)
+    return PeftModel.from_pretrained(model, source, adapter_name=name, is_trainable=trainable, **hub)
 
 
 def switch_adapter(model: MAEPModel | PeftModel, name: str | None, *, trainable: bool = False) -> None:
@@ -260,10 +263,11 @@ def _mismatch(config: LoraConfig, weights: Mapping[str, Tensor], base: Mapping[s
     return f"the adapter has nothing for {missing[0]}" if missing else None
 
 
-def _read_base_record(source: str) -> dict | None:
+def _read_base_record(source: str, revision: str | None) -> dict | None:
     path = cached_file(
         source,
         BASE_RECORD,
+        revision=revision,
         _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_gated_repo=False,
         _raise_exceptions_for_connection_errors=False,

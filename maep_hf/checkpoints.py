@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 PURIFIER = "maep-tiny-cifar10"
 CLASSIFIER = "resnet20-cifar10"
+ADAPTER_CONFIG = "adapter_config.json"
 
 
 class CheckpointError(ValueError):
@@ -47,21 +48,52 @@ def load_purifier(
     """Load a purifier in eval mode, its parameters without gradients.
 
     Args:
-        name_or_path: folder or Hub id; `None` is the released checkpoint `maep-tiny-cifar10`.
+        name_or_path: folder or Hub id, also of a LoRA adapter, which is merged into its base: the one that its
+            configuration names, by Hub id or by a path from here, from the adapter's folder, or of a released
+            checkpoint. `None` is the released checkpoint `maep-tiny-cifar10`.
         device: where its weights go.
         dtype: type of its weights; `None` keeps the stored one.
         revision: branch, tag or commit of a Hub repository.
 
     Raises:
         CheckpointError: no such model, or it is not a purifier.
+        ValueError: an adapter that does not say its base, or does not fit it.
     """
+    source = os.fspath(released_checkpoint(PURIFIER) if name_or_path is None else name_or_path)
+    if (Path(source) / ADAPTER_CONFIG).is_file():
+        return _load_adapted(source, revision).to(device=device, dtype=dtype)
+    try:
+        return _load_whole(source, dtype, revision).to(device)
+    except CheckpointError:
+        if Path(source).exists():
+            raise
+        try:  # a Hub repository may hold an adapter instead
+            return _load_adapted(source, revision).to(device=device, dtype=dtype)
+        except (ValueError, OSError):
+            pass
+        raise
+
+
+def _load_adapted(source: str, revision: str | None) -> MAEPModel:
+    from peft import PeftConfig
+
+    from .adaptation import load_adapter
+
+    base = PeftConfig.from_pretrained(source, **({"revision": revision} if revision else {})).base_model_name_or_path
+    if not base:
+        raise ValueError(f"purifier: the adapter in {source} does not say its base model (base_model_name_or_path)")
+    beside, released = Path(source) / base, Path(__file__).resolve().parent.parent / base
+    found = next((os.fspath(path) for path in (Path(base), beside, released) if path.is_dir()), base)
+    merged = load_adapter(_load_whole(found, None, None), source, revision=revision).merge_and_unload()
+    return merged.eval().requires_grad_(False)
+
+
+def _load_whole(source: str, dtype: torch.dtype | None, revision: str | None) -> MAEPModel:
     from .modeling_maep import MAEPModel
 
-    source = os.fspath(released_checkpoint(PURIFIER) if name_or_path is None else name_or_path)
     check_model(source, model_type="maep", kind="a purifier", revision=revision)
     options = {name: value for name, value in (("dtype", dtype), ("revision", revision)) if value is not None}
-    model = MAEPModel.from_pretrained(source, **options)
-    return model.to(device).eval().requires_grad_(False)
+    return MAEPModel.from_pretrained(source, **options).eval().requires_grad_(False)
 
 
 def check_model(

@@ -1,6 +1,7 @@
 """LoRA on a purifier: the right weights move, the rest stay bit for bit, and the saved adapter is the merged model."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from maep_hf.adaptation import (
     switch_adapter,
     trainable_share,
 )
-from maep_hf.checkpoints import CheckpointError
+from maep_hf.checkpoints import CheckpointError, load_purifier
 
 
 def adapted(model, **options):
@@ -222,6 +223,32 @@ def test_every_way_of_loading_gives_the_adapters_output(adapters, load):
     folder, pixels, outputs = adapters
     for name in ("one", "two"):
         assert_purifies_to(load(folder, [name]), pixels, outputs[name])
+
+
+def test_an_adapter_is_loaded_by_its_folder_alone(adapters, tmp_path, monkeypatch):
+    """Merged into the base that its configuration names: by a path from here, or from the adapter's folder."""
+    folder, pixels, outputs = adapters
+    for base, here in (("base", folder), ("../base", tmp_path), (str(folder / "base"), tmp_path)):
+        monkeypatch.chdir(here)
+        adapter = folder / f"named-{len(base)}"
+        shutil.copytree(folder / "one", adapter)
+        config = json.loads((adapter / "adapter_config.json").read_text()) | {"base_model_name_or_path": base}
+        (adapter / "adapter_config.json").write_text(json.dumps(config))
+        merged = load_purifier(adapter)
+        assert type(merged) is MAEPModel and not any(parameter.requires_grad for parameter in merged.parameters())
+        torch.testing.assert_close(merged.purify(pixels), outputs["one"], atol=1e-4, rtol=0)
+        assert load_purifier(adapter, dtype=torch.bfloat16).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("base", "message"), [(None, "does not say its base"), ("nowhere/at/all", "nowhere/at/all: no such folder")]
+)
+def test_an_adapter_without_its_base_is_refused(adapters, tmp_path, base, message):
+    shutil.copytree(adapters[0] / "one", tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": base}))
+    with pytest.raises(ValueError, match=message):
+        load_purifier(tmp_path / "adapter")
 
 
 def test_the_head_is_loaded_with_the_adapter(adapters):

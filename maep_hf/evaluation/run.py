@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 from ..attacks import Attack, attack_options, make_attack
-from ..checkpoints import CLASSIFIER, PURIFIER, CheckpointError, check_model, load_purifier
+from ..checkpoints import CLASSIFIER, PURIFIER, CheckpointError, load_purifier
 from ..classifier import PurifiedClassifier
 from ..classifier_sources import PYTHON, TIMM, call_named, load_frozen_classifier
 from ..data import load_image_dataset
@@ -191,22 +191,10 @@ def _load_purifier(name: str, args: EvaluationArguments, device: torch.device) -
         purifier: Any = make_defence(name.removeprefix(DEFENCE))
     elif name.startswith(PYTHON):
         purifier = python_purifier(name)
-    elif (Path(name) / "adapter_config.json").is_file():
-        purifier = _load_adapter(name)
     else:
         path = Path(name)
         released = path.parts == ("checkpoints", PURIFIER) and not path.is_dir()
-        try:
-            purifier = load_purifier(None if released else name)
-        except CheckpointError:
-            if path.exists():
-                raise
-            try:  # a Hub repository may hold an adapter instead
-                purifier = _load_adapter(name)
-            except (ValueError, OSError):
-                purifier = None
-            if purifier is None:
-                raise
+        purifier = load_purifier(None if released else name)
     if args.random_mask_ratio or args.draws > 1:
         try:
             purifier = RandomisedPurifier(purifier, mask_ratio=args.random_mask_ratio, draws=args.draws)
@@ -232,22 +220,6 @@ def python_purifier(name: str) -> Any:
             f"purifier {name!r}: its function returned {type(purifier).__name__}, which purifies nothing"
         )
     return purifier
-
-
-def _load_adapter(name: str) -> Any:
-    """A purifier with a LoRA adapter, merged; the base is the one that the adapter's configuration names, by Hub id or
-    by a path from here or from the adapter's folder."""
-    from peft import PeftConfig
-
-    from ..adaptation import load_adapter
-
-    base = PeftConfig.from_pretrained(name).base_model_name_or_path
-    if not base:
-        raise ValueError(f"purifier: the adapter in {name} does not say its base model (base_model_name_or_path)")
-    beside = Path(name) / base
-    base = str(beside) if beside.is_dir() and not Path(base).is_dir() else base
-    check_model(base, model_type="maep", kind="a purifier")
-    return load_adapter(load_purifier(base), name).merge_and_unload().requires_grad_(False)
 
 
 def make_attacks(args: EvaluationArguments) -> list[Attack]:
