@@ -8,12 +8,14 @@ import pytest
 import torch
 
 from maep_hf import MAEPModel, load_classifier
+from maep_hf.adaptation import load_adapter, trainable_share
 from maep_hf.checkpoints import CLASSIFIER, PURIFIER, load_purifier, released_checkpoint
 from maep_hf.demo import embedded_images
 from maep_hf.evaluation import benchmark
 from maep_hf.evaluation.fingerprint import fingerprint
 from maep_hf.evaluation.tables import markdown_table, read_results
-from maep_hf.hub import render_model_card
+from maep_hf.hub import render_card
+from train import transfer_table
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.checkpoint
@@ -52,7 +54,7 @@ def test_records_lie_beside_the_weights_and_name_no_machine():
 def test_card_and_readme_state_the_recorded_results():
     folder = released_checkpoint(PURIFIER)
     card, readme = (folder / "README.md").read_text(), (ROOT / "README.md").read_text()
-    assert card == str(render_model_card(folder, f"checkpoints/{PURIFIER}"))  # its code then runs from a clone
+    assert card == str(render_card(folder, f"checkpoints/{PURIFIER}"))  # its code then runs from a clone
     records = read_results(folder / "results.jsonl")
     weights = {record["protocol"]["purifier"]["fingerprint"] for record in records}
     assert weights == {fingerprint(load_purifier())}, "the records are of other weights"
@@ -61,6 +63,36 @@ def test_card_and_readme_state_the_recorded_results():
     table = [line for line in markdown_table(records).splitlines() if line.startswith("|")]
     missing = [line for line in table if line not in readme.splitlines()]
     assert not missing, "README.md: paste the tables of `maep report checkpoints/maep-tiny-cifar10`"
+
+
+@pytest.mark.parametrize("domain", ["imagenet", "tiny-imagenet"])
+def test_released_adapters_fit_the_released_purifier_and_say_what_was_measured(domain):
+    folder = ROOT / "checkpoints" / f"{PURIFIER}-lora-{domain}"
+    merged = load_purifier(folder)
+    assert trainable_share(load_adapter(load_purifier(), folder, trainable=True)) < 0.05
+    records = read_results(folder / "results.jsonl")
+    assert {record["protocol"]["purifier"]["fingerprint"] for record in records} == {fingerprint(merged)}
+    everything = read_results(ROOT / "checkpoints" / "transfer" / "results.jsonl")
+    assert all(record in everything for record in records) and len(records) >= 3
+    card = str(render_card(folder, f"checkpoints/{folder.name}", base_model=f"checkpoints/{PURIFIER}"))
+    assert (folder / "README.md").read_text() == card
+    for path in folder.glob("*run.json"):
+        run = json.loads(path.read_text())
+        assert not any("lite0" in name for name in run["arguments"]["purification"]["surrogates"])  # held out
+        assert not re.search(r'"/(work|root|home|tmp)/', path.read_text())
+
+
+def test_transfer_is_tabled_from_its_records():
+    folder = ROOT / "checkpoints" / "transfer"
+    records, readme = read_results(folder / "results.jsonl"), (ROOT / "README.md").read_text().splitlines()
+    text = transfer_table.markdown(records)
+    assert (folder / "transfer.md").read_text() == text, "python train/transfer_table.py checkpoints/transfer"
+    across = transfer_table.across(transfer_table.domains(records))[0]
+    assert all(line in readme for line in across), "README.md: paste the table across domains"
+    purifiers = {record["protocol"]["purifier"]["fingerprint"] for record in records
+                 if record["protocol"]["purifier"]["name"] == PURIFIER
+                 and "scale" not in record["protocol"]["purifier"]["options"]}  # fmt: skip
+    assert purifiers == {fingerprint(load_purifier())}
 
 
 def test_code_beside_the_weights_is_the_packages():
