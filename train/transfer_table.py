@@ -24,6 +24,7 @@ from maep_hf.records import write_text
 
 Domain = tuple[str, str]
 BARE = "none (undefended)"
+TAKEN = ("mode", "overlap", "scale")  # options of how images larger than a window are taken
 
 
 def domains(records: Sequence[Mapping[str, Any]]) -> dict[Domain, list[Result]]:
@@ -45,10 +46,10 @@ def domain_table(rows: Sequence[Result]) -> list[str]:
     first = {result.attack: result for result in reversed(rows)}
     bare = [BARE, percent(rows[0].record["accuracy"]["clean"]), ""]
     for attack in attacks:
-        bare += [percent(first[attack].undefended), _db(first[attack].record["psnr_db"]["attacked"])]
+        bare += [percent(first[attack].undefended), ""]
     lines = [header, ["---"] + ["---:"] * (len(header) - 1), [*bare, "", ""]]
-    for purifier in dict.fromkeys(result.purifier for result in rows):
-        by_attack = {result.attack: result.record for result in rows if result.purifier == purifier}
+    for purifier in dict.fromkeys(map(_label, rows)):
+        by_attack = {result.attack: result.record for result in rows if _label(result) == purifier}
         one = next(iter(by_attack.values()))
         line = [purifier, percent(one["accuracy"]["purified_clean"]), _db(one["psnr_db"]["purified_clean"])]
         for attack in attacks:
@@ -59,6 +60,14 @@ def domain_table(rows: Sequence[Result]) -> list[str]:
         time = one["ms_per_image"]
         lines.append([*line, f"{time['purify']:.1f}", f"{time['purify'] / time['classify']:.1f}"])
     return [f"| {' | '.join(line)} |" for line in lines]
+
+
+def _label(result: Result) -> str:
+    """The purifier and how it took the images, where that is not its default."""
+    purifier = result.record["protocol"]["purifier"]
+    return ", ".join(
+        [purifier["name"], *(f"{key} {purifier['options'][key]}" for key in TAKEN if key in purifier["options"])]
+    )
 
 
 def across(found: Mapping[Domain, Sequence[Result]]) -> tuple[list[str], dict[str, list[tuple[float, float] | None]]]:
@@ -110,8 +119,7 @@ def markdown(records: Sequence[Mapping[str, Any]]) -> str:
         raise ValueError("records: there are no gray-box ones with a purifier")
     parts = ["Gray-box: the attacker differentiates the classifier alone. Accuracy in % (95 % Wilson interval)."]
     for (dataset, classifier), rows in found.items():
-        n = rows[0].figure["n"]
-        parts += [f"**{dataset}; {classifier}; n = {n}**", "\n".join(domain_table(rows))]
+        parts += [f"**{dataset}; {classifier}**", "\n".join(domain_table(rows))]
     lines, figures = across(found)
     if figures:
         parts += ["**Trained on one, used on another** (clean and purified / attacked and purified)", "\n".join(lines)]
