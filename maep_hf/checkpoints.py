@@ -75,6 +75,7 @@ def load_purifier(
 
 
 def _load_adapted(source: str, revision: str | None) -> MAEPModel:
+    import torch
     from peft import PeftConfig
 
     from .adaptation import load_adapter
@@ -84,8 +85,13 @@ def _load_adapted(source: str, revision: str | None) -> MAEPModel:
         raise ValueError(f"purifier: the adapter in {source} does not say its base model (base_model_name_or_path)")
     beside, released = Path(source) / base, Path(__file__).resolve().parent.parent / base
     found = next((os.fspath(path) for path in (Path(base), beside, released) if path.is_dir()), base)
-    merged = load_adapter(_load_whole(found, None, None), source, revision=revision).merge_and_unload()
-    return merged.eval().requires_grad_(False)
+    adapted = load_adapter(_load_whole(found, None, None), source, revision=revision)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # several round the sums otherwise, and records know a purifier by its bits
+    try:
+        return adapted.merge_and_unload().eval().requires_grad_(False)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _load_whole(source: str, dtype: torch.dtype | None, revision: str | None) -> MAEPModel:
