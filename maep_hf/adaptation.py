@@ -42,8 +42,8 @@ def default_lora_config(
         alpha: its scale is `alpha / rank`; twice the rank by default.
         dropout: on the input of the update, in [0, 1).
         targets: names of linear or convolution layers in place of attention and MLP of every block: a layer's own name
-            (`q_proj`, all of them in the scope) or the end of its path (`decoder.embed`, `layers.0.mlp.fc1`). A head
-            that is named gets LoRA and is not trained whole.
+            (`q_proj`) or the end of its path (`decoder.embed`, `layers.0.mlp.fc1`); those outside the scope are passed
+            over. A head that is named gets LoRA and is not trained whole.
 
     Raises:
         ValueError: unknown scope, a rank below 1, a dropout out of range, or a target that is no layer.
@@ -74,21 +74,22 @@ def _find_targets(model: MAEPModel, scope: str, targets: Sequence[str]) -> list[
     if isinstance(targets, str):
         raise ValueError(f"targets={targets!r}: must be a list of names")
     layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
-    if scope == "decoder":
-        layers = [name for name in layers if not name.startswith("encoder.")]
     found: set[str] = set()
     for target in targets:
         matching = {name for name in layers if name == target or name.endswith(f".{target}")}
         if not matching:
             known = sorted({name.rpartition(".")[2] for name in layers})
             raise ValueError(
-                f"targets: no linear or convolution layer {target!r} in scope {scope!r}; there are {', '.join(known)}, "
-                f"by path from {layers[0]} to {layers[-1]}"
+                f"targets: no linear or convolution layer {target!r}; there are {', '.join(known)}, by path from "
+                f"{layers[0]} to {layers[-1]}"
             )
         found |= matching
     if not found:
         raise ValueError("targets: name at least one layer, or leave it out for the attention and MLP of every block")
-    return sorted(found)
+    inside = sorted(name for name in found if scope == "all" or not name.startswith("encoder."))
+    if not inside:
+        raise ValueError(f"targets: none of {', '.join(sorted(found))} is in scope {scope!r}")
+    return inside
 
 
 def add_lora(model: MAEPModel, config: LoraConfig) -> PeftModel:

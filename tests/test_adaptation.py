@@ -73,7 +73,7 @@ def test_scale_is_twice_the_rank_by_default():
         ({"targets": []}, "targets: name at least one"),
         ({"targets": "q_proj"}, "targets='q_proj': must be a list"),
         ({"targets": ["q_proj", "query"]}, "no linear or convolution layer 'query'.*fc1, fc2, head, k_proj, .*q_proj"),
-        ({"targets": ["projection"], "scope": "decoder"}, "'projection' in scope 'decoder'"),
+        ({"targets": ["projection"], "scope": "decoder"}, "none of encoder.projection is in scope 'decoder'"),
         ({"targets": ["layernorm"]}, "'layernorm'"),
         ({"targets": ["proj"]}, "'proj'"),
     ],
@@ -88,6 +88,7 @@ def test_bad_arguments_are_named(options, named):
     [
         (["q_proj", "v_proj"], "all", 4),
         (["q_proj", "v_proj"], "decoder", 2),
+        (["q_proj", "projection"], "decoder", 1),
         (["decoder.embed", "encoder.layers.0.mlp.fc1"], "all", 2),
         (["conv1"], "decoder", 1),
         (["local_branch.head", "fc1"], "all", 3),
