@@ -130,8 +130,18 @@ def save_adapter(model: PeftModel, folder: str | os.PathLike) -> None:
 def save_adapter_run(model: PeftModel, folder: Path) -> None:
     """Save the adapter in `folder/adapter` and the merged purifier in `folder`, which `from_pretrained` loads."""
     save_adapter(model, folder / ADAPTER_FOLDER)
-    merged: nn.Module = copy.deepcopy(model).merge_and_unload()
-    merged.save_pretrained(folder)
+    merge_adapter(copy.deepcopy(model)).save_pretrained(folder)
+
+
+def merge_adapter(model: PeftModel) -> MAEPModel:
+    """The purifier with its active adapter in its weights; `model` is used up. The same bits on any number of threads,
+    since records know a purifier by them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # several round the sums otherwise
+    try:
+        return model.merge_and_unload()
+    finally:
+        torch.set_num_threads(threads)
 
 
 def load_adapter(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -65,20 +66,16 @@ def load_purifier(
     try:
         return _load_whole(source, dtype, revision).to(device)
     except CheckpointError:
-        if Path(source).exists():
-            raise
-        try:  # a Hub repository may hold an adapter instead
-            return _load_adapted(source, revision).to(device=device, dtype=dtype)
-        except (ValueError, OSError):
-            pass
+        if not Path(source).exists():  # a Hub repository may hold an adapter instead
+            with suppress(ValueError, OSError):
+                return _load_adapted(source, revision).to(device=device, dtype=dtype)
         raise
 
 
 def _load_adapted(source: str, revision: str | None) -> MAEPModel:
-    import torch
     from peft import PeftConfig
 
-    from .adaptation import load_adapter
+    from .adaptation import load_adapter, merge_adapter
 
     base = PeftConfig.from_pretrained(source, **({"revision": revision} if revision else {})).base_model_name_or_path
     if not base:
@@ -86,12 +83,7 @@ def _load_adapted(source: str, revision: str | None) -> MAEPModel:
     beside, released = Path(source) / base, Path(__file__).resolve().parent.parent / base
     found = next((os.fspath(path) for path in (Path(base), beside, released) if path.is_dir()), base)
     adapted = load_adapter(_load_whole(found, None, None), source, revision=revision)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # several round the sums otherwise, and records know a purifier by its bits
-    try:
-        return adapted.merge_and_unload().eval().requires_grad_(False)
-    finally:
-        torch.set_num_threads(threads)
+    return merge_adapter(adapted).eval().requires_grad_(False)
 
 
 def _load_whole(source: str, dtype: torch.dtype | None, revision: str | None) -> MAEPModel:

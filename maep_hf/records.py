@@ -20,12 +20,17 @@ PACKAGES = ("maep-hf", "torch", "transformers", "accelerate", "datasets", "peft"
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON so that a reader sees the old file or the new one, never half of it."""
-    write_text(path, json.dumps(value, indent=2, sort_keys=False, default=str) + "\n")
+    # one name whoever writes: what an interrupted run left is then known, and replaced by the next
+    _replace(path, json.dumps(value, indent=2, sort_keys=False, default=str) + "\n", path.name + ".tmp")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text so that a reader sees the old file or the new one, never half of it."""
-    temporary = path.with_name(path.name + ".tmp")
+    """Write UTF-8 text so that a reader sees the old file or the new one, whichever of several processes wrote it."""
+    _replace(path, text, f"{path.name}.{os.getpid()}.tmp")
+
+
+def _replace(path: Path, text: str, temporary_name: str) -> None:
+    temporary = path.with_name(temporary_name)
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
 

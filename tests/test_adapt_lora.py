@@ -62,8 +62,9 @@ def test_the_base_stays_bit_for_bit(whole_run, purifier_folder):
     assert all(torch.equal(value, base[name]) for name, value in frozen.items())
     merged = load_file(whole_run / "model.safetensors")
     changed = {name for name, value in merged.items() if not torch.equal(value, base[name])}
-    assert {name.rpartition(".")[2] for name in changed} == {"weight", "bias"}  # the bias is the head's, trained whole
-    assert [name for name in changed if name.endswith("bias")] == ["local_branch.head.bias"]
+    adapted = json.loads((whole_run / "adapter" / "adapter_config.json").read_text())["target_modules"]
+    head = {"local_branch.head.weight", "local_branch.head.bias"}  # trained whole
+    assert changed == {f"{name}.weight" for name in adapted} | head
     assert {name.split(".")[0] for name in changed} == {"encoder", "decoder", "local_branch"}
 
 

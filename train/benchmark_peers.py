@@ -6,7 +6,6 @@ few evaluations are timed and multiplied. DISCO is the published network of `tra
 without the predictions that have weight zero. All networks run eagerly, in one precision.
 """
 
-import os
 import statistics
 import sys
 from collections.abc import Callable, Mapping
@@ -25,6 +24,7 @@ from torch import Tensor
 from maep_hf import MAEPConfig, MAEPModel
 from maep_hf.evaluation.run import python_purifier
 from maep_hf.imageio import save_image
+from maep_hf.records import write_text
 
 IMAGE_SIZE = 32
 EVALUATIONS = 100  # DiffPure, CIFAR-10: t* = 0.1 in steps of 0.001
@@ -259,7 +259,5 @@ def bar_chart(result: Mapping[str, Any], path: Path) -> Path:
 def write_beside(result: Mapping[str, Any], out: Path) -> list[Path]:
     """Write the table (`.md`) and the picture (`.png`) beside the JSON record `out`, each whole or not at all."""
     table = out.with_suffix(".md")
-    temporary = table.with_name(f"{table.name}.{os.getpid()}.tmp")
-    temporary.write_text(markdown(result), encoding="utf-8")
-    os.replace(temporary, table)
+    write_text(table, markdown(result))
     return [table, bar_chart(result, out.with_suffix(".png"))]

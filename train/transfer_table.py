@@ -13,17 +13,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
-
-from maep_hf.evaluation.results import Result, read_results, results
+from maep_hf.evaluation.results import NO_PURIFIER, Result, read_results, results
 from maep_hf.evaluation.tables import percent
+from maep_hf.imageio import save_image
 from maep_hf.records import write_text
 
 Domain = tuple[str, str]
-BARE = "none (undefended)"
 TAKEN = ("mode", "overlap", "scale")  # options of how images larger than a window are taken
 
 
@@ -44,7 +44,7 @@ def domain_table(rows: Sequence[Result]) -> list[str]:
         header += [attack, "PSNR"]
     header += ["ms an image", "times the classifier's"]
     first = {result.attack: result for result in reversed(rows)}
-    bare = [BARE, percent(rows[0].record["accuracy"]["clean"]), ""]
+    bare = [NO_PURIFIER, percent(rows[0].record["accuracy"]["clean"]), ""]
     for attack in attacks:
         bare += [percent(first[attack].undefended), ""]
     lines = [header, ["---"] + ["---:"] * (len(header) - 1), [*bare, "", ""]]
@@ -126,16 +126,18 @@ def markdown(records: Sequence[Mapping[str, Any]]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def picture(records: Sequence[Mapping[str, Any]], path: Path) -> bool:
-    """Bars of the table across domains; `False` where no purifier was measured in several."""
+def picture(records: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Bars of the table across domains; no picture where no purifier was measured in several."""
     found = domains(records)
     _, figures = across(found)
     if not figures:
-        return False
-    figure, axes = plt.subplots(1, len(found), figsize=(4.2 * len(found), 1.2 + 0.7 * len(figures)), sharey=True)
+        return
+    figure = Figure(figsize=(4.2 * len(found), 1.2 + 0.7 * len(figures)), dpi=130)
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.subplots(1, len(found), sharey=True)
     for index, (axis, ((dataset, classifier), rows)) in enumerate(zip(axes, found.items(), strict=True)):
         accuracy = rows[0].record["accuracy"]
-        bars = {BARE: (accuracy["clean"]["percent"], rows[0].undefended["percent"])}
+        bars = {NO_PURIFIER: (accuracy["clean"]["percent"], rows[0].undefended["percent"])}
         bars |= {name: values[index] for name, values in figures.items()}
         for place, values in enumerate(bars.values()):
             if values is not None:
@@ -149,9 +151,8 @@ def picture(records: Sequence[Mapping[str, Any]], path: Path) -> bool:
     axes[0].invert_yaxis()
     figure.supxlabel("accuracy in %: light, clean images; dark, attacked images (gray-box)", fontsize=9)
     figure.tight_layout()
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
-    return True
+    canvas.draw()
+    save_image(Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3]), path, "PNG")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
