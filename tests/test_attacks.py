@@ -30,7 +30,7 @@ def mixed_batch(count: int, mixture: AttackMixture | None = None) -> dict[str, t
 
 
 def test_mixture_stays_in_ball_and_leaves_clean_samples_alone(classifier):
-    batch = mixed_batch(64)
+    batch = mixed_batch(64, AttackMixture(num_surrogates=2, square=0.15, pgd_random_start=0.5))
     parameters = AttackParameters.from_batch(batch)
     x = torch.rand(64, 3, 8, 8, generator=torch.Generator().manual_seed(2))
     attacked = perturb([classifier, classifier], x, torch.zeros(64, dtype=torch.long), parameters)
@@ -100,6 +100,27 @@ def test_momentum_is_that_of_mi_fgsm(classifier, images):
     torch.testing.assert_close(perturb([classifier], images, LABELS, parameters), expected, atol=1e-6, rtol=0)
 
 
+def test_squares_are_stripes_and_squares_of_the_whole_radius(classifier):
+    batch = mixed_batch(32, AttackMixture(clean=0, fgsm=0, fgsm_rs=0, mi_fgsm=0, pgd=0, square=1, eps_min=8, eps_max=8))
+    images = torch.full((32, 3, 8, 8), 0.5)
+    attacked = perturb([classifier], images, torch.zeros(32, dtype=torch.long), AttackParameters.from_batch(batch))
+    change = (attacked - images) * 255 / 8
+    torch.testing.assert_close(change.abs(), torch.ones_like(change), atol=1e-5, rtol=0)
+    same_as_below = (change[:, :, 1:] - change[:, :, :-1]).abs() < 1
+    assert 0.6 < same_as_below.float().mean() < 0.999  # noise would give a half, stripes alone 1
+    stripes = same_as_below.flatten(1).all(dim=1)
+    assert stripes.any() and not stripes.all()
+
+
+def test_a_share_of_pgd_starts_at_the_clean_image():
+    only_pgd = {"clean": 0, "fgsm": 0, "fgsm_rs": 0, "mi_fgsm": 0, "pgd": 1}
+    at_random, mixed = (mixed_batch(64, AttackMixture(**only_pgd, pgd_random_start=share)) for share in (1.0, 0.5))
+    started = (mixed["attack_start"] != 0).flatten(1).any(dim=1)
+    assert 16 < started.sum() < 48 and (at_random["attack_start"] != 0).flatten(1).any(dim=1).all()
+    assert torch.equal(mixed["attack_start"][started], at_random["attack_start"][started])
+    assert torch.equal(mixed["attack_eps"], at_random["attack_eps"])
+
+
 def test_every_sample_is_attacked_on_its_own_surrogate(classifier, images):
     others = [classifier, lambda x: -classifier(x)]
     parameters = AttackParameters.from_batch(mixed_batch(6, AttackMixture(clean=0, num_surrogates=2)))
@@ -127,6 +148,7 @@ def test_missing_labels_are_the_classifiers_own(classifier, images):
         ({"eps_min": 9, "eps_max": 8}, "eps_min"),
         ({"eps_min": 0.01, "eps_max": 8 / 255}, "1/255"),
         ({"max_steps": 1}, "max_steps"),
+        ({"pgd_random_start": 1.5}, "pgd_random_start"),
         ({"num_surrogates": 0}, "num_surrogates"),
     ],
 )

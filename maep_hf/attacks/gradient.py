@@ -25,7 +25,7 @@ class AttackParameters:
     Args:
         eps: radius in pixel units ([0, 1], so 8/255 is 0.0314).
         step_size: step in pixel units.
-        steps: number of gradient steps; 0 leaves the sample clean.
+        steps: number of gradient steps; with 0 the start is the attacked image.
         momentum: decay of the accumulated gradient (MI-FGSM uses 1, the others 0).
         start: start point in units of eps, in [-1, 1], shape (B, C, H, W) (0 starts at the clean image).
         surrogate: index of the classifier that the sample is attacked on.
@@ -62,9 +62,8 @@ def perturb(
     eps, step_size, momentum = (
         value.to(x).view(-1, 1, 1, 1) for value in (parameters.eps, parameters.step_size, parameters.momentum)
     )
-    attacked = parameters.steps > 0
     lower, upper = (x - eps).clamp_(min=0), (x + eps).clamp_(max=1)
-    adversarial = torch.where(attacked.view(-1, 1, 1, 1), x + eps * parameters.start.to(x), x)
+    adversarial = x + eps * parameters.start.to(x)
     adversarial = torch.minimum(torch.maximum(adversarial, lower), upper)
     labels = _complete_labels(classifiers, x, labels, parameters.surrogate)
     direction = torch.zeros_like(x)

@@ -8,7 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-KINDS = ("clean", "fgsm", "fgsm_rs", "mi_fgsm", "pgd")
+from .patterns import stripes_and_squares
+
+KINDS = ("clean", "fgsm", "fgsm_rs", "mi_fgsm", "pgd", "square")
 
 
 @dataclass
@@ -18,6 +20,9 @@ class AttackMixture:
     Args:
         clean: share of samples left clean, so that clean accuracy is kept.
         fgsm, fgsm_rs, mi_fgsm, pgd: shares of the attacks (FGSM, FGSM with random start, momentum FGSM, PGD).
+        square: share of random stripes and squares, as the Square attack lays them, without its queries.
+        pgd_random_start: share of the PGD samples that start at a random point; the others start at the clean image
+            (BIM).
         eps_min, eps_max: radius drawn uniformly between, in units of 1/255 (DESIGN: up to 1.5x the nominal 8).
         max_steps: largest number of steps of MI-FGSM and PGD (drawn from 2 and 1).
         num_surrogates: classifiers that samples are spread over.
@@ -31,6 +36,8 @@ class AttackMixture:
     fgsm_rs: float = 0.15
     mi_fgsm: float = 0.15
     pgd: float = 0.35
+    square: float = 0.0
+    pgd_random_start: float = 1.0
     eps_min: float = 2.0
     eps_max: float = 12.0
     max_steps: int = 10
@@ -40,6 +47,8 @@ class AttackMixture:
         shares = self.shares
         if min(shares) < 0 or sum(shares) <= 0:
             raise ValueError(f"attack shares must be >= 0 and not all 0, got {dict(zip(KINDS, shares, strict=True))}")
+        if not 0 <= self.pgd_random_start <= 1:
+            raise ValueError(f"pgd_random_start={self.pgd_random_start}: a share of the PGD samples, from 0 to 1")
         if not 0 < self.eps_min <= self.eps_max:
             raise ValueError(
                 f"0 < eps_min <= eps_max is needed (units of 1/255), got {self.eps_min} and {self.eps_max}"
@@ -76,8 +85,12 @@ class AttackMixture:
         elif kind == "mi_fgsm":
             steps = max(2, steps)
             step_size, momentum, start = eps / steps, 1.0, np.zeros_like(start)
+        elif kind == "square":
+            steps, step_size, start = 0, 0.0, stripes_and_squares(rng, image_shape)
         else:  # steps x step size covers the ball at least once whatever was drawn
             step_size = eps * min(1.0, relative_step * 2 / steps)
+            if self.pgd_random_start < 1 and rng.random() >= self.pgd_random_start:
+                start = np.zeros_like(start)
         values = {"eps": eps, "step_size": step_size, "momentum": momentum}
         drawn = {f"attack_{key}": torch.tensor(value, dtype=torch.float32) for key, value in values.items()}
         drawn["attack_steps"] = torch.tensor(steps)

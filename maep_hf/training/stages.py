@@ -36,6 +36,8 @@ class AttackArguments:
     fgsm_rs: float = field(default=0.15, metadata={"help": "share attacked by FGSM with random start"})
     mi_fgsm: float = field(default=0.15, metadata={"help": "share attacked by momentum FGSM"})
     pgd: float = field(default=0.35, metadata={"help": "share attacked by PGD"})
+    square: float = field(default=0.0, metadata={"help": "share of random stripes and squares, as in the Square attack"})
+    pgd_random_start: float = field(default=1.0, metadata={"help": "share of PGD that starts at a random point"})
     eps_min: float = field(default=2.0, metadata={"help": "smallest radius, units of 1/255"})
     eps_max: float = field(default=12.0, metadata={"help": "largest radius, units of 1/255"})
     attack_steps: int = field(default=10, metadata={"help": "largest number of steps of the iterated attacks"})
@@ -52,6 +54,8 @@ class AttackArguments:
             fgsm_rs=self.fgsm_rs,
             mi_fgsm=self.mi_fgsm,
             pgd=self.pgd,
+            square=self.square,
+            pgd_random_start=self.pgd_random_start,
             eps_min=self.eps_min,
             eps_max=self.eps_max,
             max_steps=self.attack_steps,
