@@ -36,7 +36,7 @@ class AttackArguments:
     fgsm_rs: float = field(default=0.15, metadata={"help": "share attacked by FGSM with random start"})
     mi_fgsm: float = field(default=0.15, metadata={"help": "share attacked by momentum FGSM"})
     pgd: float = field(default=0.35, metadata={"help": "share attacked by PGD"})
-    square: float = field(default=0.0, metadata={"help": "share of random stripes and squares, as in the Square attack"})
+    square: float = field(default=0.0, metadata={"help": "share of stripes and squares, as in the Square attack"})
     pgd_random_start: float = field(default=1.0, metadata={"help": "share of PGD that starts at a random point"})
     eps_min: float = field(default=2.0, metadata={"help": "smallest radius, units of 1/255"})
     eps_max: float = field(default=12.0, metadata={"help": "largest radius, units of 1/255"})
