@@ -197,12 +197,12 @@ def test_a_bare_network_as_a_surrogate(task_of, classifier_folder, monkeypatch):
     task = task_of(surrogates=["bare", classifier_folder], guidance_weight=1)
     assert task.surrogates[0].num_labels is None and task.num_classes == [7, 3]
     batch = batch_of(task, 8)
-    assert batch["clean_logits"].shape == (8, 7) and set(batch["guidance_surrogate"].tolist()) == {0, 1}
+    assert batch["clean_values"].shape == (8, 7) and set(batch["guidance_surrogate"].tolist()) == {0, 1}
     assert task.loss(task.model, batch)["guidance_loss"] > 0
     for i in range(8):  # as wide for a batch that knows only one of the surrogates
         single = {key: value[i : i + 1] for key, value in batch.items()}
-        logits = task._surrogate_logits(single["pixel_values"], single["guidance_surrogate"])
-        torch.testing.assert_close(logits, batch["clean_logits"][i : i + 1])
+        logits = task._guide_values(single["pixel_values"], single["guidance_surrogate"])
+        torch.testing.assert_close(logits, batch["clean_values"][i : i + 1])
     with pytest.raises(ValueError, match="3 classes and a surrogate 7"):
         task_of(surrogates=["bare"], attack_labels="true")
 

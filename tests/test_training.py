@@ -25,12 +25,13 @@ from running import (
 )
 from safetensors import SafetensorError
 
-from maep_hf import MAEPConfig, MAEPImageProcessor, MAEPModel, load_classifier
+from maep_hf import MAEPConfig, MAEPImageProcessor, MAEPModel, PixelClassifier, load_classifier
 from maep_hf.data import DataError, load_image_dataset
 from maep_hf.training import DataArguments, LoopArguments, NonFiniteLossError, RunFolderError, train
 from maep_hf.training import loop as loop_module
 from maep_hf.training import purification as purification_module
 from maep_hf.training import stages as stages_module
+from maep_hf.training.guidance import Guide
 from maep_hf.training.purification import PurificationArguments
 from maep_hf.training.samples import collate
 from maep_hf.training.stages import AttackArguments, purification_task
@@ -458,6 +459,29 @@ def test_guidance_is_the_distance_to_the_clean_logits(task_of):
     torch.testing.assert_close(loss.detach(), expected)
 
 
+def test_guidance_by_features_is_the_distance_before_the_last_layer(task_of):
+    task = task_of(guidance_weight=1, guidance_by="features")
+    batch = batch_of(task)
+    loss = task.loss(task.model, batch)["guidance_loss"]
+    purified = task.model(batch["attacked"], mask_ratio=0.5, noise=batch["mask_noise"]).purified_pixel_values
+    surrogate = task.surrogates[0]
+    features = [
+        surrogate.classifier(surrogate.preprocessing(images), output_hidden_states=True).hidden_states[-1].mean((2, 3))
+        for images in (purified, batch["pixel_values"])
+    ]
+    torch.testing.assert_close(loss, (features[0] - features[1]).abs().mean())
+    loss.backward()
+    assert task.model.encoder.projection.weight.grad.abs().sum() > 0
+    assert not surrogate.classifier.classifier._forward_pre_hooks
+
+
+def test_features_need_a_linear_layer():
+    with pytest.raises(ValueError, match="guidance_by=features: a surrogate has no linear layer"):
+        Guide(PixelClassifier(torch.nn.Flatten()), 10, "features")
+    with pytest.raises(ValueError, match="guidance_by='middle'"):
+        PurificationArguments(guidance_by="middle")
+
+
 def test_surrogates_stay_as_they_are(task_of, classifier_folder, tmp_path, monkeypatch):
     # with batch normalisation, which CIFAR ResNets would have folded away
     monkeypatch.setattr(stages_module, "load_surrogates", lambda names: [load_classifier(name) for name in names])
@@ -477,12 +501,12 @@ def test_samples_are_spread_over_several_surrogates(task_of, classifier_folder, 
     batch = batch_of(task, 24)
     pairs = zip(batch["attack_surrogate"].tolist(), batch["guidance_surrogate"].tolist(), strict=True)
     assert set(pairs) == {(0, 0), (0, 1), (1, 0), (1, 1)}  # attacked on one, guided by either
-    assert batch["clean_logits"].shape == (24, 5)
+    assert batch["clean_values"].shape == (24, 5)
     for index, surrogate in enumerate(task.surrogates):
         rows = batch["guidance_surrogate"] == index
         logits = surrogate(batch["pixel_values"][rows])
-        torch.testing.assert_close(batch["clean_logits"][rows, : logits.shape[1]], logits)
-        assert not batch["clean_logits"][rows, logits.shape[1] :].any()
+        torch.testing.assert_close(batch["clean_values"][rows, : logits.shape[1]], logits)
+        assert not batch["clean_values"][rows, logits.shape[1] :].any()
     assert torch.isfinite(task.loss(task.model, batch)["loss"])
 
 

@@ -18,6 +18,7 @@ from ..data import DataError, ImageDataset
 from ..evaluation import psnr
 from ..figures import difference_image, image_grid
 from ..modeling_maep import MAEPOutput, MAEPWindows
+from .guidance import GUIDED_BY, Guide
 from .samples import Augmentation, Draw
 from .task import Task
 
@@ -36,7 +37,8 @@ class PurificationArguments:
     Args:
         surrogates: names or folders of the frozen classifiers that are attacked.
         mask_ratio: share of hidden patches (paper: 0.5 in pre-training, 0 in finetuning).
-        guidance_weight: weight of `|f(P(x_a)) - f(x)|_1` on the surrogate's logits (Liao et al. 2018); 0 turns it off.
+        guidance_weight: weight of `|f(P(x_a)) - f(x)|_1` of the surrogate (Liao et al. 2018); 0 turns it off.
+        guidance_by: `logits`, or `features`, those before the surrogate's last linear layer.
         attack_labels: `true` attacks away from the dataset's label, `predicted` from the surrogate's own prediction.
     """
 
@@ -45,7 +47,8 @@ class PurificationArguments:
         metadata={"help": "frozen classifiers that training images are attacked on: folders or Hub ids"},
     )
     mask_ratio: float = field(default=0.5, metadata={"help": "share of hidden patches"})
-    guidance_weight: float = field(default=0.0, metadata={"help": "weight of the surrogate's logit distance; 0 is off"})
+    guidance_weight: float = field(default=0.0, metadata={"help": "weight of the distance in the surrogate; 0 is off"})
+    guidance_by: str = field(default="logits", metadata={"help": "logits, or features: what the distance is between"})
     attack_labels: str = field(default="true", metadata={"help": "true or predicted"})
 
     def __post_init__(self) -> None:
@@ -53,6 +56,8 @@ class PurificationArguments:
             raise ValueError(f"mask_ratio={self.mask_ratio}: must be in [0, 1)")
         if self.guidance_weight < 0:
             raise ValueError(f"guidance_weight={self.guidance_weight}: must not be negative")
+        if self.guidance_by not in GUIDED_BY:
+            raise ValueError(f"guidance_by={self.guidance_by!r}: must be {' or '.join(GUIDED_BY)}")
         if self.attack_labels not in ("true", "predicted"):
             raise ValueError(f"attack_labels={self.attack_labels!r}: must be true or predicted")
 
@@ -122,6 +127,10 @@ class PurificationTask(Task):
         self.mixture, self.arguments = mixture, arguments
         self._validation: dict[str, Tensor] | None = None
         self.num_classes = [self._find_num_classes(surrogate) for surrogate in self.surrogates]
+        self.guides = [
+            Guide(surrogate, classes, arguments.guidance_by)
+            for surrogate, classes in zip(self.surrogates, self.num_classes, strict=True)
+        ]
         self._check_labels()
         self._check_size()
 
@@ -171,7 +180,7 @@ class PurificationTask(Task):
         return None if self.arguments.attack_labels == "predicted" else batch["labels"]
 
     def prepare(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Attack the batch, unless it comes with attacked images: adds `attacked` and, for guidance, `clean_logits`."""
+        """Attack the batch, unless it comes with attacked images: adds `attacked` and, for guidance, `clean_values`."""
         clean = batch["pixel_values"]
         if "adversarial_pixel_values" in batch:
             batch["attacked"] = batch["adversarial_pixel_values"]  # a stored dataset has its own share of clean pairs
@@ -180,21 +189,21 @@ class PurificationTask(Task):
             batch["attacked"] = perturb(self.surrogates, clean, self._labels(batch), parameters)
         if self.arguments.guidance_weight:
             with torch.no_grad():
-                batch["clean_logits"] = self._surrogate_logits(clean, batch["guidance_surrogate"])
+                batch["clean_values"] = self._guide_values(clean, batch["guidance_surrogate"])
         return batch
 
-    def _surrogate_logits(self, pixel_values: Tensor, surrogate: Tensor) -> Tensor:
-        """Each sample's logits on the surrogate drawn to guide it."""
-        if len(self.surrogates) == 1:
-            return self.surrogates[0](pixel_values).float()
-        classes = max(self.num_classes)
-        logits = pixel_values.new_zeros((len(pixel_values), classes), dtype=torch.float32)
-        for index, model in enumerate(self.surrogates):
+    def _guide_values(self, pixel_values: Tensor, surrogate: Tensor) -> Tensor:
+        """Each sample's logits (or features) in the surrogate drawn to guide it; the shorter ones end in zeros."""
+        if len(self.guides) == 1:
+            return self.guides[0](pixel_values)
+        width = max(guide.width for guide in self.guides)
+        found = pixel_values.new_zeros((len(pixel_values), width), dtype=torch.float32)
+        for index, guide in enumerate(self.guides):
             rows = (surrogate == index).nonzero().squeeze(1)
             if len(rows):
-                values = model(pixel_values[rows]).float()
-                logits = logits.index_put((rows,), F.pad(values, (0, classes - values.shape[1])))
-        return logits
+                values = guide(pixel_values[rows])
+                found = found.index_put((rows,), F.pad(values, (0, width - values.shape[1])))
+        return found
 
     def _windows(self, height: int, width: int, like: Tensor | None = None) -> MAEPWindows | None:
         """The windows over images that are not of the native size, as `purify` lays them."""
@@ -253,8 +262,8 @@ class PurificationTask(Task):
             "purification_loss": output.purification_loss,
         }
         if self.arguments.guidance_weight:
-            logits = self._surrogate_logits(output.purified_pixel_values, batch["guidance_surrogate"])
-            losses["guidance_loss"] = (logits - batch["clean_logits"]).abs().mean()
+            values = self._guide_values(output.purified_pixel_values, batch["guidance_surrogate"])
+            losses["guidance_loss"] = (values - batch["clean_values"]).abs().mean()
             losses["loss"] = losses["loss"] + self.arguments.guidance_weight * losses["guidance_loss"]
         return losses
 

@@ -1,0 +1,45 @@
+"""What the guidance of a purifier compares: a surrogate's logits, or the features before its last layer."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from ..classifier import PixelClassifier
+
+GUIDED_BY = ("logits", "features")
+
+
+class Guide:
+    """A frozen surrogate as the guidance sees it: [0, 1] pixels (B, 3, H, W) to (B, width), differentiable.
+
+    Liao et al. 2018 (high-level representation guided denoiser, section 3.2) compare logits (LGD) or the features
+    before them (FGD).
+
+    Args:
+        surrogate: the classifier.
+        num_classes: width of its logits.
+        by: `logits`, or `features`: the input of its last linear layer, averaged over tokens where it has any.
+
+    Raises:
+        ValueError: features are asked for and it has no linear layer.
+    """
+
+    def __init__(self, surrogate: PixelClassifier, num_classes: int, by: str = "logits"):
+        self.surrogate = surrogate
+        layers = [module for module in surrogate.modules() if isinstance(module, nn.Linear)] if by == "features" else []
+        if by == "features" and not layers:
+            raise ValueError("guidance_by=features: a surrogate has no linear layer to take them from; use logits")
+        self.layer = layers[-1] if layers else None
+        self.width = num_classes if self.layer is None else self.layer.in_features
+
+    def __call__(self, pixel_values: Tensor) -> Tensor:
+        if self.layer is None:
+            return self.surrogate(pixel_values).float()
+        seen: list[Tensor] = []
+        handle = self.layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+        try:
+            self.surrogate(pixel_values)
+        finally:
+            handle.remove()
+        features = seen[-1].float()
+        return features if features.ndim == 2 else features.flatten(1, -2).mean(dim=1)
