@@ -21,6 +21,7 @@ from .modeling_maep import MAEPModel
 SCOPES = ("decoder", "all")
 LINEAR_LAYERS = r"(q_proj|k_proj|v_proj|o_proj|fc1|fc2)"
 DEFAULT_RANK = 4
+EVERY_LAYER = "all"
 ADAPTER_FOLDER = "adapter"
 BASE_RECORD = "base_model.json"  # beside an adapter: which weights it was trained on
 
@@ -43,7 +44,7 @@ def default_lora_config(
         dropout: on the input of the update, in [0, 1).
         targets: names of linear or convolution layers in place of attention and MLP of every block: a layer's own name
             (`q_proj`) or the end of its path (`decoder.embed`, `layers.0.mlp.fc1`); those outside the scope are passed
-            over. A head that is named gets LoRA and is not trained whole.
+            over. A head that is named gets LoRA and is not trained whole. `all` stands for every layer but the head.
 
     Raises:
         ValueError: unknown scope, a rank below 1, a dropout out of range, or a target that is no layer.
@@ -59,7 +60,7 @@ def default_lora_config(
         parts = "decoder" if scope == "decoder" else "(encoder|decoder)"
         target_modules: str | list[str] = rf"{parts}\.layers\.\d+\..*{LINEAR_LAYERS}"
     else:
-        target_modules = _find_targets(model, scope, targets)
+        target_modules = _find_targets(model, scope, targets, head)
     return LoraConfig(
         r=rank,
         lora_alpha=2 * rank if alpha is None else alpha,
@@ -69,7 +70,7 @@ def default_lora_config(
     )
 
 
-def _find_targets(model: MAEPModel, scope: str, targets: Sequence[str]) -> list[str]:
+def _find_targets(model: MAEPModel, scope: str, targets: Sequence[str], head: str) -> list[str]:
     """Paths of the layers that are named."""
     if isinstance(targets, str):
         raise ValueError(f"targets={targets!r}: must be a list of names")
@@ -77,6 +78,8 @@ def _find_targets(model: MAEPModel, scope: str, targets: Sequence[str]) -> list[
     found: set[str] = set()
     for target in targets:
         matching = {name for name in layers if name == target or name.endswith(f".{target}")}
+        if target == EVERY_LAYER:
+            matching = set(layers) - {head}
         if not matching:
             known = sorted({name.rpartition(".")[2] for name in layers})
             raise ValueError(

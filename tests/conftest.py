@@ -120,7 +120,8 @@ def tiny_purifier(trained: bool = True, **overrides):
     torch.manual_seed(3)
     model = MAEPModel(MAEPConfig(**TINY | overrides))
     if trained:
-        torch.nn.init.normal_(model.local_branch.head.weight, std=0.02)
+        if model.local_branch is not None:
+            torch.nn.init.normal_(model.local_branch.head.weight, std=0.02)
         torch.nn.init.normal_(model.decoder.head.weight, std=0.02)
     return model
 

@@ -9,6 +9,7 @@ from conftest import ROOT, tiny_purifier
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from running import assert_same_run, checkpoints, run, words
 from safetensors.torch import load_file
+from torch import nn
 
 from maep_hf import MAEPModel
 from maep_hf.adaptation import (
@@ -81,6 +82,17 @@ def test_scale_is_twice_the_rank_by_default():
 def test_bad_arguments_are_named(options, named):
     with pytest.raises(ValueError, match=named):
         default_lora_config(tiny_purifier(), **options)
+
+
+@pytest.mark.parametrize("local", [1, 0])
+def test_all_targets_every_layer_but_the_head_which_is_trained_whole(local):
+    model = adapted(tiny_purifier(local_branch_layers=local), targets=["all"], rank=1)
+    found = {name.removesuffix(".lora_A.default.weight") for name, _ in model.named_parameters() if ".lora_A" in name}
+    base = tiny_purifier(local_branch_layers=local)
+    layers = {f"base_model.model.{n}" for n, m in base.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
+    head = f"base_model.model.{'local_branch' if local else 'decoder'}.head"
+    assert found == layers - {head}
+    assert any(name.startswith(f"{head}.modules_to_save") for name, _ in model.named_parameters())
 
 
 @pytest.mark.parametrize(

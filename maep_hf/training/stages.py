@@ -104,7 +104,7 @@ class LoraArguments:
     lora_dropout: float = field(default=0.0, metadata={"help": "dropout on the input of the update"})
     lora_targets: list[str] | None = field(
         default=None,
-        metadata={"help": "names of the layers that are adapted; attention and MLP of every block by default"},
+        metadata={"help": "names of the layers that are adapted, or all; attention and MLP of every block by default"},
     )
 
     def adapt(self, model: MAEPModel, scope: str) -> PeftModel:
