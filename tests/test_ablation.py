@@ -7,6 +7,7 @@ from dataclasses import fields
 import pytest
 import yaml
 from conftest import ROOT, load_script
+from PIL import Image
 from running import Interrupted, _raise, reset_accelerate, stop_at, words
 from safetensors.torch import load_file
 
@@ -74,6 +75,14 @@ def test_two_rows_are_trained_measured_and_tabulated(start, capsys):
     recipe = start.folder / "guidance-0-seed0.yaml"  # one command repeats a stage
     assert yaml.safe_load(recipe.read_text())["guidance_weight"] == 0.0 and "finetune.py --config" in recipe.read_text()
 
+    picture = Image.open(start.folder / "table.png")
+    assert min(picture.size) > 200 and len(picture.convert("L").getcolors()) > 20
+    for name in ("table.md", "table.jsonl", "table.png"):
+        (start.folder / name).unlink()
+    assert start(tabulate=True, rows="all") == [first, second]
+    assert (start.folder / "table.md").read_text() == text
+    assert Image.open(start.folder / "table.png").tobytes() == picture.tobytes()
+
     capsys.readouterr()
     changed = {path: path.stat().st_mtime_ns for path in start.folder.rglob("*.safetensors")}
     assert start() == [first, second]
@@ -110,6 +119,11 @@ def test_a_row_that_fails_is_told_and_tried_again(start):
     table = start(rows="broken,reference")
     assert [row["row"] for row in table] == ["reference", "broken"]
     assert "Not measured" not in (start.folder / "table.md").read_text()
+
+
+def test_no_table_without_records(start):
+    with pytest.raises(ValueError, match="output_dir: there are no records"):
+        start(tabulate=True)
 
 
 def test_one_table_has_one_budget(start):

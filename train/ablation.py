@@ -4,7 +4,8 @@ python train/ablation.py --rows all --seeds 0 --dataset data/cifar10 --classifie
 python train/ablation.py --rows reference,mask-0 --seeds 0,1 --max_steps 1000
 
 Rows stand in train/configs/ablation.yaml. The same command goes on where it was stopped, within a row too; two of them
-at once share the rows between them. `runs/ablation/table.md` is rewritten after every row.
+at once share the rows between them. `table.md` and `table.png` in the output folder are rewritten after every row, and
+from its records alone by `--tabulate true`.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from ablation_chart import write_chart
 from ablation_rows import SCRIPTS, Ablation, Recipe, Row, argument_types
 from ablation_table import write_table
 from accelerate.state import AcceleratorState, GradientState
@@ -64,6 +66,7 @@ class AblationArguments:
     cpu_threads: int = field(default=0, metadata={"help": "threads on a CPU; 0 takes all cores"})
     device: str = field(default="auto", metadata={"help": "where rows are measured: auto, cpu, cuda, ..."})
     list_rows: bool = field(default=False, metadata={"help": "only list the rows and what they change"})
+    tabulate: bool = field(default=False, metadata={"help": "only write table and picture anew, from the records"})
 
     def __post_init__(self) -> None:
         for name in ("max_steps", "images", "batch_size"):
@@ -310,6 +313,13 @@ def described(recipes: list[Recipe]) -> list[dict[str, Any]]:
     return plain([{"script": recipe.script} | recipe.values | {"cpu_threads": None} for recipe in recipes])
 
 
+def write_results(folder: Path, records: list[dict[str, Any]], order: list[str]) -> list[dict[str, Any]]:
+    """Write the table and its picture in `folder`; returns the table's rows."""
+    rows = write_table(folder, records, order)
+    write_chart(folder / "table.png", rows)
+    return rows
+
+
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     (args,) = parse_arguments(AblationArguments, argv=argv)
     console, out = Console(), Path(args.output_dir)
@@ -318,6 +328,10 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         for row in ablation.rows.values():
             console.print(f"{row.name}: {row.group}: {row.change}", highlight=False)
         return []
+    if args.tabulate:
+        if not (records := read_jsonl(out / RECORDS)):
+            raise ValueError(f"output_dir: there are no records in {out / RECORDS}")
+        return write_results(out, records, list(ablation.rows))
     rows = chosen_rows(ablation, args, console)
     plan = {}
     for seed in args.seed_list:  # a whole seed first, so that there is a whole table early
@@ -337,7 +351,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
 
     def tabulate() -> list[dict[str, Any]]:
         records = [known for known in read_jsonl(out / RECORDS) if known.get("evaluation", evaluation) == evaluation]
-        return write_table(out, records, list(ablation.rows))
+        return write_results(out, records, list(ablation.rows))
 
     for number, ((name, seed), (row, recipes)) in enumerate(plan.items(), 1):
         console.rule(f"{number} of {len(plan)}: {name}, seed {seed}")
