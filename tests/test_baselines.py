@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+import yaml
 from conftest import ROOT, SIZE
 from running import Interrupted, _raise, assert_same_run, losses, records, reset_accelerate, stop_at, words
 from test_evaluate_command import invoke
@@ -248,6 +249,18 @@ def test_the_recipe_is_read(monkeypatch):
     assert seen["loop"]["max_steps"] * seen["loop"]["per_device_train_batch_size"] == 462_080
     assert seen["disco"] == {"encoder_channels": 64, "encoder_blocks": 16, "local_ensemble": True, "patch_size": 4}
     assert seen["purification"]["guidance_weight"] == 0 and seen["data"]["dataset"] == "embedded:cifar10"
+
+
+def test_its_recipe_of_the_ablation_sees_the_ablations_pairs(monkeypatch):
+    seen = {}
+    monkeypatch.setattr(train_disco, "train", lambda task, loop, groups: seen.update(groups))
+    recipe = ROOT / "train" / "configs" / "disco_ablation.yaml"
+    start(["--config", str(recipe), "--dataset", "embedded:cifar10"])
+    common = yaml.safe_load((recipe.parent / "ablation.yaml").read_text())["both"]
+    found = seen["loop"] | seen["attack"] | seen["purification"] | seen["data"]
+    shared = set(common) - {"learning_rate"}  # its own, as published
+    assert {name: found[name] for name in shared} == {name: common[name] for name in shared}
+    assert found["mask_ratio"] == 0 and found["guidance_weight"] == 0 and not seen["disco"]["local_ensemble"]
 
 
 def test_evaluated_by_the_command(tmp_path, monkeypatch):
