@@ -109,6 +109,15 @@ def test_an_interrupted_row_goes_on_and_ends_as_if_it_had_not_been(start):
     assert all(one[key].equal(other[key]) for key in one)
 
 
+def test_a_row_of_one_stage_is_trained_in_its_own_folder(start):
+    start.table["rows"]["whole"] = {"group": "stages", "change": "no stage 2", "stage_1_share": 1}
+    (line,) = start(rows="whole")
+    (record,) = read_jsonl(start.folder / "rows.jsonl")
+    assert [stage["script"] for stage in record["training"]] == ["pretrain"] and record["images"] == 4
+    assert line["row"] == "whole" and (start.folder / "whole-seed0" / "model.safetensors").is_file()
+    assert not (start.folder / "stage1").exists()
+
+
 def test_a_row_that_fails_is_told_and_tried_again(start):
     with pytest.raises(ValueError, match="1 of 2 failed: broken-seed0"):
         start(rows="broken,reference")

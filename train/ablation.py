@@ -149,7 +149,9 @@ class Judge:
 def locked(path: Path, timeout: float = -1) -> Iterator[None]:
     """Nobody else on this machine holds `path` meanwhile; `Timeout` after `timeout` seconds, never for -1."""
     name = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]
-    with FileLock(Path(tempfile.gettempdir()) / f"maep-{name}.lock", timeout=timeout):
+    # a singleton, since a row of one stage is trained in the folder that the row itself holds
+    lock = FileLock(Path(tempfile.gettempdir()) / f"maep-{name}.lock", is_singleton=True)
+    with lock.acquire(timeout=timeout):
         yield
 
 
