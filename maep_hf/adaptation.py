@@ -84,7 +84,7 @@ def _find_targets(model: MAEPModel, scope: str, targets: Sequence[str], head: st
             known = sorted({name.rpartition(".")[2] for name in layers})
             raise ValueError(
                 f"targets: no linear or convolution layer {target!r}; there are {', '.join(known)}, by path from "
-                f"{layers[0]} to {layers[-1]}"
+                f"{layers[0]} to {layers[-1]}, and {EVERY_LAYER} for every layer but the head"
             )
         found |= matching
     if not found:

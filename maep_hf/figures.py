@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +25,25 @@ _CAPTION, _TITLE_LINE = 17, 21
 _LABEL_LINE, _LABEL_CHARACTER = 17, 7.6
 
 Caption = str | tuple[str, str]
+
+
+def new_figure(width: float, height: float, dpi: int = _DPI, **options: Any) -> Figure:
+    """A white figure of `width` x `height` inches that [`save_figure`] can write. No pyplot: it keeps global state and
+    picks a window system."""
+    figure = Figure(figsize=(width, height), dpi=dpi, facecolor="white", **options)
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def save_figure(figure: Figure, path: str | os.PathLike) -> Path:
+    """Write the figure as a PNG, whole or not at all; returns the path.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    figure.canvas.draw()
+    save_image(Image.fromarray(np.asarray(figure.canvas.buffer_rgba())[..., :3]), path, "PNG")
+    return Path(path)
 
 
 def difference_image(image: Tensor, reference: Tensor, factor: float = 8.0) -> Tensor:
@@ -83,9 +103,7 @@ def image_grid(
     total_w = max(total_w, round(8.2 * max(map(len, title.split("\n")))) + 2 * _MARGIN)
     total_h = title_h + sum(row_h.values()) + _GAP * (len(rows) - 1) + _MARGIN
 
-    # No pyplot: it keeps global state and picks a window system. figimage puts pixels down one to one.
-    figure = Figure(figsize=(total_w / _DPI, total_h / _DPI), dpi=_DPI, facecolor="white")
-    canvas = FigureCanvasAgg(figure)
+    figure = new_figure(total_w / _DPI, total_h / _DPI)  # figimage puts pixels down one to one
 
     def write(x: float, y: float, text: str, size: float, color: str = NEUTRAL, **options) -> None:
         figure.text(x / total_w, 1 - y / total_h, text, fontsize=size * 72 / _DPI, color=color, **options)
@@ -104,9 +122,7 @@ def image_grid(
                 text = _fit(text, cell_w + _GAP)
                 write(left + cell_w / 2, top + cell_h + 2, text, 11, color, ha="center", va="top")
         top += row_h[name] + _GAP
-    canvas.draw()
-    save_image(Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3]), path, "PNG")
-    return Path(path)
+    return save_figure(figure, path)
 
 
 def _check(rows: Mapping[str, Tensor], captions: Mapping[str, Sequence[Caption]], magnify: int | None) -> tuple:

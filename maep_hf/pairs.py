@@ -100,8 +100,8 @@ def make_pairs(args: PairsArguments, attack: AttackArguments) -> Path:
 
     The folder holds `data/train-00000-of-000NN.parquet` with the columns `image` and `adversarial_image` (PNG, equal
     size), `label` (where the dataset has one), `eps` (units of 1/255, the radius in effect; 0 for clean), `attack` (one
-    of [`maep_hf.attacks.KINDS`]), `surrogate` (the classifier attacked; null for clean) and `index` (row of the source
-    dataset), and the record `make_pairs.json`. `datasets.load_dataset(folder)` reads it, and so does training
+    of [`maep_hf.attacks.KINDS`]), `surrogate` (the classifier attacked; null where none was) and `index` (row of the
+    source dataset), and the record `make_pairs.json`. `datasets.load_dataset(folder)` reads it, and so does training
     (`--dataset FOLDER`, with `--validation_dataset` for held-out images). Until all is done, the files lie in
     a hidden folder.
 
@@ -248,13 +248,13 @@ class _Attacker:
         eps = (parameters.eps.cpu().double() * 255).round(decimals=5)
         for i, pixels in enumerate(quantise(adversarial, clean, eps)):
             kind = KINDS[int(samples[i]["attack_kind"])]
-            attacked = kind != "clean"
+            by_gradient = int(samples[i]["attack_steps"]) > 0
             row = {
                 "image": _png(clean[i]),
                 "adversarial_image": _png(pixels),
-                "eps": eps[i].item() if attacked else 0.0,
+                "eps": 0.0 if kind == "clean" else eps[i].item(),
                 "attack": kind,
-                "surrogate": self.args.surrogates[int(samples[i]["attack_surrogate"])] if attacked else None,
+                "surrogate": self.args.surrogates[int(samples[i]["attack_surrogate"])] if by_gradient else None,
                 "index": samples[i]["index"],
             }
             yield row | ({"label": samples[i]["labels"]} if self.dataset.label_column else {})

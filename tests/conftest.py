@@ -90,7 +90,7 @@ def image_folder(tmp_path_factory) -> Path:
     return folder
 
 
-def save_classifier(folder: Path, classes: int = 3, seed: int = 0) -> Path:
+def save_classifier(folder: Path, classes: int = 3, seed: int = 0, width: int = 4) -> Path:
     """An untrained CIFAR ResNet-8 with its image processor."""
     from transformers import ViTImageProcessor
 
@@ -98,7 +98,7 @@ def save_classifier(folder: Path, classes: int = 3, seed: int = 0) -> Path:
 
     torch.manual_seed(seed)
     names = {i: f"class{i}" for i in range(classes)}
-    config = CifarResNetConfig(depth=8, width=4, id2label=names, label2id={v: k for k, v in names.items()})
+    config = CifarResNetConfig(depth=8, width=width, id2label=names, label2id={v: k for k, v in names.items()})
     model = CifarResNetForImageClassification(config)
     for module in model.modules():  # untrained statistics would not show whether they are left alone
         if isinstance(module, torch.nn.BatchNorm2d):

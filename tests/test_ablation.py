@@ -18,6 +18,7 @@ from maep_hf.training.stages import ModelArguments
 sys.path.append(str(ROOT / "train"))  # as for a script that is started there, but train/evaluate.py hides no library
 ablation = load_script("ablation")
 rows_module, table_module = sys.modules["ablation_rows"], sys.modules["ablation_table"]
+chart_module = sys.modules["ablation_chart"]
 CONSOLE = ablation.Console(quiet=True)
 MODEL = {"size": "tiny", "patch_size": 8, "local_branch_layers": 1}
 CLASSIFIER = "checkpoints/resnet20-cifar10"
@@ -77,6 +78,10 @@ def test_two_rows_are_trained_measured_and_tabulated(start, capsys):
 
     picture = Image.open(start.folder / "table.png")
     assert min(picture.size) > 200 and len(picture.convert("L").getcolors()) > 20
+    chart_module.write_chart(start.folder / "other.png", [first | {"clean": table_module.spread([3.0])}, second])
+    assert Image.open(start.folder / "other.png").tobytes() != picture.tobytes()
+    chart_module.write_chart(start.folder / "other.png", [])
+    assert not (start.folder / "other.png").exists()
     for name in ("table.md", "table.jsonl", "table.png"):
         (start.folder / name).unlink()
     assert start(tabulate=True, rows="all") == [first, second]
@@ -128,6 +133,14 @@ def test_a_row_that_fails_is_told_and_tried_again(start):
     table = start(rows="broken,reference")
     assert [row["row"] for row in table] == ["reference", "broken"]
     assert "Not measured" not in (start.folder / "table.md").read_text()
+
+
+def test_a_table_has_one_protocol(start):
+    start()
+    (again,) = start(rows="reference", attacks="fgsm")
+    assert list(again["attacks"]) == ["fgsm"]
+    (line,) = start(tabulate=True, rows="all")
+    assert line == again and "guidance-0" not in (start.folder / "table.md").read_text()
 
 
 def test_no_table_without_records(start):

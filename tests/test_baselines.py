@@ -3,6 +3,7 @@
 import importlib
 import json
 import sys
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -15,7 +16,9 @@ from torch import nn
 
 from maep_hf.attacks import AttackMixture
 from maep_hf.records import read_jsonl
+from maep_hf.training import DataArguments
 from maep_hf.training.purification import PairDraw
+from maep_hf.training.stages import AttackArguments
 
 sys.path.insert(0, str(ROOT))  # as from the repository's root
 disco = importlib.import_module("train.baselines.disco")
@@ -260,6 +263,10 @@ def test_its_recipe_of_the_ablation_sees_the_ablations_pairs(monkeypatch):
     found = seen["loop"] | seen["attack"] | seen["purification"] | seen["data"]
     shared = set(common) - {"learning_rate"}  # its own, as published
     assert {name: found[name] for name in shared} == {name: common[name] for name in shared}
+    assert seen["attack"] == asdict(AttackArguments(attack_steps=common["attack_steps"]))
+    usual = DataArguments(dataset="embedded:cifar10", validation_images=common["validation_images"])
+    assert seen["data"] == asdict(usual)
+    assert found["seed"] == 0 and found["max_steps"] == 200
     assert found["mask_ratio"] == 0 and found["guidance_weight"] == 0 and not seen["disco"]["local_ensemble"]
 
 

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.filterwarnings("error")  # matplotlib warns where a lay
 def build(monkeypatch):
     """Make a chart and hand back its figure undrawn, which saves most of the time."""
     figures = []
-    monkeypatch.setattr(charts, "_save", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr(charts, "save_figure", lambda figure, path: figures.append(figure))
     return lambda function, records: function(records, "not written") or figures[-1]
 
 
@@ -29,8 +29,8 @@ def build(monkeypatch):
 def draw(tmp_path, monkeypatch):
     """Draw a chart and hand back its figure, after its file has been looked at."""
     figures = []
-    save = charts._save
-    monkeypatch.setattr(charts, "_save", lambda figure, path: figures.append(figure) or save(figure, path))
+    save = charts.save_figure
+    monkeypatch.setattr(charts, "save_figure", lambda figure, path: figures.append(figure) or save(figure, path))
 
     def call(function, records):
         path = function(records, tmp_path / "new" / "chart.png")

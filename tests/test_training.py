@@ -475,9 +475,38 @@ def test_guidance_by_features_is_the_distance_before_the_last_layer(task_of):
     assert not surrogate.classifier.classifier._forward_pre_hooks
 
 
+class Unused(torch.nn.Module):
+    """Logits without a linear layer, and one that is never run."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.linear = torch.nn.Conv2d(3, 4, 1), torch.nn.Linear(4, 4)
+
+    def forward(self, pixel_values):
+        return self.conv(pixel_values).mean((2, 3))
+
+
+def test_features_of_several_surrogates_are_of_one_width(task_of, classifier_folder, tmp_path):
+    surrogates = [classifier_folder, save_classifier(tmp_path / "wide", width=8)]
+    with pytest.raises(ValueError, match="guidance_by=features: the surrogates have 16 and 32 features"):
+        task_of(surrogates=surrogates, guidance_weight=1, guidance_by="features")
+
+
+def test_features_of_tokens_are_averaged():
+    tokens = torch.nn.Sequential(torch.nn.Flatten(2), torch.nn.Linear(16, 5))
+    head = torch.nn.Sequential(tokens, torch.nn.Linear(5, 2), torch.nn.Flatten())
+    pixels = torch.rand(2, 3, 4, 4)
+    expected = tokens(pixels).mean(dim=1)
+    torch.testing.assert_close(Guide(PixelClassifier(head), 6, "features")(pixels), expected)
+
+
 def test_features_need_a_linear_layer():
-    with pytest.raises(ValueError, match="guidance_by=features: a surrogate has no linear layer"):
+    with pytest.raises(ValueError, match="guidance_by=features: Flatten has no linear layer"):
         Guide(PixelClassifier(torch.nn.Flatten()), 10, "features")
+    unused = PixelClassifier(Unused())
+    with pytest.raises(ValueError, match="last linear layer of Unused does not see its features"):
+        Guide(unused, 4, "features")(torch.rand(2, 3, 4, 4))
+    assert Guide(unused, 4)(torch.rand(2, 3, 4, 4)).shape == (2, 4)
     with pytest.raises(ValueError, match="guidance_by='middle'"):
         PurificationArguments(guidance_by="middle")
 

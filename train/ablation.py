@@ -16,7 +16,7 @@ import json
 import logging
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -149,9 +149,7 @@ class Judge:
 def locked(path: Path, timeout: float = -1) -> Iterator[None]:
     """Nobody else on this machine holds `path` meanwhile; `Timeout` after `timeout` seconds, never for -1."""
     name = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]
-    # a singleton, since a row of one stage is trained in the folder that the row itself holds
-    lock = FileLock(Path(tempfile.gettempdir()) / f"maep-{name}.lock", is_singleton=True)
-    with lock.acquire(timeout=timeout):
+    with FileLock(Path(tempfile.gettempdir()) / f"maep-{name}.lock", timeout=timeout):
         yield
 
 
@@ -188,7 +186,7 @@ def train_row(row: Row, recipes: list[Recipe], seed: int, out: Path, console: Co
     target = out / f"{row.name}-seed{seed}"
     first, *rest = recipes
     folder = out / "stage1" / f"{first.key}-seed{seed}" if rest else target
-    with locked(folder):
+    with locked(folder) if rest else nullcontext():  # a row of one stage is trained in its own folder, held already
         console.print(f"{row.name}, seed {seed}: stage 1, {first.values['max_steps']} steps, {folder.name}")
         run_recipe(first, folder)
     for recipe in rest:
@@ -315,9 +313,12 @@ def described(recipes: list[Recipe]) -> list[dict[str, Any]]:
     return plain([{"script": recipe.script} | recipe.values | {"cpu_threads": None} for recipe in recipes])
 
 
-def write_results(folder: Path, records: list[dict[str, Any]], order: list[str]) -> list[dict[str, Any]]:
-    """Write the table and its picture in `folder`; returns the table's rows."""
-    rows = write_table(folder, records, order)
+def write_results(
+    folder: Path, records: list[dict[str, Any]], evaluation: Any, order: list[str]
+) -> list[dict[str, Any]]:
+    """Write the table and its picture in `folder`, of the records measured by the protocol `evaluation` and of those
+    that failed; returns the table's rows."""
+    rows = write_table(folder, [known for known in records if known.get("evaluation", evaluation) == evaluation], order)
     write_chart(folder / "table.png", rows)
     return rows
 
@@ -333,7 +334,8 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     if args.tabulate:
         if not (records := read_jsonl(out / RECORDS)):
             raise ValueError(f"output_dir: there are no records in {out / RECORDS}")
-        return write_results(out, records, list(ablation.rows))
+        last = next((known["evaluation"] for known in reversed(records) if "evaluation" in known), None)
+        return write_results(out, records, last, list(ablation.rows))
     rows = chosen_rows(ablation, args, console)
     plan = {}
     for seed in args.seed_list:  # a whole seed first, so that there is a whole table early
@@ -352,8 +354,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     failed = []
 
     def tabulate() -> list[dict[str, Any]]:
-        records = [known for known in read_jsonl(out / RECORDS) if known.get("evaluation", evaluation) == evaluation]
-        return write_results(out, records, list(ablation.rows))
+        return write_results(out, read_jsonl(out / RECORDS), evaluation, list(ablation.rows))
 
     for number, ((name, seed), (row, recipes)) in enumerate(plan.items(), 1):
         console.rule(f"{number} of {len(plan)}: {name}, seed {seed}")

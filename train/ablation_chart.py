@@ -6,13 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from ablation_table import REFERENCE
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from PIL import Image
 
-from maep_hf.imageio import save_image
+from maep_hf.figures import new_figure, save_figure
 
 # Okabe and Ito's colours; clean is grey.
 COLORS = ("#5f5f5f", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
@@ -23,18 +19,18 @@ ROW_INCHES, GROUP_GAP = 0.23, 0.6
 
 def write_chart(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """A line a row: a mark for clean and for each attack (the mean over seeds, least to greatest as a bar), and the
-    reference's figures as dashed lines down the picture. Nothing is drawn where there is no row.
+    reference's figures as dashed lines down the picture. Without a row there is no picture.
 
     Args:
         path: PNG file.
         rows: as `ablation_table.summarise` gives them.
     """
     if not rows:
+        path.unlink(missing_ok=True)
         return
     places, groups = _places(rows)
     names = ["clean", *rows[0]["attacks"]]
-    figure = Figure(figsize=(9.5, ROW_INCHES * max(places.values()) + 1.9), dpi=130)
-    canvas = FigureCanvasAgg(figure)
+    figure = new_figure(9.5, ROW_INCHES * max(places.values()) + 1.9, dpi=130)
     axis = figure.subplots()
     reference = next((row for row in rows if row["row"] == REFERENCE), None)
     for index, name in enumerate(names):
@@ -58,8 +54,7 @@ def write_chart(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     axis.set_xlabel("accuracy in %, gray-box; dashed: the reference")
     figure.legend(*axis.get_legend_handles_labels(), loc="upper center", ncols=len(names), frameon=False)
     figure.tight_layout(rect=(0, 0, 1, 1 - 0.4 / figure.get_figheight()))
-    canvas.draw()
-    save_image(Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3]), path, "PNG")
+    save_figure(figure, path)
 
 
 def _figure_of(row: Mapping[str, Any], name: str) -> Mapping[str, Any]:

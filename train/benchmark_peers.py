@@ -13,17 +13,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from benchmark_timing import BenchmarkArguments, Contestant, compete, count_flops
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from PIL import Image
 from torch import Tensor
 
 from maep_hf import MAEPConfig, MAEPModel
 from maep_hf.evaluation.run import python_purifier
-from maep_hf.imageio import save_image
+from maep_hf.figures import new_figure, save_figure
 from maep_hf.records import write_text
 
 IMAGE_SIZE = 32
@@ -230,8 +226,7 @@ def bar_chart(result: Mapping[str, Any], path: Path) -> Path:
     """Bars of the time an image on a logarithmic scale, one panel a batch size; written whole or not at all."""
     parts = result["peers"]
     count = max(len(part["rows"]) for part in parts)
-    figure = Figure(figsize=(9, 1.1 + 0.42 * count * len(parts)), dpi=130, facecolor="white", layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(9, 1.1 + 0.42 * count * len(parts), dpi=130, layout="constrained")
     axes = figure.subplots(len(parts), 1, sharex=True, squeeze=False)[:, 0]
     for axis, part in zip(axes, parts, strict=True):
         rows = part["rows"]
@@ -251,9 +246,7 @@ def bar_chart(result: Mapping[str, Any], path: Path) -> Path:
         axis.spines[["top", "right"]].set_visible(False)
     axes[-1].set_xlabel(f"ms (logarithmic), {result['machine']['processor']}, "
                         f"{result['machine']['cpu_threads']} threads")  # fmt: skip
-    figure.canvas.draw()
-    save_image(Image.fromarray(np.asarray(figure.canvas.buffer_rgba())[..., :3]), path, "PNG")
-    return path
+    return save_figure(figure, path)
 
 
 def write_beside(result: Mapping[str, Any], out: Path) -> list[Path]:

@@ -13,14 +13,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from PIL import Image
-
 from maep_hf.evaluation.results import NO_PURIFIER, Result, read_results, results
 from maep_hf.evaluation.tables import percent
-from maep_hf.imageio import save_image
+from maep_hf.figures import new_figure, save_figure
 from maep_hf.records import write_text
 
 Domain = tuple[str, str]
@@ -132,8 +127,7 @@ def picture(records: Sequence[Mapping[str, Any]], path: Path) -> None:
     _, figures = across(found)
     if not figures:
         return
-    figure = Figure(figsize=(4.2 * len(found), 1.2 + 0.7 * len(figures)), dpi=130)
-    canvas = FigureCanvasAgg(figure)
+    figure = new_figure(4.2 * len(found), 1.2 + 0.7 * len(figures), dpi=130)
     axes = figure.subplots(1, len(found), sharey=True)
     for index, (axis, ((dataset, classifier), rows)) in enumerate(zip(axes, found.items(), strict=True)):
         accuracy = rows[0].record["accuracy"]
@@ -151,8 +145,7 @@ def picture(records: Sequence[Mapping[str, Any]], path: Path) -> None:
     axes[0].invert_yaxis()
     figure.supxlabel("accuracy in %: light, clean images; dark, attacked images (gray-box)", fontsize=9)
     figure.tight_layout()
-    canvas.draw()
-    save_image(Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3]), path, "PNG")
+    save_figure(figure, path)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -28,7 +28,7 @@ class AttackMixture:
         num_surrogates: classifiers that samples are spread over.
 
     Raises:
-        ValueError: negative shares or none at all, an empty eps range, no steps.
+        ValueError: negative shares or none at all, a share of starts outside [0, 1], an empty eps range, no steps.
     """
 
     clean: float = 0.15

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-MAX_SQUARES = 40
+SQUARES = 40  # fewer than so many
 MIN_SIDE = 2
-LARGEST_SHARE = 0.8  # of the image's area: the Square attack's own first square
+LARGEST_SHARE = 0.8  # of the image's area: the first square of AutoAttack's Square
 
 
 def stripes_and_squares(rng: np.random.Generator, image_shape: tuple[int, int, int]) -> np.ndarray:
@@ -14,7 +14,7 @@ def stripes_and_squares(rng: np.random.Generator, image_shape: tuple[int, int, i
 
     It starts from stripes of one sign a column and channel, and lays squares of one sign a channel over them, smaller
     and smaller ones (Andriushchenko et al. 2020, algorithms 1 and 2). Here all are laid down, whatever a classifier
-    would say of them; their number is drawn log-uniformly from 1 to 40, or there are none (one draw in eight).
+    would say of them; their number is drawn log-uniformly from 1 to 39, or there are none (one draw in eight).
 
     Args:
         rng: draws everything.
@@ -25,7 +25,7 @@ def stripes_and_squares(rng: np.random.Generator, image_shape: tuple[int, int, i
     """
     channels, height, width = image_shape
     pattern = np.broadcast_to(_signs(rng, (channels, 1, width)), image_shape).copy()
-    count = 0 if rng.random() < 1 / 8 else int(MAX_SQUARES ** rng.random())
+    count = 0 if rng.random() < 1 / 8 else int(SQUARES ** rng.random())
     largest = max(MIN_SIDE, int((LARGEST_SHARE * height * width) ** 0.5))
     sides = np.sort(MIN_SIDE * (largest / MIN_SIDE) ** rng.random(count))[::-1].astype(int)
     for side in np.minimum(sides, min(height, width)):

@@ -9,15 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from textwrap import fill
 
-import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from PIL import Image
 
-from ..imageio import save_image
+from ..figures import new_figure, save_figure
 from .results import NO_PURIFIER, NOT_CHECKED, UNDEFENDED, UNRELIABLE, Result, ResultsError, results
 from .tables import Row, rows_of
 from .threat_models import ADAPTIVE, THREAT_MODELS
@@ -94,7 +91,7 @@ def accuracy_against_eps(records: Iterable[Mapping], path: str | os.PathLike) ->
     columns = [column for column in _COLUMNS if any(line.column == column for line in _lines(found))]
     _title(figure, width, f"Accuracy against eps: {', '.join(columns)}", said)
     _legend(figure, width, _sorted(handles), found)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def _of_several_radii(found: list[Result]) -> list[Result]:
@@ -147,7 +144,7 @@ def bars_over_attacks(records: Iterable[Mapping], path: str | os.PathLike) -> Pa
             handles["no purifier"] = Patch(color=COLORS[UNDEFENDED])
     handles["accuracy without an attack"] = Line2D([], [], color=_INK, linestyle="--", linewidth=1.2)
     _legend(figure, width, handles, found, bars=True)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 # Accuracy against eps.
@@ -370,10 +367,8 @@ def _only(kind: str, names: Sequence[str]) -> list[str]:
 
 
 def _figure(width: float, height: float) -> Figure:
-    # No pyplot: it keeps global state and picks a window system.
-    figure = Figure(figsize=(width, height), dpi=_DPI, facecolor="white", layout="constrained")
+    figure = new_figure(width, height, _DPI, layout="constrained")
     figure.get_layout_engine().set(w_pad=0.09, h_pad=0.09)
-    FigureCanvasAgg(figure)
     return figure
 
 
@@ -413,9 +408,3 @@ def _legend(figure: Figure, width: float, handles: Mapping[str, object], found: 
         handles.values(), handles.keys(), loc="outside lower left", ncols=max(1, int(width / (0.075 * longest + 0.6))),
         fontsize=9, frameon=False, labelcolor=_INK, handlelength=3.4,
     )  # fmt: skip
-
-
-def _save(figure: Figure, path: str | os.PathLike) -> Path:
-    figure.canvas.draw()
-    save_image(Image.fromarray(np.asarray(figure.canvas.buffer_rgba())[..., :3]), path, "PNG")
-    return Path(path)

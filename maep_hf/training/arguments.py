@@ -89,6 +89,9 @@ FREE_ARGUMENTS = frozenset(
     }
 )
 
+# What arguments that came later were before: run folders from then lack them.
+ADDED_LATER = {"square": 0.0, "pgd_random_start": 1.0, "guidance_by": "logits"}
+
 
 @dataclass
 class DataArguments:

@@ -12,23 +12,26 @@ GUIDED_BY = ("logits", "features")
 class Guide:
     """A frozen surrogate as the guidance sees it: [0, 1] pixels (B, 3, H, W) to (B, width), differentiable.
 
-    Liao et al. 2018 (high-level representation guided denoiser, section 3.2) compare logits (LGD) or the features
-    before them (FGD).
+    Liao et al. 2018 (high-level representation guided denoiser) guide by the logits or by the features of the last
+    convolution; here the features are what the last linear layer sees of them.
 
     Args:
         surrogate: the classifier.
         num_classes: width of its logits.
-        by: `logits`, or `features`: the input of its last linear layer, averaged over tokens where it has any.
+        by: `logits`, or `features`: the input of the linear layer it lists last, averaged over tokens where it has any.
 
     Raises:
-        ValueError: features are asked for and it has no linear layer.
+        ValueError: features are asked for and it has no linear layer, or (when called) does not run it.
     """
 
     def __init__(self, surrogate: PixelClassifier, num_classes: int, by: str = "logits"):
         self.surrogate = surrogate
         layers = [module for module in surrogate.modules() if isinstance(module, nn.Linear)] if by == "features" else []
         if by == "features" and not layers:
-            raise ValueError("guidance_by=features: a surrogate has no linear layer to take them from; use logits")
+            raise ValueError(
+                f"guidance_by=features: {type(surrogate.classifier).__name__} has no linear layer to take them from; "
+                "use logits"
+            )
         self.layer = layers[-1] if layers else None
         self.width = num_classes if self.layer is None else self.layer.in_features
 
@@ -41,5 +44,10 @@ class Guide:
             self.surrogate(pixel_values)
         finally:
             handle.remove()
+        if not seen or len(seen[-1]) != len(pixel_values):
+            raise ValueError(
+                f"guidance_by=features: the last linear layer of {type(self.surrogate.classifier).__name__} does not "
+                "see its features; use logits"
+            )
         features = seen[-1].float()
         return features if features.ndim == 2 else features.flatten(1, -2).mean(dim=1)

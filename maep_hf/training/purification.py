@@ -130,7 +130,14 @@ class PurificationTask(Task):
         self.guides = [
             Guide(surrogate, classes, arguments.guidance_by)
             for surrogate, classes in zip(self.surrogates, self.num_classes, strict=True)
+            if arguments.guidance_weight
         ]
+        widths = sorted({guide.width for guide in self.guides})
+        if arguments.guidance_by == "features" and len(widths) > 1:
+            raise ValueError(
+                f"guidance_by=features: the surrogates have {' and '.join(map(str, widths))} features; take surrogates "
+                "of one width, or logits"
+            )
         self._check_labels()
         self._check_size()
 

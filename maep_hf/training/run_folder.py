@@ -12,7 +12,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from .arguments import FREE_ARGUMENTS
+from .arguments import ADDED_LATER, FREE_ARGUMENTS
 
 CHECKPOINT_PREFIX = "step-"
 
@@ -97,10 +97,10 @@ class RunFolder:
             ) from error
         current = json.loads(json.dumps(arguments, default=str))
         different = [
-            f"{group}.{name}: {stored.get(group, {}).get(name)!r} there, {value!r} now"
+            f"{group}.{name}: {there!r} there, {value!r} now"
             for group, values in current.items()
             for name, value in values.items()
-            if name not in FREE_ARGUMENTS and stored.get(group, {}).get(name) != value
+            if (there := stored.get(group, {}).get(name, ADDED_LATER.get(name))) != value and name not in FREE_ARGUMENTS
         ]
         if record.get("data", data) != json.loads(json.dumps(data, default=str)):
             different.append(f"the data: {record['data']} there, {data} now")
