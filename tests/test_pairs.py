@@ -225,7 +225,7 @@ def test_interrupted_at_every_write_gives_the_same_files(source, surrogate, tmp_
 def test_killed_process_goes_on_after_the_last_whole_file(source, surrogate, tmp_path, caplog):
     out = tmp_path / "pairs"
     words = ["--dataset", source, "--surrogates", surrogate, "--output_dir", str(out)]
-    words += ["--batch_size", "3", "--shard_images", "5", "--attack_steps", "3"]
+    words += ["--batch_size", "3", "--shard_images", "5", "--attack_steps", "3", "--square", "0.2"]
     code = f"""
 import os, runpy, signal, sys
 from maep_hf import pairs

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from maep_hf import MAEPModel, load_classifier
 from maep_hf.adaptation import load_adapter, trainable_share
@@ -15,7 +16,8 @@ from maep_hf.evaluation import benchmark
 from maep_hf.evaluation.fingerprint import fingerprint
 from maep_hf.evaluation.tables import markdown_table, read_results
 from maep_hf.hub import render_card
-from train import transfer_table
+from maep_hf.records import read_jsonl
+from train import ablation_table, transfer_table
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.checkpoint
@@ -94,6 +96,19 @@ def test_transfer_is_tabled_from_its_records():
                  if record["protocol"]["purifier"]["name"] == PURIFIER
                  and "scale" not in record["protocol"]["purifier"]["options"]}  # fmt: skip
     assert purifiers == {fingerprint(load_purifier())}
+
+
+def test_ablation_is_tabled_from_its_records():
+    folder = ROOT / "checkpoints" / "ablation"
+    records = read_jsonl(folder / "rows.jsonl")
+    order = list(yaml.safe_load((ROOT / "train" / "configs" / "ablation.yaml").read_text())["rows"])
+    text = ablation_table.markdown(ablation_table.summarise(records, order), records)
+    assert (folder / "table.md").read_text() == text, "python train/ablation.py --tabulate true --output_dir FOLDER"
+    assert {record["row"] for record in records} <= set(order) and "reference" in {record["row"] for record in records}
+    for record in records:
+        assert "resnet56" in record["evaluation"]["classifier"]  # never a surrogate
+        assert not any("resnet56" in name for stage in record["training"] for name in stage["surrogates"])
+        assert not re.search(r'"/(work|root|home|tmp)/', json.dumps(record))
 
 
 def test_code_beside_the_weights_is_the_packages():

@@ -33,6 +33,7 @@ from maep_hf.training import purification as purification_module
 from maep_hf.training import stages as stages_module
 from maep_hf.training.guidance import Guide
 from maep_hf.training.purification import PurificationArguments
+from maep_hf.training.run_folder import RunFolder
 from maep_hf.training.samples import collate
 from maep_hf.training.stages import AttackArguments, purification_task
 
@@ -158,6 +159,14 @@ def test_resumed_equals_uninterrupted(options, tmp_path, changed):
     run("finetune", words, stop=("log", 5 if changed.get("logging_steps") else 3))
     run("finetune", words)
     assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
+def test_a_run_from_before_an_argument_goes_on_where_it_was_off(tmp_path):
+    (tmp_path / "run.json").write_text(json.dumps({"arguments": {"attack": {"pgd": 0.35}}}))
+    folder = RunFolder(tmp_path)
+    folder.prepare({"attack": {"pgd": 0.35, "square": 0.0, "pgd_random_start": 1.0}}, {}, 0, 0, False)
+    with pytest.raises(RunFolderError, match="attack.square: 0.0 there, 0.1 now"):
+        folder.prepare({"attack": {"pgd": 0.35, "square": 0.1}}, {}, 0, 0, False)
 
 
 def test_dropout_is_on_in_training(options, tmp_path):
