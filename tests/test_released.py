@@ -42,8 +42,9 @@ def test_released_purifier_takes_larger_images_and_passes_gradients():
     assert torch.isfinite(image.grad).all() and (image.grad != 0).float().mean() > 0.99
 
 
-def test_records_lie_beside_the_weights_and_name_no_machine():
-    folder = released_checkpoint(PURIFIER)
+@pytest.mark.parametrize("purifier", [PURIFIER, f"{PURIFIER}-v2"])
+def test_records_lie_beside_the_weights_and_name_no_machine(purifier):
+    folder = released_checkpoint(purifier)
     for name in ("run.json", "metrics.jsonl", "pretrain_run.json", "pretrain_metrics.jsonl", "results.jsonl"):
         text = (folder / name).read_text()
         assert text and not re.search(r'"/(work|root|home|tmp)/', text)
@@ -53,18 +54,19 @@ def test_records_lie_beside_the_weights_and_name_no_machine():
     assert weights <= 25 * 2**20
 
 
-def test_card_and_readme_state_the_recorded_results():
-    folder = released_checkpoint(PURIFIER)
+@pytest.mark.parametrize("name", [PURIFIER, f"{PURIFIER}-v2"])
+def test_card_and_readme_state_the_recorded_results(name):
+    folder = released_checkpoint(name)
     card, readme = (folder / "README.md").read_text(), (ROOT / "README.md").read_text()
-    assert card == str(render_card(folder, f"checkpoints/{PURIFIER}"))  # its code then runs from a clone
+    assert card == str(render_card(folder, f"checkpoints/{name}"))  # its code then runs from a clone
     records = read_results(folder / "results.jsonl")
     weights = {record["protocol"]["purifier"]["fingerprint"] for record in records}
-    assert weights == {fingerprint(load_purifier())}, "the records are of other weights"
+    assert weights == {fingerprint(load_purifier(folder))}, "the records are of other weights"
     measured = {record["protocol"]["threat_model"] for record in records}
     assert {"gray-box", "white-box"} <= measured
     table = [line for line in markdown_table(records).splitlines() if line.startswith("|")]
     missing = [line for line in table if line not in readme.splitlines()]
-    assert not missing, "README.md: paste the tables of `maep report checkpoints/maep-tiny-cifar10`"
+    assert not missing, f"README.md: paste the tables of `maep report checkpoints/{name}`"
 
 
 @pytest.mark.parametrize("domain", ["imagenet", "tiny-imagenet"])
