@@ -77,9 +77,10 @@ def _find_targets(model: MAEPModel, scope: str, targets: Sequence[str], head: st
     layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
     found: set[str] = set()
     for target in targets:
-        matching = {name for name in layers if name == target or name.endswith(f".{target}")}
         if target == EVERY_LAYER:
             matching = set(layers) - {head}
+        else:
+            matching = {name for name in layers if name == target or name.endswith(f".{target}")}
         if not matching:
             known = sorted({name.rpartition(".")[2] for name in layers})
             raise ValueError(

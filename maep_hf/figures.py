@@ -1,4 +1,4 @@
-"""Pictures of rows of images: training previews, `maep purify --compare` and the demo."""
+"""Pictures of rows of images (training previews, `maep purify --compare`, the demo), and what every picture shares."""
 
 from __future__ import annotations
 
@@ -18,6 +18,10 @@ from .imageio import save_image
 
 # readable on white for red-green colour-blind eyes as well
 RIGHT, WRONG, NEUTRAL = "#0b7a3b", "#c2410c", "#374151"
+
+# Okabe and Ito's colours, which colour-blind eyes tell apart; grey is for what is not defended or not attacked.
+PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#f0e442", "#000000")
+GREY, INK, GRID = "#5f5f5f", "#1f2937", "#e2e5e9"
 
 _DPI = 100
 _GAP, _MARGIN = 6, 14

@@ -8,12 +8,10 @@ from typing import Any
 
 from ablation_table import REFERENCE
 
-from maep_hf.figures import new_figure, save_figure
+from maep_hf.figures import GREY, GRID, INK, PALETTE, new_figure, save_figure
 
-# Okabe and Ito's colours; clean is grey.
-COLORS = ("#5f5f5f", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+COLORS = (GREY, *PALETTE[:6])  # clean is grey
 MARKERS = "|osD^vP"
-INK, GRID = "#1f2937", "#e2e5e9"
 ROW_INCHES, GROUP_GAP = 0.23, 0.6
 
 

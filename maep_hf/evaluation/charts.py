@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from ..figures import new_figure, save_figure
+from ..figures import GREY, GRID, INK, PALETTE, new_figure, save_figure
 from .results import NO_PURIFIER, NOT_CHECKED, UNDEFENDED, UNRELIABLE, Result, ResultsError, results
 from .tables import Row, rows_of
 from .threat_models import ADAPTIVE, THREAT_MODELS
@@ -26,12 +26,10 @@ COLORS = {
     "white-box": "#d55e00",
     "black-box": "#009e73",
     "transfer": "#cc79a7",
-    UNDEFENDED: "#5f5f5f",
+    UNDEFENDED: GREY,
 }
-_PURIFIER_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#f0e442", "#000000")
 _LINES = ("-", "--", ":", "-.")
 _MARKERS = "osD^vPX*<>hp"
-_INK, _GRID = "#1f2937", "#e2e5e9"
 _DPI = 130
 _NORMS = ("Linf", "L2", "L1", "L0", None)
 _COLUMNS = (UNDEFENDED, *(f"{UNDEFENDED} ({name})" for name in THREAT_MODELS), *THREAT_MODELS)
@@ -142,7 +140,7 @@ def bars_over_attacks(records: Iterable[Mapping], path: str | os.PathLike) -> Pa
         handles |= {name: Patch(color=_purifier_color(purifiers, name)) for name in purifiers}
         if any(column.startswith(UNDEFENDED) for column in columns):
             handles["no purifier"] = Patch(color=COLORS[UNDEFENDED])
-    handles["accuracy without an attack"] = Line2D([], [], color=_INK, linestyle="--", linewidth=1.2)
+    handles["accuracy without an attack"] = Line2D([], [], color=INK, linestyle="--", linewidth=1.2)
     _legend(figure, width, handles, found, bars=True)
     return save_figure(figure, path)
 
@@ -289,7 +287,7 @@ def _draw_bars(axis: Axes, panel: _Panels, column: str, purifiers: Sequence[str]
         slots = [NO_PURIFIER] if bare else [name for name in purifiers if (attack, name) in panel.measured]
         y = panel.attacks.index(attack) + (slots.index(purifier) - (len(slots) - 1) / 2) * step
         sign = {UNRELIABLE: " ⚠", NOT_CHECKED: " ?"}.get(mark, "")
-        axis.text(104, y, f"{share['percent']:.1f}{sign}", va="center", fontsize=8, color=_INK)
+        axis.text(104, y, f"{share['percent']:.1f}{sign}", va="center", fontsize=8, color=INK)
         heights.append(y)
         shares.append(share)
         colors.append(_bar_color(column, purifier, purifiers))
@@ -299,9 +297,9 @@ def _draw_bars(axis: Axes, panel: _Panels, column: str, purifiers: Sequence[str]
     axis.barh(heights, values, 0.86 * step, color=faces, edgecolor=colors, hatch=hatches, linewidth=1)
     whiskers = [[max(0, side * (share["percent"] - share["interval_95"][end])) for share in shares]
                 for end, side in ((0, 1), (1, -1))]  # fmt: skip
-    axis.errorbar(values, heights, xerr=whiskers, fmt="none", ecolor=_INK, elinewidth=1, capsize=2, zorder=3)
+    axis.errorbar(values, heights, xerr=whiskers, fmt="none", ecolor=INK, elinewidth=1, capsize=2, zorder=3)
     for purifier, value in dict.fromkeys(panel.before(column)):
-        color = _INK if bare or len(purifiers) < 2 else _purifier_color(purifiers, purifier)
+        color = INK if bare or len(purifiers) < 2 else _purifier_color(purifiers, purifier)
         axis.axvline(value, color=color, linestyle="--", linewidth=1.2, zorder=2)
     axis.set_xlim(0, 128)
     axis.set_xticks(range(0, 101, 25))
@@ -309,7 +307,7 @@ def _draw_bars(axis: Axes, panel: _Panels, column: str, purifiers: Sequence[str]
     axis.set_yticks(range(len(labels)), labels)
     axis.set_ylim(len(labels) - 0.45, -0.55)
     if panel.controls and len(panel.controls) < len(labels):
-        axis.axhline(len(labels) - len(panel.controls) - 0.5, color=_INK, linewidth=0.8)
+        axis.axhline(len(labels) - len(panel.controls) - 0.5, color=INK, linewidth=0.8)
 
 
 def _bar_color(column: str, purifier: str, purifiers: Sequence[str]) -> str:
@@ -319,7 +317,7 @@ def _bar_color(column: str, purifier: str, purifiers: Sequence[str]) -> str:
 
 
 def _purifier_color(purifiers: Sequence[str], purifier: str) -> str:
-    return _PURIFIER_COLORS[purifiers.index(purifier) % len(_PURIFIER_COLORS)]
+    return PALETTE[purifiers.index(purifier) % len(PALETTE)]
 
 
 # What the pictures have in common.
@@ -373,17 +371,17 @@ def _figure(width: float, height: float) -> Figure:
 
 
 def _dress(axis: Axes, title: str, grid: str = "both") -> None:
-    axis.set_title(title, fontsize=10, color=_INK, loc="left")
-    axis.grid(axis=grid, color=_GRID, linewidth=0.8)
+    axis.set_title(title, fontsize=10, color=INK, loc="left")
+    axis.grid(axis=grid, color=GRID, linewidth=0.8)
     axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)
-    axis.tick_params(labelsize=8.5, colors=_INK)
+    axis.tick_params(labelsize=8.5, colors=INK)
 
 
 def _title(figure: Figure, width: float, title: str, said: Sequence[str]) -> None:
     said = "; ".join([*said, "95 % Wilson intervals".replace(" ", "\xa0")])
     lines = [fill(line, int(width * 11.5), break_on_hyphens=False) for line in (title, said)]
-    figure.suptitle("\n".join(lines), fontsize=11, color=_INK, x=0.02, ha="left")
+    figure.suptitle("\n".join(lines), fontsize=11, color=INK, x=0.02, ha="left")
 
 
 def _sorted(handles: Mapping[str, Line2D]) -> dict[str, Line2D]:
@@ -399,12 +397,12 @@ def _legend(figure: Figure, width: float, handles: Mapping[str, object], found: 
     handles = dict(handles)
     if any(result.mark == UNRELIABLE for result in found):
         said = f"{UNRELIABLE}: failed a check for gradient masking"
-        hatched = Patch(facecolor="white", edgecolor=_INK, hatch="/////")
+        hatched = Patch(facecolor="white", edgecolor=INK, hatch="/////")
         handles[said] = hatched if bars else Line2D([], [], **_DOUBTFUL_MARKER)
     if bars and any(result.mark == NOT_CHECKED for result in found):
         handles[f"? {NOT_CHECKED} for gradient masking"] = Line2D([], [], linestyle="")
     longest = max(map(len, handles), default=1)
     figure.legend(
         handles.values(), handles.keys(), loc="outside lower left", ncols=max(1, int(width / (0.075 * longest + 0.6))),
-        fontsize=9, frameon=False, labelcolor=_INK, handlelength=3.4,
+        fontsize=9, frameon=False, labelcolor=INK, handlelength=3.4,
     )  # fmt: skip
