@@ -116,6 +116,11 @@ def make_pairs(args: PairsArguments, attack: AttackArguments) -> Path:
         RunFolderError: the folder cannot be written, holds something else, or pairs made with other arguments.
         OSError, ValueError: a surrogate that cannot be loaded, or shares and ranges that make no mixture.
     """
+    if attack.pgd_l2:
+        raise ValueError(
+            f"pgd_l2={attack.pgd_l2}: stored images have 8 bits, rounding takes an L2 perturbation out of its ball or "
+            "undoes it; use 0 here and attack while training"
+        )
     if attack.eps_min < 1:
         raise ValueError(f"eps_min={attack.eps_min}: stored images have 8 bits, a radius below 1 (of 255) changes none")
     folder = RunFolder(args.output_dir)

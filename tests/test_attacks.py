@@ -30,11 +30,13 @@ def mixed_batch(count: int, mixture: AttackMixture | None = None) -> dict[str, t
 
 
 def test_mixture_stays_in_ball_and_leaves_clean_samples_alone(classifier):
-    batch = mixed_batch(64, AttackMixture(num_surrogates=2, square=0.15, pgd_random_start=0.5))
+    batch = mixed_batch(64, AttackMixture(num_surrogates=2, square=0.15, pgd_l2=0.2, pgd_random_start=0.5))
     parameters = AttackParameters.from_batch(batch)
     x = torch.rand(64, 3, 8, 8, generator=torch.Generator().manual_seed(2))
     attacked = perturb([classifier, classifier], x, torch.zeros(64, dtype=torch.long), parameters)
-    distance = (attacked - x).abs().amax(dim=(1, 2, 3))
+    change = (attacked - x).flatten(1)
+    l2 = batch["attack_kind"] == KINDS.index("pgd_l2")
+    distance = torch.where(l2, change.norm(dim=1), change.abs().amax(dim=1))
     assert (distance <= parameters.eps + 1e-6).all()
     assert attacked.min() >= 0 and attacked.max() <= 1
     clean = batch["attack_kind"] == KINDS.index("clean")
@@ -61,6 +63,23 @@ def test_pgd_equals_foolbox(classifier, images):
     reference = attack(foolbox.PyTorchModel(classifier, bounds=(0, 1)), images, LABELS, epsilons=[8 / 255])[1][0]
     own = pgd(classifier, images, LABELS, eps=8, steps=5, step_size=2, random_start=False)
     torch.testing.assert_close(own, reference, atol=1e-6, rtol=0)
+
+
+def test_pgd_in_the_l2_norm_equals_foolbox(classifier, images):
+    foolbox = pytest.importorskip("foolbox")
+    attack = foolbox.attacks.L2PGD(steps=5, abs_stepsize=0.2, random_start=False)
+    reference = attack(foolbox.PyTorchModel(classifier, bounds=(0, 1)), images, LABELS, epsilons=[0.5])[1][0]
+    count = (len(images),)
+    parameters = AttackParameters(
+        eps=torch.full(count, 0.5),
+        step_size=torch.full(count, 0.2),
+        steps=torch.full(count, 5),
+        momentum=torch.zeros(count),
+        start=torch.zeros_like(images),
+        surrogate=torch.zeros(count, dtype=torch.long),
+        l2=torch.ones(count, dtype=torch.bool),
+    )
+    torch.testing.assert_close(perturb([classifier], images, LABELS, parameters), reference, atol=1e-6, rtol=0)
 
 
 def test_fgsm_is_one_signed_step(classifier, images):
@@ -96,6 +115,7 @@ def test_momentum_is_that_of_mi_fgsm(classifier, images):
         momentum=torch.ones(count),
         start=torch.zeros_like(images),
         surrogate=torch.zeros(count, dtype=torch.long),
+        l2=torch.zeros(count, dtype=torch.bool),
     )
     torch.testing.assert_close(perturb([classifier], images, LABELS, parameters), expected, atol=1e-6, rtol=0)
 
@@ -147,6 +167,7 @@ def test_missing_labels_are_the_classifiers_own(classifier, images):
         (dict.fromkeys(KINDS, 0.0), "shares"),
         ({"eps_min": 9, "eps_max": 8}, "eps_min"),
         ({"eps_min": 0.01, "eps_max": 8 / 255}, "1/255"),
+        ({"l2_eps_min": 0.5, "l2_eps_max": 0.4}, "l2_eps_min"),
         ({"max_steps": 1}, "max_steps"),
         ({"pgd_random_start": 1.5}, "pgd_random_start"),
         ({"num_surrogates": 0}, "num_surrogates"),

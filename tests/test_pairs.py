@@ -357,6 +357,8 @@ def test_arguments_out_of_range(options, message):
 def test_radius_below_one_level_and_missing_surrogate(source, surrogate, tmp_path):
     with pytest.raises(ValueError, match="eps_min=0.5.*8 bits"):
         make_pairs(arguments(source, surrogate, tmp_path / "pairs"), AttackArguments(eps_min=0.5))
+    with pytest.raises(ValueError, match="pgd_l2=0.1.*8 bits"):
+        make_pairs(arguments(source, surrogate, tmp_path / "pairs"), AttackArguments(pgd_l2=0.1))
     with pytest.raises(OSError, match="could not be loaded"):
         make_pairs(arguments(source, str(tmp_path / "nowhere"), tmp_path / "pairs"), ATTACK)
     assert not (tmp_path / "pairs").exists()

@@ -1,4 +1,4 @@
-"""First-order L-infinity attacks for training and quick validation, all as one iteration.
+"""First-order L-infinity and L2 attacks for training and quick validation, all as one iteration.
 
 FGSM (Goodfellow et al. 2015), FGSM with random start (Wong et al. 2020), BIM, MI-FGSM (Dong et al. 2018) and PGD
 (Madry et al. 2018) differ only in the number of steps, the step size, the start and the momentum. Each sample of a
@@ -23,12 +23,14 @@ class AttackParameters:
     """Parameters of each sample's attack, tensors of shape (B,) unless said otherwise.
 
     Args:
-        eps: radius in pixel units ([0, 1], so 8/255 is 0.0314).
-        step_size: step in pixel units.
+        eps: radius in pixel units ([0, 1], so 8/255 is 0.0314), in the L2 norm that of the whole image.
+        step_size: step in the same units.
         steps: number of gradient steps; with 0 the start is the attacked image.
         momentum: decay of the accumulated gradient (MI-FGSM uses 1, the others 0).
-        start: start point in units of eps, in [-1, 1], shape (B, C, H, W) (0 starts at the clean image).
+        start: start point in units of eps, in [-1, 1], shape (B, C, H, W) (0 starts at the clean image); in the L2
+            norm of length 1 at most.
         surrogate: index of the classifier that the sample is attacked on.
+        l2: whether the ball and the steps are those of the L2 norm; bool.
     """
 
     eps: Tensor
@@ -37,6 +39,7 @@ class AttackParameters:
     momentum: Tensor
     start: Tensor
     surrogate: Tensor
+    l2: Tensor
 
     @classmethod
     def from_batch(cls, batch: dict[str, Tensor]) -> AttackParameters:
@@ -56,15 +59,24 @@ def perturb(
         parameters: see [`AttackParameters`].
 
     Returns:
-        Attacked images, same shape, detached; `|x_a - x| <= eps` holds for every pixel.
+        Attacked images, same shape, detached; `|x_a - x| <= eps` holds for every pixel, or for the image's length.
     """
     x = pixel_values.detach()
     eps, step_size, momentum = (
         value.to(x).view(-1, 1, 1, 1) for value in (parameters.eps, parameters.step_size, parameters.momentum)
     )
     lower, upper = (x - eps).clamp_(min=0), (x + eps).clamp_(max=1)
-    adversarial = x + eps * parameters.start.to(x)
-    adversarial = torch.minimum(torch.maximum(adversarial, lower), upper)
+    l2 = parameters.l2.to(x.device).view(-1, 1, 1, 1)
+
+    def project(moved: Tensor, rows: Tensor | slice) -> Tensor:
+        inside = torch.minimum(torch.maximum(moved, lower[rows]), upper[rows])
+        if not parameters.l2.any():
+            return inside
+        change = moved - x[rows]
+        shrunk = x[rows] + change * (eps[rows] / _length(change)).clamp(max=1)
+        return torch.where(l2[rows], shrunk.clamp(0, 1), inside)
+
+    adversarial = project(x + eps * parameters.start.to(x), slice(None))
     labels = _complete_labels(classifiers, x, labels, parameters.surrogate)
     direction = torch.zeros_like(x)
     for step in range(int(parameters.steps.max())):
@@ -75,8 +87,10 @@ def perturb(
             gradient = _input_gradient(classifier, adversarial[rows], labels[rows])
             norm = gradient.abs().mean(dim=(1, 2, 3), keepdim=True).clamp_min(torch.finfo(gradient.dtype).tiny)
             direction[rows] = momentum[rows] * direction[rows] + gradient / norm
-            moved = adversarial[rows] + step_size[rows] * direction[rows].sign()
-            adversarial[rows] = torch.minimum(torch.maximum(moved, lower[rows]), upper[rows])
+            unit = direction[rows].sign()
+            if parameters.l2.any():
+                unit = torch.where(l2[rows], direction[rows] / _length(direction[rows]), unit)
+            adversarial[rows] = project(adversarial[rows] + step_size[rows] * unit, rows)
     return adversarial
 
 
@@ -109,8 +123,14 @@ def pgd(
         momentum=torch.zeros(size, device=device),
         start=start.to(device),
         surrogate=torch.zeros(size, dtype=torch.long, device=device),
+        l2=torch.zeros(size, dtype=torch.bool, device=device),
     )
     return perturb([classifier], pixel_values, labels, parameters)
+
+
+def _length(change: Tensor) -> Tensor:
+    """L2 norm of every image, (B, 1, 1, 1)."""
+    return torch.linalg.vector_norm(change, dim=(1, 2, 3), keepdim=True).clamp_min(torch.finfo(change.dtype).tiny)
 
 
 def _input_gradient(classifier: Classifier, pixel_values: Tensor, labels: Tensor) -> Tensor:

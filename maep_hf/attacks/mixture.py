@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .patterns import stripes_and_squares
 
-KINDS = ("clean", "fgsm", "fgsm_rs", "mi_fgsm", "pgd", "square")
+KINDS = ("clean", "fgsm", "fgsm_rs", "mi_fgsm", "pgd", "square", "pgd_l2")
 
 
 @dataclass
@@ -21,9 +21,12 @@ class AttackMixture:
         clean: share of samples left clean, so that clean accuracy is kept.
         fgsm, fgsm_rs, mi_fgsm, pgd: shares of the attacks (FGSM, FGSM with random start, momentum FGSM, PGD).
         square: share of random stripes and squares, as the Square attack lays them, without its queries.
+        pgd_l2: share of PGD in the L2 norm.
         pgd_random_start: share of the PGD samples that start at a random point; the others start at the clean image
-            (BIM).
-        eps_min, eps_max: radius drawn uniformly between, in units of 1/255 (DESIGN: up to 1.5x the nominal 8).
+            (BIM); of `pgd_l2` too.
+        eps_min, eps_max: L-infinity radius drawn uniformly between, units of 1/255 (DESIGN: up to 1.5x the nominal 8).
+        l2_eps_min, l2_eps_max: L2 radius drawn uniformly between, lengths of images with pixels in [0, 1] (0.5 is
+            usual for 32 x 32 pixels).
         max_steps: largest number of steps of MI-FGSM and PGD (drawn from 2 and 1).
         num_surrogates: classifiers that samples are spread over.
 
@@ -37,9 +40,12 @@ class AttackMixture:
     mi_fgsm: float = 0.15
     pgd: float = 0.35
     square: float = 0.0
+    pgd_l2: float = 0.0
     pgd_random_start: float = 1.0
     eps_min: float = 2.0
     eps_max: float = 12.0
+    l2_eps_min: float = 0.1
+    l2_eps_max: float = 0.75
     max_steps: int = 10
     num_surrogates: int = 1
 
@@ -56,6 +62,11 @@ class AttackMixture:
         if self.eps_max < 1:
             raise ValueError(
                 f"eps_max={self.eps_max} is below one grey level: eps is in units of 1/255, so 8, not 8/255"
+            )
+        if not 0 < self.l2_eps_min <= self.l2_eps_max:
+            raise ValueError(
+                f"0 < l2_eps_min <= l2_eps_max is needed (pixels in [0, 1]), got {self.l2_eps_min} and "
+                f"{self.l2_eps_max}"
             )
         if self.max_steps < 2:
             raise ValueError(f"max_steps={self.max_steps}: at least 2 are needed for the iterated attacks")
@@ -88,12 +99,16 @@ class AttackMixture:
         elif kind == "square":
             steps, step_size, start = 0, 0.0, stripes_and_squares(rng, image_shape)
         else:  # steps x step size covers the ball at least once whatever was drawn
+            if kind == "pgd_l2":
+                eps = rng.uniform(self.l2_eps_min, self.l2_eps_max)
+                start *= rng.random() / np.linalg.norm(start)
             step_size = eps * min(1.0, relative_step * 2 / steps)
             if self.pgd_random_start < 1 and rng.random() >= self.pgd_random_start:
                 start = np.zeros_like(start)
         values = {"eps": eps, "step_size": step_size, "momentum": momentum}
         drawn = {f"attack_{key}": torch.tensor(value, dtype=torch.float32) for key, value in values.items()}
         drawn["attack_steps"] = torch.tensor(steps)
+        drawn["attack_l2"] = torch.tensor(kind == "pgd_l2")
         drawn["attack_surrogate"] = torch.tensor(surrogate)
         drawn["attack_kind"] = torch.tensor(KINDS.index(kind))
         drawn["attack_start"] = torch.from_numpy(start)

@@ -90,7 +90,14 @@ FREE_ARGUMENTS = frozenset(
 )
 
 # What arguments that came later were before: run folders from then lack them.
-ADDED_LATER = {"square": 0.0, "pgd_random_start": 1.0, "guidance_by": "logits"}
+ADDED_LATER = {
+    "square": 0.0,
+    "pgd_l2": 0.0,
+    "pgd_random_start": 1.0,
+    "l2_eps_min": 0.1,
+    "l2_eps_max": 0.75,
+    "guidance_by": "logits",
+}
 
 
 @dataclass

@@ -37,9 +37,12 @@ class AttackArguments:
     mi_fgsm: float = field(default=0.15, metadata={"help": "share attacked by momentum FGSM"})
     pgd: float = field(default=0.35, metadata={"help": "share attacked by PGD"})
     square: float = field(default=0.0, metadata={"help": "share of stripes and squares, as in the Square attack"})
+    pgd_l2: float = field(default=0.0, metadata={"help": "share attacked by PGD in the L2 norm"})
     pgd_random_start: float = field(default=1.0, metadata={"help": "share of PGD that starts at a random point"})
     eps_min: float = field(default=2.0, metadata={"help": "smallest radius, units of 1/255"})
     eps_max: float = field(default=12.0, metadata={"help": "largest radius, units of 1/255"})
+    l2_eps_min: float = field(default=0.1, metadata={"help": "smallest L2 radius, of images with pixels in [0, 1]"})
+    l2_eps_max: float = field(default=0.75, metadata={"help": "largest L2 radius, of images with pixels in [0, 1]"})
     attack_steps: int = field(default=10, metadata={"help": "largest number of steps of the iterated attacks"})
 
     def mixture(self, num_surrogates: int) -> AttackMixture:
@@ -55,9 +58,12 @@ class AttackArguments:
             mi_fgsm=self.mi_fgsm,
             pgd=self.pgd,
             square=self.square,
+            pgd_l2=self.pgd_l2,
             pgd_random_start=self.pgd_random_start,
             eps_min=self.eps_min,
             eps_max=self.eps_max,
+            l2_eps_min=self.l2_eps_min,
+            l2_eps_max=self.l2_eps_max,
             max_steps=self.attack_steps,
             num_surrogates=num_surrogates,
         )
