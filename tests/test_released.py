@@ -17,10 +17,11 @@ from maep_hf.evaluation.fingerprint import fingerprint
 from maep_hf.evaluation.tables import markdown_table, read_results
 from maep_hf.hub import render_card
 from maep_hf.records import read_jsonl
-from train import ablation_table, transfer_table
+from train import ablation_table, peers_table, transfer_table
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.checkpoint
+OLDER = f"{PURIFIER}-v1"  # the base of the adapters
 
 
 def test_released_purifier_defends_the_released_classifier():
@@ -42,7 +43,7 @@ def test_released_purifier_takes_larger_images_and_passes_gradients():
     assert torch.isfinite(image.grad).all() and (image.grad != 0).float().mean() > 0.99
 
 
-@pytest.mark.parametrize("purifier", [PURIFIER, f"{PURIFIER}-v2"])
+@pytest.mark.parametrize("purifier", [PURIFIER, OLDER])
 def test_records_lie_beside_the_weights_and_name_no_machine(purifier):
     folder = released_checkpoint(purifier)
     for name in ("run.json", "metrics.jsonl", "pretrain_run.json", "pretrain_metrics.jsonl", "results.jsonl"):
@@ -54,7 +55,7 @@ def test_records_lie_beside_the_weights_and_name_no_machine(purifier):
     assert weights <= 25 * 2**20
 
 
-@pytest.mark.parametrize("name", [PURIFIER, f"{PURIFIER}-v2"])
+@pytest.mark.parametrize("name", [PURIFIER, OLDER])
 def test_card_and_readme_state_the_recorded_results(name):
     folder = released_checkpoint(name)
     card, readme = (folder / "README.md").read_text(), (ROOT / "README.md").read_text()
@@ -65,21 +66,22 @@ def test_card_and_readme_state_the_recorded_results(name):
     measured = {record["protocol"]["threat_model"] for record in records}
     assert {"gray-box", "white-box"} <= measured
     table = [line for line in markdown_table(records).splitlines() if line.startswith("|")]
-    missing = [line for line in table if line not in readme.splitlines()]
+    shown = readme if name == PURIFIER else (folder / "results.md").read_text()
+    missing = [line for line in table if line not in shown.splitlines()]
     assert not missing, f"README.md: paste the tables of `maep report checkpoints/{name}`"
 
 
 @pytest.mark.parametrize("domain", ["imagenet", "tiny-imagenet"])
-def test_released_adapters_fit_the_released_purifier_and_say_what_was_measured(domain):
+def test_released_adapters_fit_their_base_and_say_what_was_measured(domain):
     folder = ROOT / "checkpoints" / f"{PURIFIER}-lora-{domain}"
     assert isinstance(load_purifier(folder), MAEPModel)
-    assert trainable_share(load_adapter(load_purifier(), folder, trainable=True)) < 0.05
+    assert trainable_share(load_adapter(load_purifier(released_checkpoint(OLDER)), folder, trainable=True)) < 0.05
     records = read_results(folder / "results.jsonl")
     # of merged weights, whose last bits are the processor's, so that only their sameness can be asked for
     assert len({record["protocol"]["purifier"]["fingerprint"] for record in records}) == 1
     everything = read_results(ROOT / "checkpoints" / "transfer" / "results.jsonl")
     assert all(record in everything for record in records) and len(records) >= 3
-    card = str(render_card(folder, f"checkpoints/{folder.name}", base_model=f"checkpoints/{PURIFIER}"))
+    card = str(render_card(folder, f"checkpoints/{folder.name}", base_model=f"checkpoints/{OLDER}"))
     assert (folder / "README.md").read_text() == card
     for path in folder.glob("*run.json"):
         run = json.loads(path.read_text())
@@ -95,9 +97,28 @@ def test_transfer_is_tabled_from_its_records():
     across = transfer_table.across(transfer_table.domains(records))[0]
     assert all(line in readme for line in across), "README.md: paste the table across domains"
     purifiers = {record["protocol"]["purifier"]["fingerprint"] for record in records
-                 if record["protocol"]["purifier"]["name"] == PURIFIER
+                 if record["protocol"]["purifier"]["name"] == OLDER
                  and "scale" not in record["protocol"]["purifier"]["options"]}  # fmt: skip
-    assert purifiers == {fingerprint(load_purifier())}
+    assert purifiers == {fingerprint(load_purifier(released_checkpoint(OLDER)))}
+
+
+def test_peers_are_tabled_from_their_records():
+    folder = ROOT / "checkpoints" / "peers"
+    records, readme = read_results(folder / "results.jsonl"), (ROOT / "README.md").read_text().splitlines()
+    text = peers_table.markdown(records)
+    assert (folder / "peers.md").read_text() == text, "python train/peers_table.py checkpoints/peers"
+    assert all(line in readme for line in text.splitlines() if line.startswith("|")), "README.md: paste peers.md"
+    weights = {record["protocol"]["purifier"]["name"]: record["protocol"]["purifier"]["fingerprint"]
+               for record in records if record["protocol"]["purifier"]}  # fmt: skip
+    assert weights[PURIFIER] == fingerprint(load_purifier())
+    images = {}
+    for path in folder.glob("*_run.json"):
+        run = json.loads(path.read_text())
+        assert not any("resnet56" in name for name in run["arguments"]["purification"]["surrogates"])
+        assert not re.search(r'"/(work|root|home|tmp)/', path.read_text())
+        loop = run["arguments"]["loop"]
+        images[path.name] = loop["max_steps"] * loop["per_device_train_batch_size"]
+    assert len(images) == 4 and len(set(images.values())) == 1  # the same budget for all that were trained for it
 
 
 def test_ablation_is_tabled_from_its_records():
