@@ -118,7 +118,7 @@ def test_peers_are_tabled_from_their_records():
         assert not re.search(r'"/(work|root|home|tmp)/', path.read_text())
         loop = run["arguments"]["loop"]
         images[path.name] = loop["max_steps"] * loop["per_device_train_batch_size"]
-    assert len(images) == 4 and len(set(images.values())) == 1  # the same budget for all that were trained for it
+    assert len(images) == 5 and len(set(images.values())) == 1  # the same budget for all that were trained for it
 
 
 def test_ablation_is_tabled_from_its_records():
