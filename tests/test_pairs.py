@@ -115,7 +115,7 @@ def test_dataset_has_every_image_inside_its_ball(source, surrogate, tmp_path):
     made = read(out)
     assert made["index"] == [*range(IMAGES)] * 4
     assert made.features["label"].names == ["a", "b", "c", "d"]
-    assert set(made["attack"]) == set(KINDS)
+    assert set(made["attack"]) == set(KINDS) - {"pgd_l2"}  # refused in stored pairs
     original = load_image_dataset(source)
     for row in made:
         clean, adversarial = levels(row)
