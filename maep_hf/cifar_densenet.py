@@ -13,16 +13,16 @@ import re
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .classifier import PixelClassifier
+from .folding import fold_batch_norm
 
 # Of the CIFAR-10 training images; the published weights were trained with them.
 IMAGE_MEAN = (0.4914, 0.4822, 0.4465)
 IMAGE_STD = (0.2023, 0.1994, 0.2010)
 BLOCKS = 3
 BOTTLENECK = 4
-KEY = re.compile(r"block1\.layer\.(\d+)\.conv2\.weight")
+LAYER = re.compile(r"block1\.layer\.\d+\.conv2\.weight")
 
 
 class DenseLayer(nn.Module):
@@ -107,7 +107,7 @@ def published(file: str) -> PixelClassifier:
         raise ValueError(f"{file} is no checkpoint of torch: {error}") from error
     state = state.get("state_dict", state) if isinstance(state, dict) else {}
     state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
-    layers = sum(KEY.fullmatch(name) is not None for name in state)
+    layers = sum(LAYER.fullmatch(name) is not None for name in state)
     if not layers or "fc.weight" not in state:
         raise ValueError(f"{file} holds no DenseNet-BC: it has no block1.layer.0.conv2.weight or no fc.weight")
     growth = len(state["block1.layer.0.conv2.weight"])
@@ -116,12 +116,5 @@ def published(file: str) -> PixelClassifier:
         network.load_state_dict(state)
     except RuntimeError as error:
         raise ValueError(f"{file} holds another DenseNet: {' '.join(str(error).split())}") from error
-    return PixelClassifier(fold(network.eval()), image_mean=IMAGE_MEAN, image_std=IMAGE_STD)
-
-
-def fold(network: CifarDenseNet) -> CifarDenseNet:
-    """Fold the normalisations that follow a convolution into it, in place."""
-    for module in network.modules():
-        if isinstance(module, DenseLayer):
-            module.conv1, module.bn2 = fuse_conv_bn_eval(module.conv1, module.bn2), nn.Identity()
-    return network
+    fold_batch_norm(network.eval())
+    return PixelClassifier(network, image_mean=IMAGE_MEAN, image_std=IMAGE_STD)

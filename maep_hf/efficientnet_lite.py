@@ -15,10 +15,10 @@ from io import StringIO
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .checkpoints import CheckpointError
 from .classifier import PixelClassifier
+from .folding import fold_batch_norm
 
 MEAN, STD = 127 / 255, 128 / 255  # of the published models: (x * 255 - 127) / 128
 INPUT_SIZES = {0: 224, 1: 240, 2: 260}  # pixels that each was trained on; other sizes run as well
@@ -117,14 +117,3 @@ def efficientnet_lite(variant: int, size: str | int | None = None) -> PixelClass
     fold_batch_norm(model.eval())
     model.num_classes = model._fc.out_features
     return PixelClassifier(model, image_mean=MEAN, image_std=STD, size=None if size is None else int(size))
-
-
-def fold_batch_norm(module: nn.Module) -> None:
-    """Fold each batch normalisation into the convolution declared just before it: same function, a fifth less time."""
-    children = list(module.named_children())
-    for (name, layer), (following, norm) in zip(children, children[1:], strict=False):
-        if isinstance(layer, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
-            setattr(module, name, fuse_conv_bn_eval(layer, norm))
-            setattr(module, following, nn.Identity())
-    for _, child in children:
-        fold_batch_norm(child)

@@ -30,6 +30,7 @@ from PIL import Image  # noqa: E402
 datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0.1  # of 5 seconds after each epoch of a shuffled stream
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT / "train"))  # as for a script that is started there, but train/evaluate.py hides no library
 CLASSES = ["stripes", "blob", "ramp"]
 SIZE = 16
 TINY = {

@@ -15,7 +15,6 @@ from maep_hf import MAEPConfig
 from maep_hf.records import read_jsonl
 from maep_hf.training.stages import ModelArguments
 
-sys.path.append(str(ROOT / "train"))  # as for a script that is started there, but train/evaluate.py hides no library
 ablation = load_script("ablation")
 rows_module, table_module = sys.modules["ablation_rows"], sys.modules["ablation_table"]
 chart_module = sys.modules["ablation_chart"]

@@ -14,7 +14,6 @@ from torch import nn
 
 from maep_hf import MAEPConfig, MAEPModel
 
-sys.path.append(str(ROOT / "train"))  # as for a script that is started there, but train/evaluate.py hides no library
 SCRIPT = runpy.run_path(str(ROOT / "train" / "benchmark_speed.py"))
 peers = SCRIPT["benchmark_peers"]
 QUICK = "--rounds 1 --seconds 1e-9 --matmul_size 64 --purify_batch_size 2 --torch_compile false --device cpu"

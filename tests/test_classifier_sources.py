@@ -10,8 +10,9 @@ from torch import nn
 from maep_hf.checkpoints import CheckpointError
 from maep_hf.classifier import PixelClassifier
 from maep_hf.classifier_sources import load_frozen_classifier
-from maep_hf.efficientnet_lite import TINY_IMAGENET, fold_batch_norm
+from maep_hf.efficientnet_lite import TINY_IMAGENET
 from maep_hf.evaluation.run import _short
+from maep_hf.folding import fold_batch_norm
 
 MODULE = """
 from torch import nn

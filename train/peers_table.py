@@ -8,17 +8,17 @@ attack is the worst of the same ones.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from maep_hf.evaluation.results import NO_PURIFIER, Result, read_results, results
+from table_command import table_command
+
+from maep_hf.evaluation.results import NO_PURIFIER, Result, results
 from maep_hf.evaluation.tables import percent
 from maep_hf.figures import GRID, INK, PALETTE, new_figure, save_figure
-from maep_hf.records import write_text
 
 MAIN_ATTACK = "AutoAttack (standard), Linf 8/255"
 
@@ -29,15 +29,26 @@ class Line:
 
     Attributes:
         name: of the purifier.
-        main: the result under [`MAIN_ATTACK`].
-        worst: the result with the lowest accuracy.
-        ms_per_image: of purification, median over the records.
+        results: of every attack, the same ones for all defences.
     """
 
     name: str
-    main: Result
-    worst: Result
-    ms_per_image: float
+    results: list[Result]
+
+    @property
+    def main(self) -> Result:
+        """The result under [`MAIN_ATTACK`]."""
+        return next(result for result in self.results if result.attack == MAIN_ATTACK)
+
+    @property
+    def worst(self) -> Result:
+        """The result with the lowest accuracy."""
+        return min(self.results, key=lambda result: result.figure["percent"])
+
+    @property
+    def ms_per_image(self) -> float:
+        """Of purification, median over the records."""
+        return median(result.record["ms_per_image"]["purify"] for result in self.results)
 
     @property
     def clean_drop(self) -> float:
@@ -73,23 +84,14 @@ def lines_of(records: Sequence[Mapping[str, Any]]) -> list[Line]:
         raise ValueError(f"records: {name} was not measured under {lacking[0][0]}, as others were")
     if MAIN_ATTACK not in {attack for attack, _ in all_attacks}:
         raise ValueError(f"records: {MAIN_ATTACK} is missing")
-    return [
-        Line(
-            name,
-            next(result for result in rows if result.attack == MAIN_ATTACK),
-            min(rows, key=lambda result: result.figure["percent"]),
-            median(result.record["ms_per_image"]["purify"] for result in rows),
-        )
-        for name, rows in found.items()
-    ]
+    return [Line(name, rows) for name, rows in found.items()]
 
 
 def markdown(records: Sequence[Mapping[str, Any]]) -> str:
     """The table, what was measured above it."""
     lines = lines_of(records)
     main = lines[0].main
-    count = len({each.attack for each in results(records) if each.column == "gray-box" and not each.control})
-    worst = f"worst of {count} attacks"
+    worst = f"worst of {len({each.attack for each in lines[0].results})} attacks"
     header = ["defence", "purified clean", "clean drop", "AutoAttack", "gap", worst, "ms an image"]
     rows = [header, ["---"] + ["---:"] * (len(header) - 1)]
     bare = main.record["accuracy"]["clean"]
@@ -132,17 +134,7 @@ def picture(records: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path, help="holds results.jsonl; peers.md and peers.png go there")
-    folder = parser.parse_args(argv).folder
-    try:
-        records = read_results(folder / "results.jsonl")
-        text = markdown(records)
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
-    write_text(folder / "peers.md", text)
-    picture(records, folder / "peers.png")
-    print(text)
+    table_command(argv, __doc__.splitlines()[0], "peers", markdown, picture)
 
 
 if __name__ == "__main__":

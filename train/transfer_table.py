@@ -8,15 +8,15 @@ picture quality and time of each; and one table across domains, trained on A and
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from maep_hf.evaluation.results import NO_PURIFIER, Result, read_results, results
+from table_command import table_command
+
+from maep_hf.evaluation.results import NO_PURIFIER, Result, results
 from maep_hf.evaluation.tables import percent
 from maep_hf.figures import new_figure, save_figure
-from maep_hf.records import write_text
 
 Domain = tuple[str, str]
 TAKEN = ("mode", "overlap", "scale")  # options of how images larger than a window are taken
@@ -149,18 +149,7 @@ def picture(records: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path, help="holds results.jsonl; transfer.md and transfer.png go there")
-    folder = parser.parse_args(argv).folder
-    path = folder / "results.jsonl"
-    try:
-        records = read_results(path)
-        text = markdown(records)
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
-    write_text(folder / "transfer.md", text)
-    picture(records, folder / "transfer.png")
-    print(text)
+    table_command(argv, __doc__.splitlines()[0], "transfer", markdown, picture)
 
 
 if __name__ == "__main__":

@@ -67,10 +67,11 @@ def perturb(
     )
     lower, upper = (x - eps).clamp_(min=0), (x + eps).clamp_(max=1)
     l2 = parameters.l2.to(x.device).view(-1, 1, 1, 1)
+    any_l2 = bool(parameters.l2.any())
 
     def project(moved: Tensor, rows: Tensor | slice) -> Tensor:
         inside = torch.minimum(torch.maximum(moved, lower[rows]), upper[rows])
-        if not parameters.l2.any():
+        if not any_l2:
             return inside
         change = moved - x[rows]
         shrunk = x[rows] + change * (eps[rows] / _length(change)).clamp(max=1)
@@ -88,7 +89,7 @@ def perturb(
             norm = gradient.abs().mean(dim=(1, 2, 3), keepdim=True).clamp_min(torch.finfo(gradient.dtype).tiny)
             direction[rows] = momentum[rows] * direction[rows] + gradient / norm
             unit = direction[rows].sign()
-            if parameters.l2.any():
+            if any_l2:
                 unit = torch.where(l2[rows], direction[rows] / _length(direction[rows]), unit)
             adversarial[rows] = project(adversarial[rows] + step_size[rows] * unit, rows)
     return adversarial
