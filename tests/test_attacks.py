@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from maep_hf.attacks import KINDS, AttackMixture, AttackParameters, perturb, pgd
+from maep_hf.attacks.gradient import _look, _smooth
 from maep_hf.training.samples import collate
 
 
@@ -30,7 +31,8 @@ def mixed_batch(count: int, mixture: AttackMixture | None = None) -> dict[str, t
 
 
 def test_mixture_stays_in_ball_and_leaves_clean_samples_alone(classifier):
-    batch = mixed_batch(64, AttackMixture(num_surrogates=2, square=0.15, pgd_l2=0.2, pgd_random_start=0.5))
+    shares = {"square": 0.15, "pgd_l2": 0.2, "pgd_random_start": 0.5, "input_diversity": 0.3, "smoothed_gradient": 0.3}
+    batch = mixed_batch(64, AttackMixture(num_surrogates=2, **shares))
     parameters = AttackParameters.from_batch(batch)
     x = torch.rand(64, 3, 8, 8, generator=torch.Generator().manual_seed(2))
     attacked = perturb([classifier, classifier], x, torch.zeros(64, dtype=torch.long), parameters)
@@ -46,7 +48,7 @@ def test_mixture_stays_in_ball_and_leaves_clean_samples_alone(classifier):
 
 
 def test_a_sample_does_not_depend_on_its_batch(classifier):
-    batch = mixed_batch(12)
+    batch = mixed_batch(12, AttackMixture(num_surrogates=2, input_diversity=0.5, smoothed_gradient=0.5))
     parameters = AttackParameters.from_batch(batch)
     x = torch.rand(12, 3, 8, 8, generator=torch.Generator().manual_seed(2))
     labels = torch.arange(12) % 5
@@ -78,6 +80,8 @@ def test_pgd_in_the_l2_norm_equals_foolbox(classifier, images):
         start=torch.zeros_like(images),
         surrogate=torch.zeros(count, dtype=torch.long),
         l2=torch.ones(count, dtype=torch.bool),
+        smoothing=torch.zeros(count),
+        views=torch.ones(*count, 0, 3),
     )
     torch.testing.assert_close(perturb([classifier], images, LABELS, parameters), reference, atol=1e-6, rtol=0)
 
@@ -116,6 +120,8 @@ def test_momentum_is_that_of_mi_fgsm(classifier, images):
         start=torch.zeros_like(images),
         surrogate=torch.zeros(count, dtype=torch.long),
         l2=torch.zeros(count, dtype=torch.bool),
+        smoothing=torch.zeros(count),
+        views=torch.ones(*count, 0, 3),
     )
     torch.testing.assert_close(perturb([classifier], images, LABELS, parameters), expected, atol=1e-6, rtol=0)
 
@@ -170,9 +176,61 @@ def test_missing_labels_are_the_classifiers_own(classifier, images):
         ({"l2_eps_min": 0.5, "l2_eps_max": 0.4}, "l2_eps_min"),
         ({"max_steps": 1}, "max_steps"),
         ({"pgd_random_start": 1.5}, "pgd_random_start"),
+        ({"input_diversity": -0.1}, "input_diversity"),
+        ({"smoothed_gradient": 2}, "smoothed_gradient"),
         ({"num_surrogates": 0}, "num_surrogates"),
     ],
 )
 def test_mixture_names_the_bad_argument(arguments, named):
     with pytest.raises(ValueError, match=named):
         AttackMixture(**arguments)
+
+
+def test_a_view_is_the_image_shrunk_and_laid_on_black():
+    images = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    small = nn.functional.interpolate(images, scale_factor=0.5, mode="bilinear")  # means of 2 x 2 pixels
+    corners = {(-1.0, -1.0): (0, 0), (1.0, -1.0): (0, 16), (-1.0, 1.0): (16, 0), (1.0, 1.0): (16, 16)}
+    for (across, down), (top, left) in corners.items():
+        expected = torch.zeros_like(images)
+        expected[:, :, top : top + 16, left : left + 16] = small
+        seen = _look(images, torch.tensor([0.5, across, down]).expand(4, 3))
+        torch.testing.assert_close(seen, expected, atol=1e-5, rtol=0)
+    mixed = _look(images, torch.tensor([[1.0, 0.3, 0.3], [0.8, 0.0, 0.0], [1.0, 0.0, 0.0], [0.9, 1.0, 1.0]]))
+    assert torch.equal(mixed[::2], images[::2]) and not torch.allclose(mixed[1::2], images[1::2])
+
+
+def test_a_diverse_attack_takes_the_gradient_of_the_view(classifier, images):
+    mixture = AttackMixture(clean=0, fgsm=1, fgsm_rs=0, mi_fgsm=0, pgd=0, eps_min=8, eps_max=8, input_diversity=1)
+    batch = collate([mixture.draw(np.random.default_rng((5, i)), (3, 8, 8)) for i in range(6)])
+    view = batch["attack_views"][:, 0]
+    assert (view[:, 0] < 1).any() and (view[:, 0] == 1).any() and view[:, 0].min() >= 0.75
+    leaf = images.clone().requires_grad_()
+    loss = nn.functional.cross_entropy(classifier(_look(leaf, view)), LABELS, reduction="sum")
+    expected = (images + 8 / 255 * torch.autograd.grad(loss, leaf)[0].sign()).clamp(0, 1)
+    attacked = perturb([classifier], images, LABELS, AttackParameters.from_batch(batch))
+    torch.testing.assert_close(attacked, expected, atol=1e-6, rtol=0)
+
+
+def test_a_smoothed_gradient_is_convolved_with_a_gaussian():
+    gradient = torch.randn(2, 3, 12, 10, generator=torch.Generator().manual_seed(1))
+    places = torch.arange(-11, 12)
+    kernel = torch.exp(-(places**2) / (2 * 0.8**2))
+    kernel = (kernel[:, None] * kernel).expand(3, 1, -1, -1)
+    expected = nn.functional.conv2d(gradient[1:], kernel, padding=11, groups=3)
+    smoothed = _smooth(gradient, torch.tensor([0.0, 0.8]))
+    torch.testing.assert_close(smoothed[1:], expected, atol=1e-5, rtol=1e-5)
+    assert torch.equal(smoothed[0], gradient[0])
+
+
+def test_shares_of_diverse_and_smoothed_attacks_are_those_asked_for():
+    mixture = AttackMixture(input_diversity=0.25, smoothed_gradient=0.5, square=0.2)
+    batch = collate([mixture.draw(np.random.default_rng((7, i)), (3, 8, 8)) for i in range(800)])
+    gradient = (batch["attack_kind"] != KINDS.index("clean")) & (batch["attack_kind"] != KINDS.index("square"))
+    viewed = (batch["attack_views"][:, :, 0] < 1).any(dim=1)
+    smoothed = batch["attack_smoothing"] > 0
+    assert not viewed[~gradient].any() and not smoothed[~gradient].any()
+    assert abs(viewed[gradient].float().mean() - 0.25) < 0.05 and abs(smoothed[gradient].float().mean() - 0.5) < 0.06
+    plain = AttackMixture(square=0.2)
+    for i in range(20):  # what older recipes draw has not changed
+        drawn, before = (m.draw(np.random.default_rng((7, i)), (3, 8, 8)) for m in (mixture, plain))
+        assert all(torch.equal(drawn[f"attack_{k}"], before[f"attack_{k}"]) for k in ("eps", "kind", "start", "steps"))

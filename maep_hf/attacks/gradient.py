@@ -1,9 +1,9 @@
 """First-order L-infinity and L2 attacks for training and quick validation, all as one iteration.
 
 FGSM (Goodfellow et al. 2015), FGSM with random start (Wong et al. 2020), BIM, MI-FGSM (Dong et al. 2018) and PGD
-(Madry et al. 2018) differ only in the number of steps, the step size, the start and the momentum. Each sample of a
-batch carries its own set of those, so a mixed batch costs no more than its gradients. Evaluation uses attack
-libraries instead.
+(Madry et al. 2018) differ only in the number of steps, the step size, the start and the momentum; DI-FGSM (Xie et al.
+2019) and TI-FGSM (Dong et al. 2019) in what they do to the image or its gradient. Each sample of a batch carries its
+own set of those, so a mixed batch costs no more than its gradients. Evaluation uses attack libraries instead.
 """
 
 from __future__ import annotations
@@ -31,6 +31,10 @@ class AttackParameters:
             norm of length 1 at most.
         surrogate: index of the classifier that the sample is attacked on.
         l2: whether the ball and the steps are those of the L2 norm; bool.
+        smoothing: standard deviation, pixels, of the Gaussian that the gradient is smoothed by (TI-FGSM); 0 is off.
+        views: how each step sees the image (DI-FGSM), shape (B, any number, 3), used in turns: its scale, in (0, 1],
+            and where it lies in the room left on black, across and down, in [-1, 1]. Scale 1 is the image itself, no
+            views at all are too.
     """
 
     eps: Tensor
@@ -40,6 +44,8 @@ class AttackParameters:
     start: Tensor
     surrogate: Tensor
     l2: Tensor
+    smoothing: Tensor
+    views: Tensor
 
     @classmethod
     def from_batch(cls, batch: dict[str, Tensor]) -> AttackParameters:
@@ -68,6 +74,9 @@ def perturb(
     lower, upper = (x - eps).clamp_(min=0), (x + eps).clamp_(max=1)
     l2 = parameters.l2.to(x.device).view(-1, 1, 1, 1)
     any_l2 = bool(parameters.l2.any())
+    smoothing = parameters.smoothing.to(x)
+    any_smoothing = bool((smoothing > 0).any())
+    views = parameters.views.to(x)
 
     def project(moved: Tensor, rows: Tensor | slice) -> Tensor:
         inside = torch.minimum(torch.maximum(moved, lower[rows]), upper[rows])
@@ -85,7 +94,10 @@ def perturb(
             rows = ((parameters.steps > step) & (parameters.surrogate == index)).nonzero().squeeze(1)
             if len(rows) == 0:
                 continue
-            gradient = _input_gradient(classifier, adversarial[rows], labels[rows])
+            view = views[rows, step % views.shape[1]] if views.shape[1] else None
+            gradient = _input_gradient(classifier, adversarial[rows], labels[rows], view)
+            if any_smoothing:
+                gradient = _smooth(gradient, smoothing[rows])
             norm = gradient.abs().mean(dim=(1, 2, 3), keepdim=True).clamp_min(torch.finfo(gradient.dtype).tiny)
             direction[rows] = momentum[rows] * direction[rows] + gradient / norm
             unit = direction[rows].sign()
@@ -125,6 +137,8 @@ def pgd(
         start=start.to(device),
         surrogate=torch.zeros(size, dtype=torch.long, device=device),
         l2=torch.zeros(size, dtype=torch.bool, device=device),
+        smoothing=torch.zeros(size, device=device),
+        views=torch.ones((*size, 0, 3), device=device),
     )
     return perturb([classifier], pixel_values, labels, parameters)
 
@@ -134,11 +148,37 @@ def _length(change: Tensor) -> Tensor:
     return torch.linalg.vector_norm(change, dim=(1, 2, 3), keepdim=True).clamp_min(torch.finfo(change.dtype).tiny)
 
 
-def _input_gradient(classifier: Classifier, pixel_values: Tensor, labels: Tensor) -> Tensor:
+def _input_gradient(classifier: Classifier, pixel_values: Tensor, labels: Tensor, view: Tensor | None) -> Tensor:
     with torch.enable_grad():
         leaf = pixel_values.detach().requires_grad_()
-        loss = F.cross_entropy(classifier(leaf).float(), labels, reduction="sum")
+        seen = leaf if view is None else _look(leaf, view)
+        loss = F.cross_entropy(classifier(seen).float(), labels, reduction="sum")
         return torch.autograd.grad(loss, leaf)[0]
+
+
+def _look(pixel_values: Tensor, view: Tensor) -> Tensor:
+    """Each image shrunk and laid on black: `view` is (B, 3), as in [`AttackParameters`]; those of scale 1 stay."""
+    rows = (view[:, 0] < 1).nonzero().squeeze(1)
+    if len(rows) == 0:
+        return pixel_values
+    scale, place = view[rows, :1], view[rows, 1:]
+    # from where in the image, in [-1, 1], a place of the result comes: it is linear, with the same scale both ways
+    towards = torch.eye(2, 3, dtype=view.dtype, device=view.device) / scale[:, :, None]
+    towards[:, :, 2] = -place * (1 - scale) / scale
+    grid = F.affine_grid(towards, list(pixel_values[rows].shape), align_corners=False)
+    small = F.grid_sample(pixel_values[rows], grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+    return pixel_values.index_put((rows,), small)
+
+
+def _smooth(gradient: Tensor, deviation: Tensor) -> Tensor:
+    """Each gradient convolved with a Gaussian of its own standard deviation in pixels, (B,); 0 leaves it as it is."""
+    width = deviation.clamp_min(1e-3).view(-1, 1, 1, 1)
+
+    def weights(count: int) -> Tensor:
+        places = torch.arange(count, dtype=gradient.dtype, device=gradient.device)
+        return torch.exp(-(((places[:, None] - places[None]) / width) ** 2) / 2)
+
+    return weights(gradient.shape[2]) @ gradient @ weights(gradient.shape[3])
 
 
 @torch.no_grad()

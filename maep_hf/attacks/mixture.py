@@ -11,6 +11,10 @@ from torch import Tensor
 from .patterns import stripes_and_squares
 
 KINDS = ("clean", "fgsm", "fgsm_rs", "mi_fgsm", "pgd", "square", "pgd_l2")
+WITHOUT_GRADIENTS = ("clean", "square")
+VIEWED = 0.5  # share of the steps of a diverse attack that see the image shrunk (Xie et al. 2019, section 4.1)
+SMALLEST_VIEW = 0.75
+SMOOTHING = (0.5, 1.5)  # standard deviation, pixels: 1 is to 32 x 32 pixels what the paper's kernel is to 299 x 299
 
 
 @dataclass
@@ -28,10 +32,15 @@ class AttackMixture:
         l2_eps_min, l2_eps_max: L2 radius drawn uniformly between, lengths of images with pixels in [0, 1] (0.5 is
             usual for 32 x 32 pixels).
         max_steps: largest number of steps of MI-FGSM and PGD (drawn from 2 and 1).
+        input_diversity: share of the gradient attacks whose gradient, at half of the steps, is that of the image shrunk
+            to 0.75 to 1 of its size and laid on black at random (DI-FGSM, Xie et al. 2019). Such patterns hold for more
+            classifiers than the surrogate.
+        smoothed_gradient: share of the gradient attacks whose gradient is smoothed by a Gaussian of 0.5 to 1.5 pixels
+            (TI-FGSM, Dong et al. 2019): patterns of longer waves.
         num_surrogates: classifiers that samples are spread over.
 
     Raises:
-        ValueError: negative shares or none at all, a share of starts outside [0, 1], an empty eps range, no steps.
+        ValueError: negative shares or none at all, another share outside [0, 1], an empty eps range, no steps.
     """
 
     clean: float = 0.15
@@ -47,14 +56,18 @@ class AttackMixture:
     l2_eps_min: float = 0.1
     l2_eps_max: float = 0.75
     max_steps: int = 10
+    input_diversity: float = 0.0
+    smoothed_gradient: float = 0.0
     num_surrogates: int = 1
 
     def __post_init__(self) -> None:
         shares = self.shares
         if min(shares) < 0 or sum(shares) <= 0:
             raise ValueError(f"attack shares must be >= 0 and not all 0, got {dict(zip(KINDS, shares, strict=True))}")
-        if not 0 <= self.pgd_random_start <= 1:
-            raise ValueError(f"pgd_random_start={self.pgd_random_start}: a share of the PGD samples, from 0 to 1")
+        for name in ("pgd_random_start", "input_diversity", "smoothed_gradient"):
+            if not 0 <= getattr(self, name) <= 1:
+                of = "PGD samples" if name == "pgd_random_start" else "samples of the gradient attacks"
+                raise ValueError(f"{name}={getattr(self, name)}: a share of the {of}, from 0 to 1")
         if not 0 < self.eps_min <= self.eps_max:
             raise ValueError(
                 f"0 < eps_min <= eps_max is needed (units of 1/255), got {self.eps_min} and {self.eps_max}"
@@ -105,11 +118,24 @@ class AttackMixture:
             step_size = eps * min(1.0, relative_step * 2 / steps)
             if self.pgd_random_start < 1 and rng.random() >= self.pgd_random_start:
                 start = np.zeros_like(start)
-        values = {"eps": eps, "step_size": step_size, "momentum": momentum}
+        smoothing, views = 0.0, np.ones((self.max_steps if self.input_diversity else 0, 3), dtype=np.float32)
+        if kind not in WITHOUT_GRADIENTS:
+            if self.smoothed_gradient and rng.random() < self.smoothed_gradient:
+                smoothing = rng.uniform(*SMOOTHING)
+            if self.input_diversity and rng.random() < self.input_diversity:
+                views = _draw_views(rng, self.max_steps)
+        values = {"eps": eps, "step_size": step_size, "momentum": momentum, "smoothing": smoothing}
         drawn = {f"attack_{key}": torch.tensor(value, dtype=torch.float32) for key, value in values.items()}
         drawn["attack_steps"] = torch.tensor(steps)
         drawn["attack_l2"] = torch.tensor(kind == "pgd_l2")
         drawn["attack_surrogate"] = torch.tensor(surrogate)
         drawn["attack_kind"] = torch.tensor(KINDS.index(kind))
         drawn["attack_start"] = torch.from_numpy(start)
+        drawn["attack_views"] = torch.from_numpy(views)
         return drawn
+
+
+def _draw_views(rng: np.random.Generator, steps: int) -> np.ndarray:
+    """(steps, 3): the scale of the image at each step, and where it lies in the room left, -1 to 1 each way."""
+    scale = np.where(rng.random(steps) < VIEWED, rng.uniform(SMALLEST_VIEW, 1.0, steps), 1.0)
+    return np.concatenate([scale[:, None], rng.uniform(-1.0, 1.0, (steps, 2))], axis=1).astype(np.float32)

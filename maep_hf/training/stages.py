@@ -44,6 +44,12 @@ class AttackArguments:
     l2_eps_min: float = field(default=0.1, metadata={"help": "smallest L2 radius, of images with pixels in [0, 1]"})
     l2_eps_max: float = field(default=0.75, metadata={"help": "largest L2 radius, of images with pixels in [0, 1]"})
     attack_steps: int = field(default=10, metadata={"help": "largest number of steps of the iterated attacks"})
+    input_diversity: float = field(
+        default=0.0, metadata={"help": "share of the attacks that look at the image shrunk and shifted (DI-FGSM)"}
+    )
+    smoothed_gradient: float = field(
+        default=0.0, metadata={"help": "share of the attacks that smooth their gradient (TI-FGSM)"}
+    )
 
     def mixture(self, num_surrogates: int) -> AttackMixture:
         """The mixture over so many classifiers.
@@ -65,6 +71,8 @@ class AttackArguments:
             l2_eps_min=self.l2_eps_min,
             l2_eps_max=self.l2_eps_max,
             max_steps=self.attack_steps,
+            input_diversity=self.input_diversity,
+            smoothed_gradient=self.smoothed_gradient,
             num_surrogates=num_surrogates,
         )
 
@@ -82,6 +90,7 @@ class ModelArguments:
     num_hidden_layers: int | None = field(default=None, metadata={"help": "blocks of the encoder"})
     residual: bool = field(default=True, metadata={"help": "predict a correction instead of pixels"})
     local_branch_layers: int | None = field(default=None, metadata={"help": "convolution blocks; 0 is the pure form"})
+    local_branch_channels: int | None = field(default=None, metadata={"help": "channels of these convolutions"})
     pixel_loss: str = field(default="l2", metadata={"help": "l1, l2 or charbonnier, on visible pixels"})
     reconstruction_loss_weight: float = field(default=1.0, metadata={"help": "weight of the error on hidden patches"})
     purification_loss_weight: float = field(default=1.0, metadata={"help": "weight of the error on visible patches"})
