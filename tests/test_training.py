@@ -549,6 +549,13 @@ def test_samples_are_spread_over_several_surrogates(task_of, classifier_folder, 
         torch.testing.assert_close(batch["clean_values"][rows, : logits.shape[1]], logits)
         assert not batch["clean_values"][rows, logits.shape[1] :].any()
     assert torch.isfinite(task.loss(task.model, batch)["loss"])
+    matched = task_of(surrogates=[classifier_folder, other], guidance_weight=1, attack_labels="predicted",
+                      guidance_surrogate="attacked")  # fmt: skip
+    matched_batch = batch_of(matched, 24)
+    assert torch.equal(matched_batch["guidance_surrogate"], batch["attack_surrogate"])
+    assert torch.equal(matched_batch["attacked"], batch["attacked"])
+    with pytest.raises(ValueError, match="guidance_surrogate='both'"):
+        PurificationArguments(guidance_surrogate="both")
 
 
 def test_attacks_start_from_the_labels_or_the_predictions(task_of, tmp_path):

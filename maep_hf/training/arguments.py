@@ -97,6 +97,7 @@ ADDED_LATER = {
     "l2_eps_min": 0.1,
     "l2_eps_max": 0.75,
     "guidance_by": "logits",
+    "guidance_surrogate": "any",
     "local_branch_channels": None,
     "input_diversity": 0.0,
     "smoothed_gradient": 0.0,

@@ -39,6 +39,7 @@ class PurificationArguments:
         mask_ratio: share of hidden patches (paper: 0.5 in pre-training, 0 in finetuning).
         guidance_weight: weight of `|f(P(x_a)) - f(x)|_1` of the surrogate (Liao et al. 2018); 0 turns it off.
         guidance_by: `logits`, or `features`, those before the surrogate's last linear layer.
+        guidance_surrogate: with several surrogates, `any` of them guides an image, or the one that was `attacked`.
         attack_labels: `true` attacks away from the dataset's label, `predicted` from the surrogate's own prediction.
     """
 
@@ -49,6 +50,9 @@ class PurificationArguments:
     mask_ratio: float = field(default=0.5, metadata={"help": "share of hidden patches"})
     guidance_weight: float = field(default=0.0, metadata={"help": "weight of the distance in the surrogate; 0 is off"})
     guidance_by: str = field(default="logits", metadata={"help": "logits, or features: what the distance is between"})
+    guidance_surrogate: str = field(
+        default="any", metadata={"help": "any, or attacked: which of the surrogates guides an image"}
+    )
     attack_labels: str = field(default="true", metadata={"help": "true or predicted"})
 
     def __post_init__(self) -> None:
@@ -58,6 +62,8 @@ class PurificationArguments:
             raise ValueError(f"guidance_weight={self.guidance_weight}: must not be negative")
         if self.guidance_by not in GUIDED_BY:
             raise ValueError(f"guidance_by={self.guidance_by!r}: must be {' or '.join(GUIDED_BY)}")
+        if self.guidance_surrogate not in ("any", "attacked"):
+            raise ValueError(f"guidance_surrogate={self.guidance_surrogate!r}: must be any or attacked")
         if self.attack_labels not in ("true", "predicted"):
             raise ValueError(f"attack_labels={self.attack_labels!r}: must be true or predicted")
 
@@ -66,25 +72,28 @@ class PurificationArguments:
 class PairDraw:
     """Random numbers of one sample: the noise that its mask comes from, its attack, and the surrogate that guides it.
 
-    The guide is drawn apart from the attacked surrogate: a correction that undoes an attack only in the eyes of the
-    classifier that was attacked does not transfer.
-
     Args:
         mixture: what attacks are drawn from.
         image_size: side of the square, pixels.
         patches: number of patches in all windows over it.
         stored: the dataset brings its attacked images, so that no attack is drawn.
+        guided_by_attacked: the guide is the attacked surrogate, and not drawn apart from it.
     """
 
     mixture: AttackMixture
     image_size: int
     patches: int
     stored: bool = False
+    guided_by_attacked: bool = False
 
     def __call__(self, rng: np.random.Generator) -> dict[str, Tensor]:
         drawn = {"mask_noise": torch.from_numpy(rng.random(self.patches, dtype="float32"))}
         drawn["guidance_surrogate"] = torch.tensor(int(rng.integers(self.mixture.num_surrogates)))
-        return drawn if self.stored else drawn | self.mixture.draw(rng, (3, self.image_size, self.image_size))
+        if not self.stored:
+            drawn |= self.mixture.draw(rng, (3, self.image_size, self.image_size))
+            if self.guided_by_attacked:
+                drawn["guidance_surrogate"] = drawn["attack_surrogate"].clone()
+        return drawn
 
 
 class PurificationTask(Task):
@@ -138,6 +147,11 @@ class PurificationTask(Task):
                 f"guidance_by=features: the surrogates have {' and '.join(map(str, widths))} features; take surrogates "
                 "of one width, or logits"
             )
+        if arguments.guidance_surrogate == "attacked" and train_data.adversarial_column is not None:
+            raise ValueError(
+                "guidance_surrogate=attacked: the dataset's attacked images were made earlier, on classifiers that need "
+                "not be the surrogates given here; use any"
+            )
         self._check_labels()
         self._check_size()
 
@@ -181,7 +195,8 @@ class PurificationTask(Task):
     def draw(self) -> Draw:
         stored = self.train_data.adversarial_column is not None
         size = self.augmentation.image_size
-        return PairDraw(self.mixture, size, self._patches(size), stored)
+        by_attacked = self.arguments.guidance_surrogate == "attacked"
+        return PairDraw(self.mixture, size, self._patches(size), stored, by_attacked)
 
     def _labels(self, batch: dict[str, Tensor]) -> Tensor | None:
         return None if self.arguments.attack_labels == "predicted" else batch["labels"]
