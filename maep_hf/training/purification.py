@@ -39,7 +39,8 @@ class PurificationArguments:
         mask_ratio: share of hidden patches (paper: 0.5 in pre-training, 0 in finetuning).
         guidance_weight: weight of `|f(P(x_a)) - f(x)|_1` of the surrogate (Liao et al. 2018); 0 turns it off.
         guidance_by: `logits`, or `features`, those before the surrogate's last linear layer.
-        guidance_surrogate: with several surrogates, `any` of them guides an image, or the one that was `attacked`.
+        guidance_surrogate: with several surrogates, the one that was `attacked` guides an image, or `any` of them;
+            always any where the dataset stores attacked images, which come from classifiers of their own.
         attack_labels: `true` attacks away from the dataset's label, `predicted` from the surrogate's own prediction.
     """
 
@@ -51,7 +52,7 @@ class PurificationArguments:
     guidance_weight: float = field(default=0.0, metadata={"help": "weight of the distance in the surrogate; 0 is off"})
     guidance_by: str = field(default="logits", metadata={"help": "logits, or features: what the distance is between"})
     guidance_surrogate: str = field(
-        default="any", metadata={"help": "any, or attacked: which of the surrogates guides an image"}
+        default="attacked", metadata={"help": "attacked, or any: which of the surrogates guides an image"}
     )
     attack_labels: str = field(default="true", metadata={"help": "true or predicted"})
 
@@ -62,8 +63,8 @@ class PurificationArguments:
             raise ValueError(f"guidance_weight={self.guidance_weight}: must not be negative")
         if self.guidance_by not in GUIDED_BY:
             raise ValueError(f"guidance_by={self.guidance_by!r}: must be {' or '.join(GUIDED_BY)}")
-        if self.guidance_surrogate not in ("any", "attacked"):
-            raise ValueError(f"guidance_surrogate={self.guidance_surrogate!r}: must be any or attacked")
+        if self.guidance_surrogate not in ("attacked", "any"):
+            raise ValueError(f"guidance_surrogate={self.guidance_surrogate!r}: must be attacked or any")
         if self.attack_labels not in ("true", "predicted"):
             raise ValueError(f"attack_labels={self.attack_labels!r}: must be true or predicted")
 
@@ -146,11 +147,6 @@ class PurificationTask(Task):
             raise ValueError(
                 f"guidance_by=features: the surrogates have {' and '.join(map(str, widths))} features; take surrogates "
                 "of one width, or logits"
-            )
-        if arguments.guidance_surrogate == "attacked" and train_data.adversarial_column is not None:
-            raise ValueError(
-                "guidance_surrogate=attacked: the dataset's attacked images were made earlier, on classifiers that need "
-                "not be the surrogates given here; use any"
             )
         self._check_labels()
         self._check_size()
