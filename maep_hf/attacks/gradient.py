@@ -161,12 +161,12 @@ def _look(pixel_values: Tensor, view: Tensor) -> Tensor:
     rows = (view[:, 0] < 1).nonzero().squeeze(1)
     if len(rows) == 0:
         return pixel_values
-    scale, place = view[rows, :1], view[rows, 1:]
+    chosen, scale, place = pixel_values[rows], view[rows, :1], view[rows, 1:]
     # from where in the image, in [-1, 1], a place of the result comes: it is linear, with the same scale both ways
     towards = torch.eye(2, 3, dtype=view.dtype, device=view.device) / scale[:, :, None]
     towards[:, :, 2] = -place * (1 - scale) / scale
-    grid = F.affine_grid(towards, list(pixel_values[rows].shape), align_corners=False)
-    small = F.grid_sample(pixel_values[rows], grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+    grid = F.affine_grid(towards, list(chosen.shape), align_corners=False)
+    small = F.grid_sample(chosen, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
     return pixel_values.index_put((rows,), small)
 
 

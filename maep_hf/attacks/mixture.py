@@ -11,10 +11,9 @@ from torch import Tensor
 from .patterns import stripes_and_squares
 
 KINDS = ("clean", "fgsm", "fgsm_rs", "mi_fgsm", "pgd", "square", "pgd_l2")
-WITHOUT_GRADIENTS = ("clean", "square")
-VIEWED = 0.5  # share of the steps of a diverse attack that see the image shrunk (Xie et al. 2019, section 4.1)
+VIEWED = 0.5  # share of the steps of a diverse attack that see the image shrunk (p of Xie et al. 2019)
 SMALLEST_VIEW = 0.75
-SMOOTHING = (0.5, 1.5)  # standard deviation, pixels: 1 is to 32 x 32 pixels what the paper's kernel is to 299 x 299
+SMOOTHING = (0.5, 1.5)  # standard deviation, pixels
 
 
 @dataclass
@@ -119,7 +118,7 @@ class AttackMixture:
             if self.pgd_random_start < 1 and rng.random() >= self.pgd_random_start:
                 start = np.zeros_like(start)
         smoothing, views = 0.0, np.ones((self.max_steps if self.input_diversity else 0, 3), dtype=np.float32)
-        if kind not in WITHOUT_GRADIENTS:
+        if steps:  # it follows gradients
             if self.smoothed_gradient and rng.random() < self.smoothed_gradient:
                 smoothing = rng.uniform(*SMOOTHING)
             if self.input_diversity and rng.random() < self.input_diversity:

@@ -93,7 +93,7 @@ class PairDraw:
         if not self.stored:
             drawn |= self.mixture.draw(rng, (3, self.image_size, self.image_size))
             if self.guided_by_attacked:
-                drawn["guidance_surrogate"] = drawn["attack_surrogate"].clone()
+                drawn["guidance_surrogate"] = drawn["attack_surrogate"]
         return drawn
 
 
