@@ -21,6 +21,7 @@ from maep_hf.adaptation import load_adapter, trainable_share
 from maep_hf.checkpoints import CheckpointError
 from maep_hf.data import DataError
 from maep_hf.training import DataArguments, LoopArguments, parse_arguments
+from maep_hf.training import purification as purification_module
 from maep_hf.training.stages import AttackArguments, LoraArguments, load_trainable
 
 LARGE = 40  # pixels: 3 x 3 windows of the tiny purifier
@@ -143,6 +144,22 @@ def test_windows_of_the_native_size_as_before(options, tmp_path):
     assert changed == {"decoder", "local_branch"}
 
 
+def test_windows_overlap_as_asked(options, tmp_path, monkeypatch):
+    overlaps = []
+    windows = purification_module.MAEPWindows
+
+    def record(height, width, size, overlap, **where):
+        overlaps.append(overlap)
+        return windows(height, width, size, overlap, **where)
+
+    monkeypatch.setattr(purification_module, "MAEPWindows", record)
+    tiny_imagenet = ROOT / "train" / "configs" / "adapt_lora_tiny_imagenet.yaml"  # says nothing of windows
+    for changed, expected in (({"window_overlap": 0.5}, 0.5), ({}, 0.0), ({"config": tiny_imagenet}, 0.25)):
+        run("adapt_lora", options(tmp_path / f"run-{expected}", max_steps=1, **changed))
+        assert set(overlaps) == {expected}
+        overlaps.clear()
+
+
 def test_layers_are_chosen_on_the_command_line(options, tmp_path):
     folder = run("adapt_lora", options(tmp_path / "run", max_steps=1, lora_targets=["q_proj", "fc2"], lora_alpha=7))
     config = json.loads((folder / "adapter" / "adapter_config.json").read_text())
@@ -171,6 +188,7 @@ def test_what_cannot_be_adapted_is_refused_before_anything_is_written(options, t
         ({"lora_targets": ["query"]}, ValueError, "'query'; there are conv1, .*q_proj"),
         ({"lora_scope": "head"}, ValueError, "scope='head'"),
         ({"lora_rank": 0}, ValueError, "rank=0"),
+        ({"window_overlap": 0.95}, ValueError, "window_overlap=0.95"),
         ({"image_size": -1}, ValueError, "image_size=-1"),
         ({"attack_labels": "true"}, DataError, "attack_labels=predicted"),  # labels to 1000, a classifier of 3
     ):

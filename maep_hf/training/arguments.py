@@ -101,6 +101,7 @@ ADDED_LATER = {
     "local_branch_channels": None,
     "input_diversity": 0.0,
     "smoothed_gradient": 0.0,
+    "window_overlap": None,
 }
 
 

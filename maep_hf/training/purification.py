@@ -42,6 +42,8 @@ class PurificationArguments:
         guidance_surrogate: with several surrogates, the one that was `attacked` guides an image, or `any` of them;
             always any where the dataset stores attacked images, which come from classifiers of their own.
         attack_labels: `true` attacks away from the dataset's label, `predicted` from the surrogate's own prediction.
+        window_overlap: overlap of the windows that images larger than the purifier's own size are cut into, as a
+            fraction of a window, [0, 0.9]; the model's own (`MAEPConfig.window_overlap`) by default.
     """
 
     surrogates: list[str] = field(
@@ -55,6 +57,9 @@ class PurificationArguments:
         default="attacked", metadata={"help": "attacked, or any: which of the surrogates guides an image"}
     )
     attack_labels: str = field(default="true", metadata={"help": "true or predicted"})
+    window_overlap: float | None = field(
+        default=None, metadata={"help": "overlap of windows over larger images; the model's own by default"}
+    )
 
     def __post_init__(self) -> None:
         if not 0 <= self.mask_ratio < 1:
@@ -67,6 +72,8 @@ class PurificationArguments:
             raise ValueError(f"guidance_surrogate={self.guidance_surrogate!r}: must be attacked or any")
         if self.attack_labels not in ("true", "predicted"):
             raise ValueError(f"attack_labels={self.attack_labels!r}: must be true or predicted")
+        if self.window_overlap is not None and not 0 <= self.window_overlap <= 0.9:
+            raise ValueError(f"window_overlap={self.window_overlap}: must be in [0, 0.9]")
 
 
 @dataclass(frozen=True)
@@ -224,12 +231,14 @@ class PurificationTask(Task):
         return found
 
     def _windows(self, height: int, width: int, like: Tensor | None = None) -> MAEPWindows | None:
-        """The windows over images that are not of the native size, as `purify` lays them."""
+        """The windows over images that are not of the native size, laid as `purify` lays them."""
         config = self.model.config
         if (height, width) == (config.image_size, config.image_size):
             return None
         where = {} if like is None else {"device": like.device, "dtype": like.dtype}
-        return MAEPWindows(height, width, config.image_size, config.window_overlap, **where)
+        overlap = self.arguments.window_overlap
+        overlap = config.window_overlap if overlap is None else overlap
+        return MAEPWindows(height, width, config.image_size, overlap, **where)
 
     def _patches(self, size: int) -> int:
         """Patches in all windows over an image of `size` x `size` pixels."""
