@@ -188,7 +188,6 @@ def test_what_cannot_be_adapted_is_refused_before_anything_is_written(options, t
         ({"lora_targets": ["query"]}, ValueError, "'query'; there are conv1, .*q_proj"),
         ({"lora_scope": "head"}, ValueError, "scope='head'"),
         ({"lora_rank": 0}, ValueError, "rank=0"),
-        ({"window_overlap": 0.95}, ValueError, "window_overlap=0.95"),
         ({"image_size": -1}, ValueError, "image_size=-1"),
         ({"attack_labels": "true"}, DataError, "attack_labels=predicted"),  # labels to 1000, a classifier of 3
     ):

@@ -646,6 +646,8 @@ def content(image) -> bytes:
 
 
 def test_other_sizes_need_windows(task_of):
+    with pytest.raises(ValueError, match="window_overlap=0.95"):
+        PurificationArguments(window_overlap=0.95)
     task_of(data={"image_size": 32})
     with pytest.raises(ValueError, match="image_size=0"):
         task_of(data={"image_size": 0})
