@@ -21,7 +21,6 @@ from train import ablation_table, peers_table, transfer_table
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.checkpoint
-OLDER = f"{PURIFIER}-v1"  # the base of the adapters
 
 
 def test_released_purifier_defends_the_released_classifier():
@@ -43,9 +42,8 @@ def test_released_purifier_takes_larger_images_and_passes_gradients():
     assert torch.isfinite(image.grad).all() and (image.grad != 0).float().mean() > 0.99
 
 
-@pytest.mark.parametrize("purifier", [PURIFIER, OLDER])
-def test_records_lie_beside_the_weights_and_name_no_machine(purifier):
-    folder = released_checkpoint(purifier)
+def test_records_lie_beside_the_weights_and_name_no_machine():
+    folder = released_checkpoint(PURIFIER)
     for name in ("run.json", "metrics.jsonl", "pretrain_run.json", "pretrain_metrics.jsonl", "results.jsonl"):
         text = (folder / name).read_text()
         assert text and not re.search(r'"/(work|root|home|tmp)/', text)
@@ -55,33 +53,31 @@ def test_records_lie_beside_the_weights_and_name_no_machine(purifier):
     assert weights <= 25 * 2**20
 
 
-@pytest.mark.parametrize("name", [PURIFIER, OLDER])
-def test_card_and_readme_state_the_recorded_results(name):
-    folder = released_checkpoint(name)
+def test_card_and_readme_state_the_recorded_results():
+    folder = released_checkpoint(PURIFIER)
     card, readme = (folder / "README.md").read_text(), (ROOT / "README.md").read_text()
-    assert card == str(render_card(folder, f"checkpoints/{name}"))  # its code then runs from a clone
+    assert card == str(render_card(folder, f"checkpoints/{PURIFIER}"))  # its code then runs from a clone
     records = read_results(folder / "results.jsonl")
     weights = {record["protocol"]["purifier"]["fingerprint"] for record in records}
     assert weights == {fingerprint(load_purifier(folder))}, "the records are of other weights"
     measured = {record["protocol"]["threat_model"] for record in records}
     assert {"gray-box", "white-box"} <= measured
     table = [line for line in markdown_table(records).splitlines() if line.startswith("|")]
-    shown = readme if name == PURIFIER else (folder / "results.md").read_text()
-    missing = [line for line in table if line not in shown.splitlines()]
-    assert not missing, f"README.md: paste the tables of `maep report checkpoints/{name}`"
+    missing = [line for line in table if line not in readme.splitlines()]
+    assert not missing, f"README.md: paste the tables of `maep report checkpoints/{PURIFIER}`"
 
 
 @pytest.mark.parametrize("domain", ["imagenet", "tiny-imagenet"])
 def test_released_adapters_fit_their_base_and_say_what_was_measured(domain):
     folder = ROOT / "checkpoints" / f"{PURIFIER}-lora-{domain}"
     assert isinstance(load_purifier(folder), MAEPModel)
-    assert trainable_share(load_adapter(load_purifier(released_checkpoint(OLDER)), folder, trainable=True)) < 0.05
+    assert trainable_share(load_adapter(load_purifier(), folder, trainable=True)) < 0.05
     records = read_results(folder / "results.jsonl")
     # of merged weights, whose last bits are the processor's, so that only their sameness can be asked for
     assert len({record["protocol"]["purifier"]["fingerprint"] for record in records}) == 1
     everything = read_results(ROOT / "checkpoints" / "transfer" / "results.jsonl")
     assert all(record in everything for record in records) and len(records) >= 3
-    card = str(render_card(folder, f"checkpoints/{folder.name}", base_model=f"checkpoints/{OLDER}"))
+    card = str(render_card(folder, f"checkpoints/{folder.name}", base_model=f"checkpoints/{PURIFIER}"))
     assert (folder / "README.md").read_text() == card
     for path in folder.glob("*run.json"):
         run = json.loads(path.read_text())
@@ -97,9 +93,9 @@ def test_transfer_is_tabled_from_its_records():
     across = transfer_table.across(transfer_table.domains(records))[0]
     assert all(line in readme for line in across), "README.md: paste the table across domains"
     purifiers = {record["protocol"]["purifier"]["fingerprint"] for record in records
-                 if record["protocol"]["purifier"]["name"] == OLDER
+                 if record["protocol"]["purifier"]["name"] == PURIFIER
                  and "scale" not in record["protocol"]["purifier"]["options"]}  # fmt: skip
-    assert purifiers == {fingerprint(load_purifier(released_checkpoint(OLDER)))}
+    assert purifiers == {fingerprint(load_purifier())}
 
 
 def test_peers_are_tabled_from_their_records():
