@@ -336,6 +336,15 @@ def test_a_source_is_attacked_as_it_would_be_used(classifier, images):
     assert records[0]["protocol"]["dataset"]["n"] == 4
 
 
+def test_more_images_find_the_attacked_ones_of_fewer(classifier, images, tmp_path):
+    whole = benchmark(classifier, tiny_purifier(), images, **PGD).record
+    benchmark(classifier, tiny_purifier(), images, out=tmp_path, max_images=2 * PGD["batch_size"], **PGD)
+    more = benchmark(classifier, tiny_purifier(), images, out=tmp_path, **PGD)
+    assert more.resumed == 2 and stable(more.record) == stable(whole)
+    other = EvaluationImages(images.pixels.flip(-1), images.labels, images.name, images.split)
+    assert benchmark(classifier, tiny_purifier(), other, out=tmp_path, **PGD).resumed == 0
+
+
 def test_damaged_batch_is_attacked_again(classifier, images, tmp_path):
     whole = benchmark(classifier, tiny_purifier(), images, out=tmp_path, **PGD).record
     (tmp_path / "results.jsonl").unlink()

@@ -11,9 +11,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .images import fingerprint_images
+
 
 class AttackedStore:
-    """Batches of attacked images by the index of their first image.
+    """Batches of attacked images by the clean ones, so that an evaluation of more images finds those of fewer.
 
     Args:
         folder: where they lie; `None` keeps only the first batch, in memory.
@@ -23,34 +25,34 @@ class AttackedStore:
         self.folder = folder
         self._first: tuple[Tensor, dict] | None = None
 
-    def load(self, start: int, like: Tensor | None) -> tuple[Tensor | None, dict]:
-        """The batch that begins at `start` and what was noted with it, or `(None, {})` where it is not there.
+    def load(self, start: int, x: Tensor, y: Tensor) -> tuple[Tensor | None, dict]:
+        """The attacked batch, on the device of `x`, and what was noted with it; `(None, {})` where it is not there.
 
         Args:
-            like: the clean batch, whose device it comes to; of another shape it counts as not there. `None`: any.
+            start: index of its first image.
+            x: (B, 3, H, W), the clean images.
+            y: (B,), their labels.
         """
         if self.folder is None:
-            return self._first if start == 0 and like is None and self._first else (None, {})
+            return self._first if start == 0 and self._first else (None, {})
         try:
-            with safe_open(self._path(start), framework="pt") as file:
-                attacked, about = file.get_tensor("attacked"), json.loads(file.metadata()["about"])
+            with safe_open(self._path(start, x, y), framework="pt") as file:
+                return file.get_tensor("attacked").to(x.device), json.loads(file.metadata()["about"])
         except (FileNotFoundError, SafetensorError):
             return None, {}
-        if like is not None and attacked.shape != like.shape:
-            return None, {}
-        return (attacked if like is None else attacked.to(like.device)), about
 
-    def save(self, start: int, attacked: Tensor, about: dict) -> None:
+    def save(self, start: int, x: Tensor, y: Tensor, attacked: Tensor, about: dict) -> None:
+        """Keep the attacked images of a batch; see [`~AttackedStore.load`]."""
         if self.folder is None:
             if start == 0:
                 self._first = attacked, about
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = self._path(start)
+        path = self._path(start, x, y)
         temporary = path.with_suffix(f".{os.getpid()}.tmp")
         tensors = {"attacked": attacked.detach().to("cpu", torch.float32).contiguous()}
         save_file(tensors, temporary, metadata={"about": json.dumps(about)})
         os.replace(temporary, path)
 
-    def _path(self, start: int) -> Path:
-        return self.folder / f"{start:07d}.safetensors"
+    def _path(self, start: int, x: Tensor, y: Tensor) -> Path:
+        return self.folder / f"{start:07d}-{fingerprint_images(x, y)}.safetensors"

@@ -163,7 +163,7 @@ def benchmark(
     store = AttackedStore(None if folder is None else folder / "attacked" / protocol.attacked_key())
     known = _known_record(folder, protocol.key, adaptive)
     if known is not None:
-        return BenchmarkResult(known, _pictures(store, images, defended, device, seed), resumed=-1)
+        return BenchmarkResult(known, _pictures(store, images.batch(0, batch_size, device), defended, seed), resumed=-1)
 
     rows: list[dict[str, Any]] = []
     resumed = 0
@@ -173,12 +173,12 @@ def benchmark(
     bar = tqdm(mine, desc=title, unit="batch", disable=not (progress and state.is_main_process))
     for start in bar:
         x, y = images.batch(start, start + batch_size, device)
-        attacked, about = store.load(start, x)
+        attacked, about = store.load(start, x, y)
         if attacked is None:
             with peak_memory(device) as memory:
                 attacked, seconds = timed(lambda x=x, y=y: attack(target, x, y, seed=seed), device)
             about = {"attack_seconds": seconds, "memory_bytes_per_image": memory.risen / len(x)}
-            store.save(start, attacked, about)
+            store.save(start, x, y, attacked, about)
         else:
             resumed += 1
         rows.extend(judge_batch(classifier, defended, x, attacked, y, passes, seed, about, start))
@@ -204,7 +204,7 @@ def benchmark(
     if folder is not None and state.is_main_process:
         append_jsonl(folder / RESULTS, record)
     state.wait_for_everyone()
-    return BenchmarkResult(record, _pictures(store, images, defended, device, seed), resumed)
+    return BenchmarkResult(record, _pictures(store, images.batch(0, batch_size, device), defended, seed), resumed)
 
 
 def _images(dataset: Any, split: str, max_images: int | None, image_size: int | None) -> EvaluationImages:
@@ -320,15 +320,15 @@ def _checks(
 
 @torch.no_grad()
 def _pictures(
-    store: AttackedStore, images: EvaluationImages, defended: PurifiedClassifier, device: torch.device, seed: int
+    store: AttackedStore, batch: tuple[Tensor, Tensor], defended: PurifiedClassifier, seed: int
 ) -> dict[str, Tensor]:
     """The first images of the first batch; more are not kept without a folder."""
-    x, _ = images.batch(0, PICTURED, device)
-    attacked, _ = store.load(0, None)
+    clean = batch[0][:PICTURED]
+    attacked, _ = store.load(0, *batch)
     if attacked is None:
-        return {"clean": x.cpu()}
-    attacked = attacked[: len(x)].to(device)
-    shown = {"clean": x[: len(attacked)], "attacked": attacked}
+        return {"clean": clean.cpu()}
+    attacked = attacked[:PICTURED]
+    shown = {"clean": clean, "attacked": attacked}
     if defended.purifier is not None:
         with seeded(seed):
             shown["purified"] = defended.purify(attacked)

@@ -41,9 +41,9 @@ class Protocol:
         return _hash(_without_names(asdict(self)))
 
     def attacked_key(self) -> str:
-        """Hash of what the attacked images depend on: of the purifier only where the attack meets it."""
+        """Hash of what attacks depend on beside the images: of the purifier only where the attack meets it."""
         about = _without_names(asdict(self))
-        del about["passes"]
+        del about["passes"], about["dataset"]
         if self.threat_model == "gray-box":
             del about["purifier"]
             about["threat_model"] = "classifier"
