@@ -153,8 +153,10 @@ def test_windows_overlap_as_asked(options, tmp_path, monkeypatch):
         return windows(height, width, size, overlap, **where)
 
     monkeypatch.setattr(purification_module, "MAEPWindows", record)
-    tiny_imagenet = ROOT / "train" / "configs" / "adapt_lora_tiny_imagenet.yaml"  # says nothing of windows
-    for changed, expected in (({"window_overlap": 0.5}, 0.5), ({}, 0.0), ({"config": tiny_imagenet}, 0.25)):
+    recipe = (ROOT / "train" / "configs" / "adapt_lora_imagenet.yaml").read_text().splitlines(keepends=True)
+    silent = tmp_path / "silent.yaml"
+    silent.write_text("".join(line for line in recipe if not line.startswith("window_overlap")))
+    for changed, expected in (({"window_overlap": 0.5}, 0.5), ({}, 0.0), ({"config": silent}, 0.25)):
         run("adapt_lora", options(tmp_path / f"run-{expected}", max_steps=1, **changed))
         assert set(overlaps) == {expected}
         overlaps.clear()

@@ -90,7 +90,7 @@ def test_transfer_is_tabled_from_its_records():
     records, readme = read_results(folder / "results.jsonl"), (ROOT / "README.md").read_text().splitlines()
     text = transfer_table.markdown(records)
     assert (folder / "transfer.md").read_text() == text, "python train/transfer_table.py checkpoints/transfer"
-    across = transfer_table.across(transfer_table.domains(records))[0]
+    across = transfer_table.across(transfer_table.compared(transfer_table.domains(records)))[0]
     assert all(line in readme for line in across), "README.md: paste the table across domains"
     purifiers = {record["protocol"]["purifier"]["fingerprint"] for record in records
                  if record["protocol"]["purifier"]["name"] == PURIFIER

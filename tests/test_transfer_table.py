@@ -46,6 +46,13 @@ def test_across_domains_one_line_a_purifier_under_each_domains_first_attack():
     assert "interpolate" not in "".join(lines)
 
 
+def test_a_domain_of_one_purifier_is_left_out_where_others_have_several():
+    more = transfer_table.domains([*RECORDS, made(74.0, n=100), made(73.0, n=100, overlap=0.0)])
+    assert list(transfer_table.compared(more)) == list(transfer_table.domains(RECORDS)) != list(more)
+    alone = transfer_table.domains([made(40.0), made(80.0, dataset="cifar10")])
+    assert transfer_table.compared(alone) == alone
+
+
 def test_a_purifier_measured_in_one_domain_is_no_comparison():
     assert not transfer_table.across(transfer_table.domains(RECORDS[:2]))[1]
     assert "Trained on one" not in transfer_table.markdown(RECORDS[:2])

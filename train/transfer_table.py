@@ -65,6 +65,17 @@ def _label(result: Result) -> str:
     )
 
 
+def compared(found: Mapping[Domain, Sequence[Result]]) -> dict[Domain, Sequence[Result]]:
+    """The domains for the table across them: without those of one purifier alone, where others have several."""
+
+    def purifiers(rows: Sequence[Result]) -> int:
+        described = [result.record["protocol"]["purifier"] for result in rows]
+        return len({purifier["name"] for purifier in described if not purifier["options"]})
+
+    several = max(map(purifiers, found.values()), default=0) > 1
+    return {domain: rows for domain, rows in found.items() if not several or purifiers(rows) > 1}
+
+
 def across(found: Mapping[Domain, Sequence[Result]]) -> tuple[list[str], dict[str, list[tuple[float, float] | None]]]:
     """The attack that all of a domain's purifiers were measured under (its first), for those measured in several
     domains: lines of the table, and for each purifier its (purified clean, robust) percentages by domain."""
@@ -115,7 +126,7 @@ def markdown(records: Sequence[Mapping[str, Any]]) -> str:
     parts = ["Gray-box: the attacker differentiates the classifier alone. Accuracy in % (95 % Wilson interval)."]
     for (dataset, classifier), rows in found.items():
         parts += [f"**{dataset}; {classifier}**", "\n".join(domain_table(rows))]
-    lines, figures = across(found)
+    lines, figures = across(compared(found))
     if figures:
         parts += ["**Trained on one, used on another** (clean and purified / attacked and purified)", "\n".join(lines)]
     return "\n\n".join(parts) + "\n"
@@ -123,7 +134,7 @@ def markdown(records: Sequence[Mapping[str, Any]]) -> str:
 
 def picture(records: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Bars of the table across domains; no picture where no purifier was measured in several."""
-    found = domains(records)
+    found = compared(domains(records))
     _, figures = across(found)
     if not figures:
         return
