@@ -124,11 +124,27 @@ def test_ablation_is_tabled_from_its_records():
     order = list(yaml.safe_load((ROOT / "train" / "configs" / "ablation.yaml").read_text())["rows"])
     text = ablation_table.markdown(ablation_table.summarise(records, order), records)
     assert (folder / "table.md").read_text() == text, "python train/ablation.py --tabulate true --output_dir FOLDER"
-    assert {record["row"] for record in records} <= set(order) and "reference" in {record["row"] for record in records}
+    assert {record["row"] for record in records} == set(order), "README.md says that all rows were measured"
     for record in records:
         assert "resnet56" in record["evaluation"]["classifier"]  # never a surrogate
         assert not any("resnet56" in name for stage in record["training"] for name in stage["surrogates"])
         assert not re.search(r'"/(work|root|home|tmp)/', json.dumps(record))
+
+
+def test_the_run_from_scratch_is_tabled_from_its_records():
+    folder = ROOT / "checkpoints" / "ablation" / "scratch"
+    recipe = yaml.safe_load((ROOT / "train" / "configs" / "pretrain_scratch_tiny_cifar10.yaml").read_text())
+    records, readme = read_results(folder / "results.jsonl"), (ROOT / "README.md").read_text().splitlines()
+    table = [line for line in markdown_table(records).splitlines() if line.startswith("|")]
+    assert all(line in readme for line in table), "README.md: paste the table of `maep report FOLDER`"
+    text = (folder / "run.json").read_text()
+    assert not re.search(r'"/(work|root|home|tmp)/', text + (folder / "results.jsonl").read_text())
+    arguments = {name: value for group in json.loads(text)["arguments"].values() for name, value in group.items()}
+    given_on_the_command_line = {"dataset"}
+    assert all(arguments[name] == recipe[name] for name in recipe.keys() - given_on_the_command_line)
+    assert {Path(name).name for name in recipe["surrogates"]} == {"resnet20-cifar10", "resnet20", "resnet32"}
+    classifiers = {record["protocol"]["classifier"]["name"] for record in records}
+    assert classifiers == {"resnet56", "resnet44"}  # never surrogates
 
 
 def test_code_beside_the_weights_is_the_packages():
