@@ -144,7 +144,7 @@ def test_the_run_from_scratch_is_tabled_from_its_records():
     assert all(arguments[name] == recipe[name] for name in recipe.keys() - given_on_the_command_line)
     assert {Path(name).name for name in recipe["surrogates"]} == {"resnet20-cifar10", "resnet20", "resnet32"}
     classifiers = {record["protocol"]["classifier"]["name"] for record in records}
-    assert classifiers == {"resnet56", "resnet44"}  # never surrogates
+    assert classifiers == {"resnet56", "resnet44", "densenet-bc-100"}  # never surrogates
 
 
 def test_code_beside_the_weights_is_the_packages():
