@@ -20,6 +20,7 @@ from maep_hf.records import read_jsonl
 from train import ablation_table, peers_table, transfer_table
 
 ROOT = Path(__file__).resolve().parent.parent
+MACHINE_PATH = re.compile(r'"/(work|root|home|tmp)/')
 pytestmark = pytest.mark.checkpoint
 
 
@@ -46,7 +47,7 @@ def test_records_lie_beside_the_weights_and_name_no_machine():
     folder = released_checkpoint(PURIFIER)
     for name in ("run.json", "metrics.jsonl", "pretrain_run.json", "pretrain_metrics.jsonl", "results.jsonl"):
         text = (folder / name).read_text()
-        assert text and not re.search(r'"/(work|root|home|tmp)/', text)
+        assert text and not MACHINE_PATH.search(text)
     arguments = json.loads((folder / "run.json").read_text())["arguments"]
     assert not any("resnet56" in name for name in arguments["purification"]["surrogates"])  # held out
     weights = sum(path.stat().st_size for path in (ROOT / "checkpoints").rglob("*.safetensors"))
@@ -82,7 +83,7 @@ def test_released_adapters_fit_their_base_and_say_what_was_measured(domain):
     for path in folder.glob("*run.json"):
         run = json.loads(path.read_text())
         assert not any("lite0" in name for name in run["arguments"]["purification"]["surrogates"])  # held out
-        assert not re.search(r'"/(work|root|home|tmp)/', path.read_text())
+        assert not MACHINE_PATH.search(path.read_text())
 
 
 def test_transfer_is_tabled_from_its_records():
@@ -112,7 +113,7 @@ def test_peers_are_tabled_from_their_records(name, trained):
     for path in folder.glob("*_run.json"):
         run = json.loads(path.read_text())
         assert not any("resnet56" in name for name in run["arguments"]["purification"]["surrogates"])
-        assert not re.search(r'"/(work|root|home|tmp)/', path.read_text())
+        assert not MACHINE_PATH.search(path.read_text())
         loop = run["arguments"]["loop"]
         images[path.name] = loop["max_steps"] * loop["per_device_train_batch_size"]
     assert len(images) == trained and len(set(images.values())) == 1  # the same budget for all that were trained for it
@@ -128,7 +129,7 @@ def test_ablation_is_tabled_from_its_records():
     for record in records:
         assert "resnet56" in record["evaluation"]["classifier"]  # never a surrogate
         assert not any("resnet56" in name for stage in record["training"] for name in stage["surrogates"])
-        assert not re.search(r'"/(work|root|home|tmp)/', json.dumps(record))
+        assert not MACHINE_PATH.search(json.dumps(record))
 
 
 def test_the_run_from_scratch_is_tabled_from_its_records():
@@ -136,9 +137,10 @@ def test_the_run_from_scratch_is_tabled_from_its_records():
     recipe = yaml.safe_load((ROOT / "train" / "configs" / "pretrain_scratch_tiny_cifar10.yaml").read_text())
     records, readme = read_results(folder / "results.jsonl"), (ROOT / "README.md").read_text().splitlines()
     table = [line for line in markdown_table(records).splitlines() if line.startswith("|")]
+    assert all(line in (folder / "results.md").read_text().splitlines() for line in table), "maep report FOLDER"
     assert all(line in readme for line in table), "README.md: paste the table of `maep report FOLDER`"
     text = (folder / "run.json").read_text()
-    assert not re.search(r'"/(work|root|home|tmp)/', text + (folder / "results.jsonl").read_text())
+    assert not MACHINE_PATH.search(text + (folder / "results.jsonl").read_text())
     arguments = {name: value for group in json.loads(text)["arguments"].values() for name, value in group.items()}
     given_on_the_command_line = {"dataset"}
     assert all(arguments[name] == recipe[name] for name in recipe.keys() - given_on_the_command_line)
