@@ -39,6 +39,7 @@ class ImageDataset:
     image_column: str
     label_column: str | None = None
     adversarial_column: str | None = None
+    surrogate_column: str | None = None  # names of the classifiers that stored attacked images were made on
     class_names: list[str] | None = None
     streaming: bool = False
     origin: str = ""
@@ -257,6 +258,7 @@ def _with_columns(rows, source, image_column, label_column, adversarial_column, 
         image_column=image_column,
         label_column=label_column,
         adversarial_column=adversarial,
+        surrogate_column="surrogate" if adversarial and "surrogate" in features else None,
         class_names=getattr(features.get(label_column), "names", None) if label_column else None,
         streaming=streaming,
     )

@@ -239,9 +239,9 @@ def test_the_pairs_are_those_of_the_purifier(options, tmp_path, monkeypatch):
     seen = {}
     monkeypatch.setattr(train_disco, "train", lambda task, loop, groups: seen.update(task=task))
     start(options(tmp_path / "run", patch_size=4))
-    drawn = seen["task"].draw()(np.random.default_rng((0, 5)))
+    drawn = seen["task"].draw()(np.random.default_rng((0, 5)), {})
     mixture = AttackMixture(max_steps=2)
-    expected = PairDraw(mixture, SIZE, (SIZE // 4) ** 2)(np.random.default_rng((0, 5)))
+    expected = PairDraw(mixture, SIZE, (SIZE // 4) ** 2)(np.random.default_rng((0, 5)), {})
     assert drawn.keys() == expected.keys() and all(torch.equal(drawn[key], expected[key]) for key in drawn)
 
 

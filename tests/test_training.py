@@ -619,12 +619,21 @@ def _samples(task, count: int) -> list:
     return [samples[i] for i in range(count)]
 
 
-def test_stored_pairs_take_the_place_of_attacks(task_of, tmp_path, monkeypatch):
-    columns = {"image": [picture(i, 16, 16) for i in range(24)], "label": [i % 3 for i in range(24)],
-               "adversarial_image": [picture(99 - i, 16, 16) for i in range(24)]}  # fmt: skip
+def _save_pairs(folder, surrogates: list[str | None] | None) -> None:
+    """24 stored pairs; the `surrogates` they name in turn, or no such column."""
+    count = range(24)
+    columns = {"image": [picture(i, 16, 16) for i in count], "label": [i % 3 for i in count],
+               "adversarial_image": [picture(99 - i, 16, 16) for i in count]}  # fmt: skip
     features = {"image": datasets.Image(), "label": datasets.ClassLabel(names=CLASSES),
                 "adversarial_image": datasets.Image()}  # fmt: skip
-    datasets.Dataset.from_dict(columns, features=datasets.Features(features)).save_to_disk(tmp_path)
+    if surrogates:
+        columns["surrogate"] = [surrogates[i % len(surrogates)] for i in count]
+        features["surrogate"] = datasets.Value("string")
+    datasets.Dataset.from_dict(columns, features=datasets.Features(features)).save_to_disk(folder)
+
+
+def test_stored_pairs_take_the_place_of_attacks(task_of, tmp_path, monkeypatch):
+    _save_pairs(tmp_path, None)
 
     def refuse(*args, **kwargs):
         raise AssertionError("no attack is needed")
@@ -636,6 +645,47 @@ def test_stored_pairs_take_the_place_of_attacks(task_of, tmp_path, monkeypatch):
     assert {content(image) for image in batch["attacked"]} == stored and "attack_start" not in batch
     assert {content(image) for image in batch["pixel_values"]}.isdisjoint(stored)
     assert torch.isfinite(task.loss(task.model, batch)["loss"])
+
+
+def test_stored_pairs_are_guided_by_the_surrogate_they_were_made_on(task_of, classifier_folder, tmp_path):
+    names = [str(classifier_folder), str(save_classifier(tmp_path / "other", seed=1))]
+    made_on = [*names, None]
+    _save_pairs(tmp_path / "pairs", made_on)
+    named = {content(picture(99 - i, 16, 16)): made_on[i % 3] for i in range(24)}
+
+    def guides(**chosen) -> set[tuple[str | None, int]]:
+        task = task_of(dataset=tmp_path / "pairs", surrogates=names, data={"flip": False}, guidance_weight=1, **chosen)
+        batch = batch_of(task, 72)
+        return {
+            (named[content(image)], index)
+            for image, index in zip(batch["attacked"], batch["guidance_surrogate"].tolist(), strict=True)
+        }
+
+    drawn = {(name, index) for name in made_on for index in (0, 1)}
+    assert guides(guidance_surrogate="any") == drawn
+    assert guides() == drawn - {(names[0], 1), (names[1], 0)}
+
+
+def test_guides_that_do_not_fit_stored_pairs_are_warned_of(task_of, classifier_folder, tmp_path, caplog):
+    mine = save_classifier(tmp_path / "mine", seed=1)
+
+    def warnings(surrogates, **chosen) -> list[str]:
+        caplog.clear()
+        task_of(dataset=tmp_path / "pairs", surrogates=surrogates, **{"guidance_weight": 1} | chosen)
+        return [record.getMessage() for record in caplog.records if "guides stored images" in record.getMessage()]
+
+    both = [classifier_folder, mine]
+    _save_pairs(tmp_path / "pairs", [None, str(mine), "theirs"])
+    assert len(found := warnings(both)) == 1 and "attacked on theirs: name the same ones in surrogates" in found[0]
+    for quiet in ({"guidance_weight": 0}, {"guidance_surrogate": "any"}):
+        assert not warnings(both, **quiet)
+    assert not warnings([mine])
+    shutil.rmtree(tmp_path / "pairs")
+    _save_pairs(tmp_path / "pairs", [None, str(mine)])
+    assert not warnings(both)
+    shutil.rmtree(tmp_path / "pairs")
+    _save_pairs(tmp_path / "pairs", None)
+    assert len(found := warnings(both)) == 1 and "no column `surrogate`" in found[0]
 
 
 def content(image) -> bytes:

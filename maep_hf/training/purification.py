@@ -39,8 +39,9 @@ class PurificationArguments:
         mask_ratio: share of hidden patches (paper: 0.5 in pre-training, 0 in finetuning).
         guidance_weight: weight of `|f(P(x_a)) - f(x)|_1` of the surrogate (Liao et al. 2018); 0 turns it off.
         guidance_by: `logits`, or `features`, those before the surrogate's last linear layer.
-        guidance_surrogate: with several surrogates, the one that was `attacked` guides an image, or `any` of them;
-            always any where the dataset stores attacked images, which come from classifiers of their own.
+        guidance_surrogate: with several surrogates, the one that was `attacked` guides an image, or `any` of them.
+            Where the dataset stores attacked images, its column `surrogate` says which one was, and any of them guides
+            an image that was attacked on none or on one that is not among `surrogates`.
         attack_labels: `true` attacks away from the dataset's label, `predicted` from the surrogate's own prediction.
         window_overlap: overlap of the windows that images larger than the purifier's own size are cut into, as a
             fraction of a window, [0, 0.9]; the model's own (`MAEPConfig.window_overlap`) by default.
@@ -86,6 +87,8 @@ class PairDraw:
         patches: number of patches in all windows over it.
         stored: the dataset brings its attacked images, so that no attack is drawn.
         guided_by_attacked: the guide is the attacked surrogate, and not drawn apart from it.
+        surrogate_column: where `stored`, the column that names it; `None` if there is none.
+        surrogates: the names it is looked up among.
     """
 
     mixture: AttackMixture
@@ -93,14 +96,18 @@ class PairDraw:
     patches: int
     stored: bool = False
     guided_by_attacked: bool = False
+    surrogate_column: str | None = None
+    surrogates: tuple[str, ...] = ()
 
-    def __call__(self, rng: np.random.Generator) -> dict[str, Tensor]:
+    def __call__(self, rng: np.random.Generator, row: dict) -> dict[str, Tensor]:
         drawn = {"mask_noise": torch.from_numpy(rng.random(self.patches, dtype="float32"))}
         drawn["guidance_surrogate"] = torch.tensor(int(rng.integers(self.mixture.num_surrogates)))
         if not self.stored:
             drawn |= self.mixture.draw(rng, (3, self.image_size, self.image_size))
             if self.guided_by_attacked:
                 drawn["guidance_surrogate"] = drawn["attack_surrogate"]
+        elif self.guided_by_attacked and self.surrogate_column and row[self.surrogate_column] in self.surrogates:
+            drawn["guidance_surrogate"] = torch.tensor(self.surrogates.index(row[self.surrogate_column]))
         return drawn
 
 
@@ -157,6 +164,7 @@ class PurificationTask(Task):
             )
         self._check_labels()
         self._check_size()
+        self._warn_of_guides()
 
     def _check_labels(self) -> None:
         if self.arguments.attack_labels == "predicted":
@@ -182,6 +190,20 @@ class PurificationTask(Task):
                 f"images trained on that are not of its native {config.image_size} pixels"
             )
 
+    def _warn_of_guides(self) -> None:
+        """Stored attacked images that nothing guides by the surrogate they were made on."""
+        arguments, data = self.arguments, self.train_data
+        matched = arguments.guidance_weight and arguments.guidance_surrogate == "attacked" and len(self.guides) > 1
+        if not matched or data.adversarial_column is None or data.streaming:
+            return
+        names = set(data.rows.unique(data.surrogate_column)) - {None} if data.surrogate_column else set()
+        unknown = sorted(map(str, names - set(arguments.surrogates)))
+        if unknown or not names:
+            logger.warning(
+                "any of the surrogates guides stored images that %s: name the same ones in surrogates, or only one",
+                f"were attacked on {', '.join(unknown)}" if unknown else "no column `surrogate` tells of",
+            )
+
     @torch.no_grad()
     def _find_num_classes(self, surrogate: PixelClassifier) -> int:
         """What the surrogate says, or else the width of its logits."""
@@ -196,10 +218,16 @@ class PurificationTask(Task):
             surrogate.to(device, memory_format=torch.channels_last)
 
     def draw(self) -> Draw:
-        stored = self.train_data.adversarial_column is not None
-        size = self.augmentation.image_size
-        by_attacked = self.arguments.guidance_surrogate == "attacked"
-        return PairDraw(self.mixture, size, self._patches(size), stored, by_attacked)
+        data, size = self.train_data, self.augmentation.image_size
+        return PairDraw(
+            self.mixture,
+            size,
+            self._patches(size),
+            stored=data.adversarial_column is not None,
+            guided_by_attacked=self.arguments.guidance_surrogate == "attacked",
+            surrogate_column=data.surrogate_column,
+            surrogates=tuple(self.arguments.surrogates),
+        )
 
     def _labels(self, batch: dict[str, Tensor]) -> Tensor | None:
         return None if self.arguments.attack_labels == "predicted" else batch["labels"]

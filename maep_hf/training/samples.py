@@ -19,7 +19,7 @@ from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from ..data import DataError, ImageDataset, decode_image
 
-Draw = Callable[[np.random.Generator], dict[str, torch.Tensor]]
+Draw = Callable[[np.random.Generator, dict], dict[str, torch.Tensor]]  # of a sample's generator and its row
 DECODE_ERRORS = (OSError,)  # what decode_image raises
 CROPS = ("native", "resized", "mixed", "center")
 
@@ -111,7 +111,7 @@ def make_sample(
     if len(tensors) > 1:
         sample["adversarial_pixel_values"] = tensors[1]
     if draw is not None:
-        sample.update(draw(rng))
+        sample.update(draw(rng, row))
     return sample
 
 
