@@ -471,6 +471,34 @@ def test_guidance_is_the_distance_to_the_clean_logits(task_of):
     torch.testing.assert_close(loss.detach(), expected)
 
 
+def test_guidance_by_divergence_alone_and_beside_the_distance(task_of):
+    task = task_of(guidance_kl_weight=0.5, mask_ratio=0.0)
+    task.model.config.reconstruction_loss_weight = task.model.config.purification_loss_weight = 0
+    batch = batch_of(task)
+    losses = task.loss(task.model, batch)
+    with torch.no_grad():
+        purified = task.model(batch["attacked"], mask_ratio=0.0).purified_pixel_values
+        p, q = (task.surrogates[0](x).double().softmax(-1) for x in (batch["pixel_values"], purified))
+    torch.testing.assert_close(losses["guidance_kl_loss"].double(), (p * (p / q).log()).sum(-1).mean())
+    torch.testing.assert_close(losses["loss"], 0.5 * losses["guidance_kl_loss"])
+    assert "guidance_loss" not in losses
+    losses["loss"].backward()
+    assert losses["guidance_kl_loss"] > 0 and task.model.encoder.projection.weight.grad.abs().sum() > 0
+    task.arguments.guidance_weight = 0.25
+    both = task.loss(task.model, batch)
+    torch.testing.assert_close(both["loss"], 0.5 * both["guidance_kl_loss"] + 0.25 * both["guidance_loss"])
+
+
+def test_divergence_needs_the_same_classes_and_logits(task_of, classifier_folder, tmp_path):
+    surrogates = [classifier_folder, save_classifier(tmp_path / "other", classes=5)]
+    with pytest.raises(ValueError, match="guidance_kl_weight: the surrogates have 3 and 5 classes"):
+        task_of(surrogates=surrogates, guidance_kl_weight=1, attack_labels="predicted")
+    with pytest.raises(ValueError, match="guidance_kl_weight=1: features make no probabilities"):
+        PurificationArguments(guidance_kl_weight=1, guidance_by="features")
+    with pytest.raises(ValueError, match="guidance_kl_weight=-1: must not be negative"):
+        PurificationArguments(guidance_kl_weight=-1)
+
+
 def test_guidance_by_features_is_the_distance_before_the_last_layer(task_of):
     task = task_of(guidance_weight=1, guidance_by="features")
     batch = batch_of(task)

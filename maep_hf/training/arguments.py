@@ -97,6 +97,7 @@ ADDED_LATER = {
     "l2_eps_min": 0.1,
     "l2_eps_max": 0.75,
     "guidance_by": "logits",
+    "guidance_kl_weight": 0.0,
     "guidance_surrogate": "any",
     "local_branch_channels": None,
     "input_diversity": 0.0,

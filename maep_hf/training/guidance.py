@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..classifier import PixelClassifier
 
 GUIDED_BY = ("logits", "features")
+
+
+def divergence(clean_logits: Tensor, logits: Tensor) -> Tensor:
+    """`KL(softmax(clean_logits) || softmax(logits))`, nats, the mean over the batch of two (B, classes)."""
+    return F.kl_div(logits.log_softmax(-1), clean_logits.log_softmax(-1), reduction="batchmean", log_target=True)
 
 
 class Guide:

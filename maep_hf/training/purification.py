@@ -18,7 +18,7 @@ from ..data import DataError, ImageDataset
 from ..evaluation import psnr
 from ..figures import difference_image, image_grid
 from ..modeling_maep import MAEPOutput, MAEPWindows
-from .guidance import GUIDED_BY, Guide
+from .guidance import GUIDED_BY, Guide, divergence
 from .samples import Augmentation, Draw
 from .task import Task
 
@@ -38,7 +38,10 @@ class PurificationArguments:
         surrogates: names or folders of the frozen classifiers that are attacked.
         mask_ratio: share of hidden patches (paper: 0.5 in pre-training, 0 in finetuning).
         guidance_weight: weight of `|f(P(x_a)) - f(x)|_1` of the surrogate (Liao et al. 2018); 0 turns it off.
-        guidance_by: `logits`, or `features`, those before the surrogate's last linear layer.
+        guidance_kl_weight: weight of `KL(f(x) || f(P(x_a)))` between the surrogate's predicted probabilities, in nats
+            (the robust term of TRADES, Zhang et al. 2019, with a purifier in place of robust weights); beside
+            `guidance_weight` or alone. 0 turns it off.
+        guidance_by: `logits`, or `features`, those before the surrogate's last linear layer, for `guidance_weight`.
         guidance_surrogate: with several surrogates, the one that was `attacked` guides an image, or `any` of them.
             Where the dataset stores attacked images, its column `surrogate` says which one was, and any of them guides
             an image that was attacked on none or on one that is not among `surrogates`.
@@ -53,6 +56,9 @@ class PurificationArguments:
     )
     mask_ratio: float = field(default=0.5, metadata={"help": "share of hidden patches"})
     guidance_weight: float = field(default=0.0, metadata={"help": "weight of the distance in the surrogate; 0 is off"})
+    guidance_kl_weight: float = field(
+        default=0.0, metadata={"help": "weight of the divergence of the surrogate's probabilities; 0 is off"}
+    )
     guidance_by: str = field(default="logits", metadata={"help": "logits, or features: what the distance is between"})
     guidance_surrogate: str = field(
         default="attacked", metadata={"help": "attacked, or any: which of the surrogates guides an image"}
@@ -65,16 +71,25 @@ class PurificationArguments:
     def __post_init__(self) -> None:
         if not 0 <= self.mask_ratio < 1:
             raise ValueError(f"mask_ratio={self.mask_ratio}: must be in [0, 1)")
-        if self.guidance_weight < 0:
-            raise ValueError(f"guidance_weight={self.guidance_weight}: must not be negative")
+        for name in ("guidance_weight", "guidance_kl_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)}: must not be negative")
         if self.guidance_by not in GUIDED_BY:
             raise ValueError(f"guidance_by={self.guidance_by!r}: must be {' or '.join(GUIDED_BY)}")
+        if self.guidance_kl_weight and self.guidance_by != "logits":
+            raise ValueError(
+                f"guidance_kl_weight={self.guidance_kl_weight}: features make no probabilities; use guidance_by=logits"
+            )
         if self.guidance_surrogate not in ("attacked", "any"):
             raise ValueError(f"guidance_surrogate={self.guidance_surrogate!r}: must be attacked or any")
         if self.attack_labels not in ("true", "predicted"):
             raise ValueError(f"attack_labels={self.attack_labels!r}: must be true or predicted")
         if self.window_overlap is not None and not 0 <= self.window_overlap <= 0.9:
             raise ValueError(f"window_overlap={self.window_overlap}: must be in [0, 0.9]")
+
+    @property
+    def guided(self) -> bool:
+        return self.guidance_weight > 0 or self.guidance_kl_weight > 0
 
 
 @dataclass(frozen=True)
@@ -154,9 +169,14 @@ class PurificationTask(Task):
         self.guides = [
             Guide(surrogate, classes, arguments.guidance_by)
             for surrogate, classes in zip(self.surrogates, self.num_classes, strict=True)
-            if arguments.guidance_weight
+            if arguments.guided
         ]
         widths = sorted({guide.width for guide in self.guides})
+        if arguments.guidance_kl_weight and len(widths) > 1:
+            raise ValueError(
+                f"guidance_kl_weight: the surrogates have {' and '.join(map(str, widths))} classes; take surrogates of "
+                "the same classes, or guidance_weight alone"
+            )
         if arguments.guidance_by == "features" and len(widths) > 1:
             raise ValueError(
                 f"guidance_by=features: the surrogates have {' and '.join(map(str, widths))} features; take surrogates "
@@ -193,7 +213,7 @@ class PurificationTask(Task):
     def _warn_of_guides(self) -> None:
         """Stored attacked images that nothing guides by the surrogate they were made on."""
         arguments, data = self.arguments, self.train_data
-        matched = arguments.guidance_weight and arguments.guidance_surrogate == "attacked" and len(self.guides) > 1
+        matched = arguments.guidance_surrogate == "attacked" and len(self.guides) > 1
         if not matched or data.adversarial_column is None or data.streaming:
             return
         names = set(data.rows.unique(data.surrogate_column)) - {None} if data.surrogate_column else set()
@@ -240,7 +260,7 @@ class PurificationTask(Task):
         else:
             parameters = AttackParameters.from_batch(batch)
             batch["attacked"] = perturb(self.surrogates, clean, self._labels(batch), parameters)
-        if self.arguments.guidance_weight:
+        if self.arguments.guided:
             with torch.no_grad():
                 batch["clean_values"] = self._guide_values(clean, batch["guidance_surrogate"])
         return batch
@@ -316,10 +336,14 @@ class PurificationTask(Task):
             "reconstruction_loss": output.reconstruction_loss,
             "purification_loss": output.purification_loss,
         }
-        if self.arguments.guidance_weight:
+        if self.arguments.guided:
             values = self._guide_values(output.purified_pixel_values, batch["guidance_surrogate"])
-            losses["guidance_loss"] = (values - batch["clean_values"]).abs().mean()
-            losses["loss"] = losses["loss"] + self.arguments.guidance_weight * losses["guidance_loss"]
+            if self.arguments.guidance_weight:
+                losses["guidance_loss"] = (values - batch["clean_values"]).abs().mean()
+                losses["loss"] = losses["loss"] + self.arguments.guidance_weight * losses["guidance_loss"]
+            if self.arguments.guidance_kl_weight:
+                losses["guidance_kl_loss"] = divergence(batch["clean_values"], values)
+                losses["loss"] = losses["loss"] + self.arguments.guidance_kl_weight * losses["guidance_kl_loss"]
         return losses
 
     def _validation_set(self) -> dict[str, Tensor]:
