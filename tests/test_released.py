@@ -132,9 +132,12 @@ def test_ablation_is_tabled_from_its_records():
         assert not MACHINE_PATH.search(json.dumps(record))
 
 
-def test_the_run_from_scratch_is_tabled_from_its_records():
-    folder = ROOT / "checkpoints" / "ablation" / "scratch"
-    recipe = yaml.safe_load((ROOT / "train" / "configs" / "pretrain_scratch_tiny_cifar10.yaml").read_text())
+@pytest.mark.parametrize(
+    ("name", "recipe"), [("scratch", "pretrain_scratch"), ("single", "pretrain_single"), ("divergence", "finetune9")]
+)
+def test_long_runs_are_tabled_from_their_records(name, recipe):
+    folder = ROOT / "checkpoints" / "ablation" / name
+    recipe = yaml.safe_load((ROOT / "train" / "configs" / f"{recipe}_tiny_cifar10.yaml").read_text())
     records, readme = read_results(folder / "results.jsonl"), (ROOT / "README.md").read_text().splitlines()
     table = [line for line in markdown_table(records).splitlines() if line.startswith("|")]
     assert all(line in (folder / "results.md").read_text().splitlines() for line in table), "maep report FOLDER"
@@ -142,11 +145,11 @@ def test_the_run_from_scratch_is_tabled_from_its_records():
     text = (folder / "run.json").read_text()
     assert not MACHINE_PATH.search(text + (folder / "results.jsonl").read_text())
     arguments = {name: value for group in json.loads(text)["arguments"].values() for name, value in group.items()}
-    given_on_the_command_line = {"dataset"}
+    given_on_the_command_line = {"dataset", "model"}
     assert all(arguments[name] == recipe[name] for name in recipe.keys() - given_on_the_command_line)
     assert {Path(name).name for name in recipe["surrogates"]} == {"resnet20-cifar10", "resnet20", "resnet32"}
     classifiers = {record["protocol"]["classifier"]["name"] for record in records}
-    assert classifiers == {"resnet56", "resnet44", "densenet-bc-100"}  # never surrogates
+    assert {"resnet56", "resnet44"} <= classifiers <= {"resnet56", "resnet44", "densenet-bc-100"}  # never surrogates
 
 
 def test_code_beside_the_weights_is_the_packages():
