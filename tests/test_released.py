@@ -150,6 +150,9 @@ def test_long_runs_are_tabled_from_their_records(name, recipe):
     assert {Path(name).name for name in recipe["surrogates"]} == {"resnet20-cifar10", "resnet20", "resnet32"}
     classifiers = {record["protocol"]["classifier"]["name"] for record in records}
     assert {"resnet56", "resnet44"} <= classifiers <= {"resnet56", "resnet44", "densenet-bc-100"}  # never surrogates
+    if (folder / "model.safetensors").is_file():
+        weights = {record["protocol"]["purifier"]["fingerprint"] for record in records}
+        assert weights == {fingerprint(load_purifier(folder))}, "the records are of other weights"
 
 
 def test_code_beside_the_weights_is_the_packages():
