@@ -1,4 +1,4 @@
-"""Where models run: a device by its name on the command line."""
+"""Where and in which precision models run: by names on the command line."""
 
 from __future__ import annotations
 
@@ -20,3 +20,26 @@ def pick_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
     return device
+
+
+def pick_precision(name: str, device: torch.device) -> str:
+    """The precision of training, as Accelerate spells it: `auto` is bf16 where the device multiplies in it, else no.
+
+    Among processors those are the ones with AMX; others emulate bf16, many times slower than float32.
+
+    Args:
+        name: auto, no, bf16 or fp16.
+        device: where the training runs.
+
+    Raises:
+        ValueError: fp16 without a GPU.
+    """
+    if name == "fp16" and device.type == "cpu":
+        raise ValueError("mixed_precision='fp16' needs a GPU; use bf16, auto or no")
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = device.type == "cpu" and torch.cpu._is_amx_tile_supported()  # no public name in torch 2.6
+    return "bf16" if fast else "no"

@@ -27,6 +27,7 @@ from safetensors import SafetensorError
 
 from maep_hf import MAEPConfig, MAEPImageProcessor, MAEPModel, PixelClassifier, load_classifier
 from maep_hf.data import DataError, load_image_dataset
+from maep_hf.devices import pick_precision
 from maep_hf.training import DataArguments, LoopArguments, NonFiniteLossError, RunFolderError, train
 from maep_hf.training import loop as loop_module
 from maep_hf.training import purification as purification_module
@@ -365,6 +366,17 @@ def test_an_infinite_gradient_is_never_saved(options, tmp_path, monkeypatch):
     with pytest.raises(NonFiniteLossError, match="gradient is not finite at step 1"):
         run("finetune", options(tmp_path / "run", save_steps=1))
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(("amx", "precision"), [(True, "bf16"), (False, "no")])
+def test_auto_precision_is_bf16_where_the_processor_multiplies_in_it(options, tmp_path, monkeypatch, amx, precision):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    folder = run("finetune", options(tmp_path / "run", max_steps=1, mixed_precision="auto"))
+    assert json.loads((folder / "run.json").read_text())["mixed_precision"] == precision
+    assert pick_precision("no", torch.device("cpu")) == "no" and pick_precision("bf16", torch.device("cpu")) == "bf16"
+    for native in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, native=native: native)
+        assert pick_precision("auto", torch.device("cuda")) == ("bf16" if native else "no")
 
 
 def test_fp16_needs_a_gpu(options, tmp_path):

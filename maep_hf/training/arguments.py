@@ -31,7 +31,10 @@ class LoopArguments:
     ema_decay: float = field(
         default=0.0, metadata={"help": "decay of the averaged weights that are kept; 0 turns it off"}
     )
-    mixed_precision: str = field(default="no", metadata={"help": "no, bf16 or fp16 (a GPU only)"})
+    mixed_precision: str = field(
+        default="no",
+        metadata={"help": "no, bf16, fp16 (a GPU only) or auto: bf16 on a GPU or a processor (AMX) that has it"},
+    )
     channels_last: bool = field(default=True, metadata={"help": "memory format of convolutions"})
     torch_compile: bool = field(default=False, metadata={"help": "compile the model"})
     gradient_checkpointing: bool = field(default=False, metadata={"help": "recompute activations to save memory"})
@@ -64,7 +67,7 @@ class LoopArguments:
                 raise ValueError(f"{name}={getattr(self, name)}: must not be negative")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay={self.ema_decay}: must be in [0, 1)")
-        choices = {"optimizer": ("adamw", "sgd"), "mixed_precision": ("no", "bf16", "fp16"),
+        choices = {"optimizer": ("adamw", "sgd"), "mixed_precision": ("no", "bf16", "fp16", "auto"),
                    "report_to": ("none", "tensorboard", "trackio"), "hub_strategy": ("end", "every_save")}  # fmt: skip
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:

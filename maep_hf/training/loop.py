@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DataLoaderConfiguration
+from accelerate import Accelerator, DataLoaderConfiguration, PartialState
 from accelerate.utils import gather_object, set_seed
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from transformers import get_cosine_schedule_with_warmup
 from transformers.utils import logging as transformers_logging
 
+from ..devices import pick_precision
 from ..records import describe_environment, write_json
 from .arguments import LoopArguments
 from .run_folder import RunFolder, RunFolderError
@@ -73,7 +74,7 @@ class _Loop:
         self.task, self.args = task, args
         self.folder = RunFolder(args.output_dir)
         self.accelerator = Accelerator(
-            mixed_precision=args.mixed_precision,
+            mixed_precision=pick_precision(args.mixed_precision, PartialState().device),
             gradient_accumulation_steps=args.gradient_accumulation_steps,
             log_with=None if args.report_to == "none" else args.report_to,
             project_dir=args.output_dir,
@@ -83,8 +84,6 @@ class _Loop:
         self.main = self.accelerator.is_main_process
         self.push = self._background_push() if self.main and args.push_to_hub else None
         torch.backends.cudnn.deterministic = True  # a resumed run repeats what an uninterrupted one computes
-        if self.accelerator.device.type == "cpu" and args.mixed_precision == "fp16":
-            raise ValueError("mixed_precision='fp16' needs a GPU; use bf16 or no")
         if self.accelerator.device.type == "cpu":  # `accelerate launch` leaves a process one thread
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
             torch.set_num_threads(args.cpu_threads or max(1, cores // self.accelerator.num_processes))
@@ -99,6 +98,7 @@ class _Loop:
         if self.main and self.resume_from is None:
             record = {"task": task.name, "arguments": arguments, "data": data, **describe_environment()}
             record["num_processes"] = processes
+            record["mixed_precision"] = self.accelerator.mixed_precision  # what `auto` was here
             record["parameters"] = sum(p.numel() for p in task.model.parameters())
             write_json(self.folder.record, record)
             self.folder.truncate_metrics(-1)
