@@ -270,6 +270,24 @@ def test_its_recipe_of_the_ablation_sees_the_ablations_pairs(monkeypatch):
     assert found["mask_ratio"] == 0 and found["guidance_weight"] == 0 and not seen["disco"]["local_ensemble"]
 
 
+def test_its_guided_recipe_sees_the_purifiers_pairs(monkeypatch):
+    seen = {}
+    monkeypatch.setattr(train_disco, "train", lambda task, loop, groups: seen.update(groups))
+    configs = ROOT / "train" / "configs"
+    path = configs / "disco_guided_cifar10.yaml"
+    start(["--config", str(path), "--dataset", "embedded:cifar10", "--surrogates", "checkpoints/resnet20-cifar10"])
+    found = seen["loop"] | seen["attack"] | seen["purification"] | seen["data"] | seen["disco"]
+    baseline = yaml.safe_load(path.read_text())
+    purifier = yaml.safe_load((configs / "pretrain_guided_tiny_cifar10.yaml").read_text())
+    # its rate and decay as published; the surrogates that are not in the repository were left out above
+    own = {"output_dir", "learning_rate", "weight_decay", "local_ensemble"}
+    assert {name: value for name, value in baseline.items() if name not in own} == {
+        name: purifier[name] for name in baseline.keys() - own
+    }
+    assert all(found[name] == baseline[name] for name in baseline.keys() - {"dataset", "surrogates"})
+    assert purifier.keys() - baseline.keys() == {"size", "residual", "pixel_loss", "purification_loss_weight"}
+
+
 def test_evaluated_by_the_command(tmp_path, monkeypatch):
     tiny().save_pretrained(tmp_path / "some disco")
     monkeypatch.chdir(ROOT)

@@ -21,7 +21,7 @@ from maep_hf.training.purification import PurificationArguments
 from maep_hf.training.stages import AttackArguments, ModelArguments
 
 TYPES = (DataArguments, PurificationArguments, LoopArguments)
-OTHERS = ("ablation", "disco_cifar10", "disco_ablation")  # rows and a baseline, read by tests of their own
+OTHERS = ("ablation", "disco_cifar10", "disco_ablation", "disco_guided_cifar10")  # read by tests of their own
 
 
 @pytest.fixture
