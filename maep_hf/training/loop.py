@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration, PartialState
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import gather_object, parse_flag_from_env, set_seed
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, IterableDataset
@@ -73,8 +73,10 @@ class _Loop:
     def __init__(self, task: Task, args: LoopArguments, arguments: dict[str, dict[str, Any]]):
         self.task, self.args = task, args
         self.folder = RunFolder(args.output_dir)
+        # the state that the Accelerator would make: the first one made counts, and makes the group of processes
+        device = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).device
         self.accelerator = Accelerator(
-            mixed_precision=pick_precision(args.mixed_precision, PartialState().device),
+            mixed_precision=pick_precision(args.mixed_precision, device),
             gradient_accumulation_steps=args.gradient_accumulation_steps,
             log_with=None if args.report_to == "none" else args.report_to,
             project_dir=args.output_dir,
