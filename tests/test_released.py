@@ -139,6 +139,7 @@ def test_ablation_is_tabled_from_its_records():
         ("scratch", "pretrain_scratch"),
         ("single", "pretrain_single"),
         ("single-guided", "finetune_single"),
+        ("wide", "pretrain_wide"),
         ("divergence", "finetune9"),
     ],
 )
