@@ -14,6 +14,7 @@ from maep_hf.checkpoints import CLASSIFIER, PURIFIER, load_purifier, released_ch
 from maep_hf.demo import embedded_images
 from maep_hf.evaluation import benchmark
 from maep_hf.evaluation.fingerprint import fingerprint
+from maep_hf.evaluation.results import results
 from maep_hf.evaluation.tables import markdown_table, read_results
 from maep_hf.hub import render_card
 from maep_hf.records import read_jsonl
@@ -102,11 +103,11 @@ def test_transfer_is_tabled_from_its_records():
 @pytest.mark.parametrize("name, trained", [("peers", 5), ("peers/guidance-both", 3), ("peers/guidance-0.2", 3)])
 def test_peers_are_tabled_from_their_records(name, trained):
     folder = ROOT / "checkpoints" / name
-    records, readme = read_results(folder / "results.jsonl"), (ROOT / "README.md").read_text().splitlines()
+    told_in = folder if (folder / "README.md").is_file() else ROOT
+    records, readme = read_results(folder / "results.jsonl"), (told_in / "README.md").read_text().splitlines()
     text = peers_table.markdown(records)
     assert (folder / "peers.md").read_text() == text, f"python train/peers_table.py checkpoints/{name}"
-    if name != "peers/guidance-0.2":  # that one is told in words
-        assert all(line in readme for line in text.splitlines() if line.startswith("|")), "README.md: paste peers.md"
+    assert all(line in readme for line in text.splitlines() if line.startswith("|")), "README.md: paste peers.md"
     weights = {record["protocol"]["purifier"]["name"]: record["protocol"]["purifier"]["fingerprint"]
                for record in records if record["protocol"]["purifier"]}  # fmt: skip
     assert name != "peers" or weights[PURIFIER] == fingerprint(load_purifier())
@@ -133,17 +134,18 @@ def test_ablation_is_tabled_from_its_records():
         assert not MACHINE_PATH.search(json.dumps(record))
 
 
-@pytest.mark.parametrize(
-    ("name", "recipe"),
-    [
-        ("scratch", "pretrain_scratch"),
-        ("single", "pretrain_single"),
-        ("single-guided", "finetune_single"),
-        ("wide", "pretrain_wide"),
-        ("divergence", "finetune9"),
-    ],
-)
-def test_long_runs_are_tabled_from_their_records(name, recipe):
+UNSEEN = {"resnet56", "resnet44"}  # never surrogates
+LONG_RUNS = [
+    ("scratch", "pretrain_scratch", UNSEEN | {"densenet-bc-100"}),
+    ("single", "pretrain_single", UNSEEN),
+    ("single-guided", "finetune_single", UNSEEN),
+    ("wide", "pretrain_wide", UNSEEN),
+    ("divergence", "finetune9", UNSEEN | {"densenet-bc-100"}),
+]
+
+
+@pytest.mark.parametrize(("name", "recipe", "unseen"), LONG_RUNS)
+def test_long_runs_are_tabled_from_their_records(name, recipe, unseen):
     folder = ROOT / "checkpoints" / "ablation" / name
     recipe = yaml.safe_load((ROOT / "train" / "configs" / f"{recipe}_tiny_cifar10.yaml").read_text())
     records, readme = read_results(folder / "results.jsonl"), (folder.parent / "README.md").read_text().splitlines()
@@ -157,10 +159,26 @@ def test_long_runs_are_tabled_from_their_records(name, recipe):
     assert all(arguments[name] == recipe[name] for name in recipe.keys() - given_on_the_command_line)
     assert {Path(name).name for name in recipe["surrogates"]} == {"resnet20-cifar10", "resnet20", "resnet32"}
     classifiers = {record["protocol"]["classifier"]["name"] for record in records}
-    assert {"resnet56", "resnet44"} <= classifiers <= {"resnet56", "resnet44", "densenet-bc-100"}  # never surrogates
+    assert classifiers == unseen
     if (folder / "model.safetensors").is_file():
         weights = {record["protocol"]["purifier"]["fingerprint"] for record in records}
         assert weights == {fingerprint(load_purifier(folder))}, "the records are of other weights"
+
+
+def test_long_runs_stand_beside_each_other_in_the_readme():
+    folders = {f"`{recipe}`": ROOT / "checkpoints" / "ablation" / name for name, recipe, _ in LONG_RUNS}
+    folders["the released purifier"] = released_checkpoint(PURIFIER)
+    readme = (ROOT / "README.md").read_text().splitlines()
+    for name, folder in folders.items():
+        [line] = [line for line in readme if re.match(rf"\| {re.escape(name)}[ ,][^|]*\| [\d,]+ \|", line)]
+        records = results(read_results(folder / "results.jsonl"))
+        found = {result.classifier: result.record["accuracy"] for result in records
+                 if result.attack == peers_table.MAIN_ATTACK and result.column == "gray-box"}  # fmt: skip
+        clean, attacked = ([found[unseen][key]["percent"] for unseen in ("resnet56", "resnet44")]
+                           for key in ("purified_clean", "purified_attacked"))  # fmt: skip
+        gaps = [before - after for before, after in zip(clean, attacked, strict=True)]
+        cells = [" / ".join(f"{value:.1f}" for value in pair) for pair in (clean, attacked, gaps)]
+        assert [cell.strip() for cell in line.split("|")[3:-1]] == cells
 
 
 def test_code_beside_the_weights_is_the_packages():
