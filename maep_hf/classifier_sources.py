@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from .checkpoints import CheckpointError, released_checkpoint
@@ -40,7 +41,8 @@ def load_frozen_classifier(name: str | os.PathLike) -> PixelClassifier:
         loaded = _from_python(name)
     else:
         loaded = _from_folder_or_hub(name)
-    return loaded.requires_grad_(False).eval()
+    # On a processor convolutions are a sixth to a fourth faster with the channels last.
+    return loaded.requires_grad_(False).eval().to(memory_format=torch.channels_last)
 
 
 def call_named(name: str, kind: str) -> Any:

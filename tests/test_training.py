@@ -3,6 +3,7 @@
 import errno
 import json
 import logging
+import re
 import shutil
 from collections import namedtuple
 
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import CLASSES, TINY, image_rows, picture, save_classifier, tiny_purifier
+from conftest import CLASSES, TINY, image_rows, load_script, picture, save_classifier, tiny_purifier
 from running import (
     assert_close_weights,
     assert_same_run,
@@ -424,6 +425,43 @@ def test_training_a_classifier_repeats_and_loads(image_folder, tmp_path):
     assert classifier(torch.rand(2, 3, 16, 16)).shape == (2, 3)
     validated = [line["validation"] for line in records(tmp_path / "first") if "validation" in line][-1]
     assert {"accuracy_clean", "accuracy_pgd10_8"} < validated.keys()
+
+
+def test_a_classifier_of_any_architecture_trains_and_loads(image_folder, tmp_path):
+    argv = words(
+        dataset=image_folder, output_dir=tmp_path / "run", architecture="regnet", image_size=16, padding=2, max_steps=1,
+        warmup_steps=0, per_device_train_batch_size=8, validation_images=9, cpu_threads=1,
+        architecture_options='{"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "groups_width": 4}',
+    )  # fmt: skip
+    classifier = load_classifier(str(run("train_classifier", argv)))
+    assert classifier.config.model_type == "regnet" and classifier.config.hidden_sizes == [8, 16]
+    assert list(classifier.id2label.values()) == CLASSES
+    assert classifier(torch.rand(2, 3, 16, 16)).shape == (2, 3)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "options", "message"),
+    [
+        ("regnetz", "{}", "architecture='regnetz'"),
+        ("bert", "{}", "architecture='bert'"),
+        ("regnet", "{depths: 1}", "architecture_options: no JSON"),
+        ("regnet", "[1]", "architecture_options: must be"),
+        ("regnet", '{"height": 3}', "RegNetConfig has no height"),
+        ("regnet", '{"layer_type": "q"}', "architecture='regnet' makes no image classifier"),
+    ],
+)
+def test_a_classifier_that_there_is_not(image_folder, tmp_path, architecture, options, message):
+    argv = words(dataset=image_folder, output_dir=tmp_path / "run", max_steps=1)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        run("train_classifier", [*argv, "--architecture", architecture, "--architecture_options", options])
+
+
+def test_vision_transformers_take_the_size_of_the_images():
+    module = load_script("train_classifier")
+    options = '{"hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 12}'
+    arguments = module.ClassifierArguments(architecture="vit", architecture_options=options)
+    model = module.make_classifier(arguments, CLASSES, 32)
+    assert model(pixel_values=torch.rand(2, 3, 32, 32)).logits.shape == (2, 3)
 
 
 def test_a_classifier_needs_labels(tmp_path):

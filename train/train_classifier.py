@@ -1,16 +1,26 @@
-"""Train a CIFAR ResNet (He et al. 2016, section 4.2) on any image-classification dataset.
+"""Train a CIFAR ResNet (He et al. 2016, section 4.2), or any architecture of transformers from random weights, on any
+image-classification dataset.
 
 accelerate launch train/train_classifier.py --dataset data/cifar10 --output_dir runs/resnet20
+accelerate launch train/train_classifier.py --config train/configs/regnet_classifier_cifar10.yaml --dataset data/cifar10
 """
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from accelerate.utils import set_seed
-from transformers import ViTImageProcessor
+from huggingface_hub.errors import StrictDataclassError
+from transformers import (
+    AutoConfig,
+    AutoModelForImageClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+    ViTImageProcessor,
+)
 
 from maep_hf.configuration_cifar_resnet import CifarResNetConfig
-from maep_hf.modeling_cifar_resnet import CifarResNetForImageClassification
 from maep_hf.training import (
     Augmentation,
     ClassificationTask,
@@ -25,10 +35,56 @@ from maep_hf.training import (
 
 @dataclass
 class ClassifierArguments:
-    depth: int = field(default=20, metadata={"help": "layers of the ResNet, 6n+2"})
-    width: int = field(default=16, metadata={"help": "channels of the first stage"})
+    architecture: str = field(
+        default=CifarResNetConfig.model_type,
+        metadata={"help": "model type of transformers (cifar_resnet, regnet, convnext, mobilenet_v2, vit, ...)"},
+    )
+    architecture_options: str = field(
+        default="{}", metadata={"help": "values of its configuration as JSON; of a cifar_resnet give depth and width"}
+    )
+    depth: int = field(default=20, metadata={"help": "layers of the cifar_resnet, 6n+2"})
+    width: int = field(default=16, metadata={"help": "channels of the cifar_resnet's first stage"})
     label_smoothing: float = field(default=0.0, metadata={"help": "share of the target spread over all classes"})
     padding: int = field(default=4, metadata={"help": "reflected border before the random crop, pixels"})
+
+
+def make_classifier(args: ClassifierArguments, class_names: list[str], image_size: int) -> PreTrainedModel:
+    """An untrained classifier of images of `image_size` x `image_size` pixels.
+
+    Raises:
+        ValueError: no such architecture, none that classifies images, or options that its configuration does not have.
+    """
+    names = dict(enumerate(class_names))
+    labels = {"id2label": names, "label2id": {name: index for index, name in names.items()}}
+    if args.architecture == CifarResNetConfig.model_type:
+        options: dict[str, Any] = {"depth": args.depth, "width": args.width} | _options(args)
+    else:
+        options = _options(args)
+    try:
+        known = AutoConfig.for_model(args.architecture)
+    except ValueError as error:
+        raise ValueError(f"architecture={args.architecture!r}: transformers has no such model type") from error
+    unknown = sorted(name for name in options if not hasattr(known, name))
+    if unknown:
+        raise ValueError(f"architecture_options: {type(known).__name__} has no {', '.join(unknown)}")
+    if hasattr(known, "image_size"):
+        options.setdefault("image_size", image_size)
+    try:
+        config: PreTrainedConfig = AutoConfig.for_model(args.architecture, **labels, **options)
+        return AutoModelForImageClassification.from_config(config)
+    except (TypeError, ValueError, IndexError, ZeroDivisionError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"architecture={args.architecture!r} makes no image classifier: {reason}") from error
+
+
+def _options(args: ClassifierArguments) -> dict[str, Any]:
+    try:
+        options = json.loads(args.architecture_options)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"architecture_options: no JSON ({error}); give such as '{{\"depths\": [1, 2]}}'") from error
+    if not isinstance(options, dict):
+        raise ValueError("architecture_options: must be a JSON object of the configuration's values")
+    return options
 
 
 def main(argv: list[str] | None = None) -> Path:
@@ -38,13 +94,8 @@ def main(argv: list[str] | None = None) -> Path:
     )
     set_seed(loop.seed)
     train_data, validation_data = data.load()
-    names = dict(enumerate(train_data.find_class_names()))
-    model = CifarResNetForImageClassification(
-        CifarResNetConfig(
-            depth=classifier.depth, width=classifier.width, id2label=names, label2id={v: k for k, v in names.items()}
-        )
-    )
     size = data.image_size or 32
+    model = make_classifier(classifier, train_data.find_class_names(), size)
     processor = ViTImageProcessor(
         size={"height": size, "width": size}, image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225]
     )
