@@ -12,11 +12,13 @@ import torch
 from torch import nn
 
 from .checkpoints import CheckpointError, released_checkpoint
+from .folding import fold_batch_norm
 
 if TYPE_CHECKING:
     from .classifier import PixelClassifier
 
 TIMM, PYTHON = "timm:", "python:"
+FOLDED = ("mobilenet_v2", "regnet", "resnet")  # these call each convolution's normalisation right after it
 
 
 def load_frozen_classifier(name: str | os.PathLike) -> PixelClassifier:
@@ -113,4 +115,6 @@ def _from_folder_or_hub(name: str) -> PixelClassifier:
     loaded = load_classifier(str(released_checkpoint(path.name)) if released else name)
     if isinstance(loaded.classifier, CifarResNetForImageClassification):
         loaded.classifier.fold_batch_norm()
+    elif loaded.config.model_type in FOLDED:
+        fold_batch_norm(loaded.classifier)
     return loaded

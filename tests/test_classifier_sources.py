@@ -6,10 +6,11 @@ import types
 import pytest
 import torch
 from torch import nn
+from transformers import AutoConfig, AutoModelForImageClassification, ViTImageProcessor
 
 from maep_hf.checkpoints import CheckpointError
-from maep_hf.classifier import PixelClassifier
-from maep_hf.classifier_sources import load_frozen_classifier
+from maep_hf.classifier import PixelClassifier, load_classifier
+from maep_hf.classifier_sources import FOLDED, load_frozen_classifier
 from maep_hf.efficientnet_lite import TINY_IMAGENET
 from maep_hf.evaluation.run import _short
 from maep_hf.folding import fold_batch_norm
@@ -155,6 +156,28 @@ def test_folding_batch_norm_keeps_the_function():
     fold_batch_norm(network)
     assert not any(isinstance(module, nn.BatchNorm2d) for module in network.modules())
     torch.testing.assert_close(network(pixels), before, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", FOLDED)
+def test_classifiers_of_transformers_load_folded(tmp_path, architecture):
+    torch.manual_seed(0)
+    small = {"regnet": {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "groups_width": 4},
+             "resnet": {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]},
+             "mobilenet_v2": {"depth_multiplier": 0.1, "min_depth": 8}}[architecture]  # fmt: skip
+    model = AutoModelForImageClassification.from_config(AutoConfig.for_model(architecture, num_labels=3, **small))
+    for norm in (module for module in model.modules() if isinstance(module, nn.BatchNorm2d)):
+        norm.running_mean.uniform_(-0.5, 0.5), norm.running_var.uniform_(0.5, 2)
+        nn.init.uniform_(norm.weight, 0.5, 1.5), nn.init.uniform_(norm.bias, -0.5, 0.5)
+    model.save_pretrained(tmp_path)
+    ViTImageProcessor(size={"height": 32, "width": 32}, image_mean=[0.5] * 3, image_std=[0.5] * 3).save_pretrained(
+        tmp_path
+    )
+    pixels = torch.rand(2, 3, 32, 32)
+    folded = load_frozen_classifier(tmp_path)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
+    expected = load_classifier(str(tmp_path))(pixels)
+    assert expected.std() > 0.001
+    torch.testing.assert_close(folded(pixels), expected, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
