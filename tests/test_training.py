@@ -25,6 +25,7 @@ from running import (
     words,
 )
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from maep_hf import MAEPConfig, MAEPImageProcessor, MAEPModel, PixelClassifier, load_classifier
 from maep_hf.data import DataError, load_image_dataset
@@ -115,8 +116,6 @@ def test_the_folder_loads_and_holds_the_averaged_weights(whole_run, options, tmp
 
 
 def checkpoint_model(folder):
-    from safetensors.torch import load_file
-
     return load_file(folder / "checkpoints" / checkpoints(folder)[-1] / "model.safetensors")
 
 
@@ -148,8 +147,9 @@ def test_killed_before_the_first_checkpoint_starts_over(whole_run, options, tmp_
         {"streaming": True},
         {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2, "logging_steps": 3, "optimizer": "sgd"},
         {"model": "dropout"},
+        {"start_share": 0.25, "ema_decay": 0.5},
     ],
-    ids=["streaming", "accumulation", "dropout"],
+    ids=["streaming", "accumulation", "dropout", "averaged with the start"],
 )
 def test_resumed_equals_uninterrupted(options, tmp_path, changed):
     changed = {"ema_decay": 0, "max_steps": 5, "eval_steps": 5} | changed
@@ -161,6 +161,29 @@ def test_resumed_equals_uninterrupted(options, tmp_path, changed):
     run("finetune", words, stop=("log", 5 if changed.get("logging_steps") else 3))
     run("finetune", words)
     assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
+def test_a_share_of_the_start_is_kept(whole_run, options, purifier_folder, tmp_path):
+    folder = run("finetune", options(tmp_path / "run", start_share=0.25))
+    start, trained, kept = (load_file(path / "model.safetensors") for path in (purifier_folder, whole_run, folder))
+    for name, weight in kept.items():
+        torch.testing.assert_close(weight, 0.25 * start[name] + 0.75 * trained[name])
+    assert any(not torch.equal(start[name], trained[name]) for name in kept)
+    ends = [records(path)[-1]["validation"]["psnr_purified"] for path in (whole_run, folder)]
+    assert ends[0] != ends[1]  # what is validated is what is kept
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"start_share": 1}, "start_share=1.0: must be"),
+        ({"start_share": 0.5, "trainable": "decoder_lora"}, "trainable=all"),
+    ],
+)
+def test_a_share_of_the_start_that_cannot_be(options, tmp_path, changed, message, capsys):
+    with pytest.raises((SystemExit, ValueError)) as refused:
+        run("finetune", options(tmp_path / "run", **changed))
+    assert message in capsys.readouterr().err + str(refused.value)
 
 
 def test_a_run_from_before_an_argument_goes_on_where_it_was_off(tmp_path):

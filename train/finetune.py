@@ -22,6 +22,10 @@ class FinetuneArguments:
         default="runs/pretrain-tiny-cifar10", metadata={"help": "purifier to start from: folder or Hub id"}
     )
     trainable: str = field(default="all", metadata={"help": "all weights, or decoder_lora"})
+    start_share: float = field(
+        default=0.0,
+        metadata={"help": "share of the weights started from in those that are validated and saved (WiSE-FT)"},
+    )
     pixel_loss: str | None = field(default=None, metadata={"help": "l1, l2 or charbonnier; the model's own by default"})
     purification_loss_weight: float | None = field(
         default=None, metadata={"help": "weight of the pixel loss; the model's own by default"}
@@ -30,6 +34,10 @@ class FinetuneArguments:
     def __post_init__(self) -> None:
         if self.trainable not in ("all", "decoder_lora"):
             raise ValueError(f"trainable={self.trainable!r}: must be all or decoder_lora")
+        if not 0 <= self.start_share < 1:
+            raise ValueError(f"start_share={self.start_share}: must be in [0, 1)")
+        if self.start_share and self.trainable != "all":
+            raise ValueError(f"start_share={self.start_share}: needs trainable=all; scale an adapter instead")
 
 
 def main(argv: list[str] | None = None) -> Path:
@@ -47,7 +55,7 @@ def main(argv: list[str] | None = None) -> Path:
     if finetune.trainable == "decoder_lora":
         model = lora.adapt(model, scope="decoder")
         groups |= as_groups(lora=lora)
-    return train(purification_task(model, data, attack, purification), loop, groups)
+    return train(purification_task(model, data, attack, purification, finetune.start_share), loop, groups)
 
 
 if __name__ == "__main__":

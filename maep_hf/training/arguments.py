@@ -106,6 +106,7 @@ ADDED_LATER = {
     "input_diversity": 0.0,
     "smoothed_gradient": 0.0,
     "window_overlap": None,
+    "start_share": 0.0,
 }
 
 

@@ -144,8 +144,8 @@ class _Loop:
 
     @property
     def best_model(self) -> nn.Module:
-        """The weights that are validated and kept: the average where there is one."""
-        return self.ema.module if self.ema is not None else self.accelerator.unwrap_model(self.model)
+        """The model that is validated and saved: of the averaged weights where there are some, as the task keeps it."""
+        return self.task.kept(self.ema.module if self.ema is not None else self.accelerator.unwrap_model(self.model))
 
     def run(self) -> Path:
         args, state = self.args, self.state

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -138,6 +139,8 @@ class PurificationTask(Task):
         surrogates: frozen classifiers from [0, 1] pixels to logits; the first one also validates.
         mixture: attacks that pairs are drawn from; unused where the dataset stores attacked images.
         arguments: see [`PurificationArguments`].
+        start_share: share, [0, 1), of the weights that `model` has now in those that are validated and saved, the rest
+            being the trained ones' (WiSE-FT, Wortsman et al. 2022, section 3).
 
     Raises:
         maep_hf.data.DataError: labels are asked for that the data do not have, or that do not fit a surrogate.
@@ -157,8 +160,12 @@ class PurificationTask(Task):
         mixture: AttackMixture,
         arguments: PurificationArguments,
         validation_images: int = 256,
+        start_share: float = 0.0,
     ):
         super().__init__(model, train_data, validation_data, augmentation, validation_images)
+        self.start_share = start_share
+        # A copy from before the loop loads a checkpoint: a resumed run averages with the same weights.
+        self._start = copy.deepcopy(model).requires_grad_(False) if start_share else None
         if not surrogates:
             raise ValueError("surrogates: at least one classifier is needed to make and to judge attacked images")
         self.image_processor = image_processor
@@ -236,6 +243,16 @@ class PurificationTask(Task):
         super().to(device)
         for surrogate in self.surrogates:
             surrogate.to(device, memory_format=torch.channels_last)
+
+    @torch.no_grad()
+    def kept(self, model: nn.Module) -> nn.Module:
+        """`model`, or a new one between where it started and where it is; see `start_share`."""
+        if self._start is None:
+            return model
+        average = copy.deepcopy(model)
+        for weight, before in zip(average.parameters(), self._start.to(self.device).parameters(), strict=True):
+            weight.copy_(self.start_share * before + (1 - self.start_share) * weight)
+        return average
 
     def draw(self) -> Draw:
         data, size = self.train_data, self.augmentation.image_size

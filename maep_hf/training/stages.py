@@ -162,7 +162,11 @@ def load_surrogates(names: list[str]) -> list[PixelClassifier]:
 
 
 def purification_task(
-    model: nn.Module, data: DataArguments, attack: AttackArguments, purification: PurificationArguments
+    model: nn.Module,
+    data: DataArguments,
+    attack: AttackArguments,
+    purification: PurificationArguments,
+    start_share: float = 0.0,
 ) -> PurificationTask:
     """Load data and surrogates and put the task together.
 
@@ -170,6 +174,7 @@ def purification_task(
         model: the purifier, also one with LoRA beside its weights.
         data: with an `image_size` other than the purifier's own, whole images of that size are attacked and judged,
             and purified in windows.
+        start_share: see [`PurificationTask`].
 
     Raises:
         maep_hf.data.DataError: data that cannot be used; checked before anything is trained.
@@ -192,4 +197,5 @@ def purification_task(
         attack.mixture(len(surrogates)),
         purification,
         data.validation_images,
+        start_share,
     )

@@ -66,6 +66,10 @@ class Task(ABC):
         """Work on a batch before the training step that is timed apart (attacks)."""
         return batch
 
+    def kept(self, model: nn.Module) -> nn.Module:
+        """The model that is validated and saved where `model` was trained; the same one by default."""
+        return model
+
     @abstractmethod
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Scalars by name; `loss` is minimised, each a mean over the samples of the batch."""
