@@ -141,7 +141,9 @@ LONG_RUNS = [
     ("single-guided", "finetune_single", UNSEEN),
     ("wide", "pretrain_wide", UNSEEN),
     ("divergence", "finetune9", UNSEEN | {"densenet-bc-100"}),
+    ("diverse", "finetune_diverse", UNSEEN | {"densenet-bc-100", "efficientnet_lite0"}),
 ]
+MORE_SURROGATES = {"diverse": {"regnet-cifar10", "mobilenet-v2-cifar10"}}
 
 
 @pytest.mark.parametrize(("name", "recipe", "unseen"), LONG_RUNS)
@@ -156,8 +158,9 @@ def test_long_runs_are_tabled_from_their_records(name, recipe, unseen):
     assert not MACHINE_PATH.search(text + (folder / "results.jsonl").read_text())
     arguments = {name: value for group in json.loads(text)["arguments"].values() for name, value in group.items()}
     given_on_the_command_line = {"dataset", "model"}
-    assert all(arguments[name] == recipe[name] for name in recipe.keys() - given_on_the_command_line)
-    assert {Path(name).name for name in recipe["surrogates"]} == {"resnet20-cifar10", "resnet20", "resnet32"}
+    assert all(arguments[given] == recipe[given] for given in recipe.keys() - given_on_the_command_line)
+    surrogates = {"resnet20-cifar10", "resnet20", "resnet32"} | MORE_SURROGATES.get(name, set())
+    assert {Path(surrogate).name for surrogate in recipe["surrogates"]} == surrogates
     classifiers = {record["protocol"]["classifier"]["name"] for record in records}
     assert classifiers == unseen
     if (folder / "model.safetensors").is_file():
