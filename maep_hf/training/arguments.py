@@ -107,6 +107,8 @@ ADDED_LATER = {
     "smoothed_gradient": 0.0,
     "window_overlap": None,
     "start_share": 0.0,
+    "architecture": "cifar_resnet",
+    "architecture_options": "{}",
 }
 
 
