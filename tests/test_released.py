@@ -168,6 +168,17 @@ def test_long_runs_are_tabled_from_their_records(name, recipe, unseen):
         assert weights == {fingerprint(load_purifier(folder))}, "the records are of other weights"
 
 
+def test_the_adapter_of_a_long_run_is_tabled_from_its_records(monkeypatch):
+    monkeypatch.chdir(ROOT)  # its base is named from there
+    folder = ROOT / "checkpoints" / "ablation" / "diverse" / "lora-imagenet"
+    records = read_results(folder / "results.jsonl")
+    readme = (ROOT / "checkpoints" / "ablation" / "README.md").read_text().splitlines()
+    assert all(line in readme for line in markdown_table(records).splitlines() if line.startswith("|"))
+    weights = {record["protocol"]["purifier"]["fingerprint"] for record in records}
+    assert weights == {fingerprint(load_purifier(folder))}, "the records are of other weights"
+    assert not MACHINE_PATH.search((folder / "run.json").read_text() + (folder / "results.jsonl").read_text())
+
+
 def test_long_runs_stand_beside_each_other_in_the_readme():
     folders = {f"`{recipe}`": ROOT / "checkpoints" / "ablation" / name for name, recipe, _ in LONG_RUNS}
     folders["the released purifier"] = released_checkpoint(PURIFIER)
