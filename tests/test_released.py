@@ -140,7 +140,7 @@ LONG_RUNS = [
     ("single", "pretrain_single", UNSEEN),
     ("single-guided", "finetune_single", UNSEEN),
     ("wide", "pretrain_wide", UNSEEN),
-    ("divergence", "finetune9", UNSEEN | {"densenet-bc-100"}),
+    ("divergence", "finetune9", UNSEEN | {"densenet-bc-100", "efficientnet_lite0"}),
     ("diverse", "finetune_diverse", UNSEEN | {"densenet-bc-100", "efficientnet_lite0"}),
 ]
 MORE_SURROGATES = {"diverse": {"regnet-cifar10", "mobilenet-v2-cifar10"}}
