@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from .classifier import PixelClassifier
 
 TIMM, PYTHON = "timm:", "python:"
-FOLDED = ("mobilenet_v2", "regnet", "resnet")  # these call each convolution's normalisation right after it
+# Model types that declare each convolution's normalisation right after it and call it there.
+FOLDED = ("cifar_resnet", "mobilenet_v2", "regnet", "resnet")
 
 
 def load_frozen_classifier(name: str | os.PathLike) -> PixelClassifier:
@@ -108,13 +109,10 @@ def _from_timm(name: str) -> PixelClassifier:
 
 def _from_folder_or_hub(name: str) -> PixelClassifier:
     from .classifier import load_classifier
-    from .modeling_cifar_resnet import CifarResNetForImageClassification
 
     path = Path(name)
     released = path.parts[:1] == ("checkpoints",) and len(path.parts) == 2 and not path.is_dir()
     loaded = load_classifier(str(released_checkpoint(path.name)) if released else name)
-    if isinstance(loaded.classifier, CifarResNetForImageClassification):
-        loaded.classifier.fold_batch_norm()
-    elif loaded.config.model_type in FOLDED:
+    if loaded.config.model_type in FOLDED:
         fold_batch_norm(loaded.classifier)
     return loaded

@@ -186,10 +186,7 @@ class _Attacker:
     ):
         self.args, self.dataset, self.mixture = args, dataset, mixture
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.surrogates = [
-            model.eval().requires_grad_(False).to(self.device, memory_format=torch.channels_last)
-            for model in surrogates
-        ]
+        self.surrogates = [model.to(self.device) for model in surrogates]
         self.crop = Augmentation(args.image_size, crop="center", flip=False) if args.image_size else None
         self.true_labels = args.attack_labels == "true"
         if self.true_labels:

@@ -161,7 +161,8 @@ def test_folding_batch_norm_keeps_the_function():
 @pytest.mark.parametrize("architecture", FOLDED)
 def test_classifiers_of_transformers_load_folded(tmp_path, architecture):
     torch.manual_seed(0)
-    small = {"regnet": {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "groups_width": 4},
+    small = {"cifar_resnet": {"depth": 8, "width": 4},
+             "regnet": {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "groups_width": 4},
              "resnet": {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]},
              "mobilenet_v2": {"depth_multiplier": 0.1, "min_depth": 8}}[architecture]  # fmt: skip
     model = AutoModelForImageClassification.from_config(AutoConfig.for_model(architecture, num_labels=3, **small))

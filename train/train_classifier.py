@@ -56,10 +56,9 @@ def make_classifier(args: ClassifierArguments, class_names: list[str], image_siz
     """
     names = dict(enumerate(class_names))
     labels = {"id2label": names, "label2id": {name: index for index, name in names.items()}}
+    options = _options(args)
     if args.architecture == CifarResNetConfig.model_type:
-        options: dict[str, Any] = {"depth": args.depth, "width": args.width} | _options(args)
-    else:
-        options = _options(args)
+        options = {"depth": args.depth, "width": args.width} | options
     try:
         known = AutoConfig.for_model(args.architecture)
     except ValueError as error:
