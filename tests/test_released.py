@@ -25,6 +25,18 @@ MACHINE_PATH = re.compile(r'"/(work|root|home|tmp)/')
 pytestmark = pytest.mark.checkpoint
 
 
+def read_recipe(name):
+    return yaml.safe_load((ROOT / "train" / "configs" / f"{name}.yaml").read_text())
+
+
+def follows(run, recipe):
+    """Whether the arguments of a run are its recipe's, but for those that say where its data and its start are."""
+    groups = json.loads(run.read_text())["arguments"].values()
+    arguments = {name: value for group in groups for name, value in group.items()}
+    places = {"dataset", "streaming", "validation_split", "model"}
+    return all(arguments[given] == recipe[given] for given in recipe.keys() - places)
+
+
 def test_released_purifier_defends_the_released_classifier():
     classifier = load_classifier(str(released_checkpoint(CLASSIFIER)))
     result = benchmark(classifier, load_purifier(), embedded_images("cifar10"), attack="pgd-20", eps=8, progress=False)
@@ -49,8 +61,11 @@ def test_records_lie_beside_the_weights_and_name_no_machine():
     for name in ("run.json", "metrics.jsonl", "pretrain_run.json", "pretrain_metrics.jsonl", "results.jsonl"):
         text = (folder / name).read_text()
         assert text and not MACHINE_PATH.search(text)
-    arguments = json.loads((folder / "run.json").read_text())["arguments"]
-    assert not any("resnet56" in name for name in arguments["purification"]["surrogates"])  # held out
+    runs = [json.loads(path.read_text()) for path in folder.glob("*run.json")]
+    assert len(runs) == 10  # stage 1 and nine of stage 2
+    for run in runs:
+        surrogates = {Path(name).name for name in run["arguments"]["purification"]["surrogates"]}
+        assert not surrogates & {"resnet56", "resnet44", "densenet-bc-100.pth.tar"}  # held out
     weights = sum(path.stat().st_size for path in (ROOT / "checkpoints").rglob("*.safetensors"))
     assert weights <= 25 * 2**20
 
@@ -81,6 +96,7 @@ def test_released_adapters_fit_their_base_and_say_what_was_measured(domain):
     assert all(record in everything for record in records) and len(records) >= 3
     card = str(render_card(folder, f"checkpoints/{folder.name}", base_model=f"checkpoints/{PURIFIER}"))
     assert (folder / "README.md").read_text() == card
+    assert follows(folder / "run.json", read_recipe(f"adapt_lora_{domain.replace('-', '_')}"))
     for path in folder.glob("*run.json"):
         run = json.loads(path.read_text())
         assert not any("lite0" in name for name in run["arguments"]["purification"]["surrogates"])  # held out
@@ -140,43 +156,34 @@ LONG_RUNS = [
     ("single", "pretrain_single", UNSEEN),
     ("single-guided", "finetune_single", UNSEEN),
     ("wide", "pretrain_wide", UNSEEN),
+    ("finetune8", "finetune8", UNSEEN | {"densenet-bc-100", "efficientnet_lite0"}),
     ("divergence", "finetune9", UNSEEN | {"densenet-bc-100", "efficientnet_lite0"}),
-    ("diverse", "finetune_diverse", UNSEEN | {"densenet-bc-100", "efficientnet_lite0"}),
 ]
-MORE_SURROGATES = {"diverse": {"regnet-cifar10", "mobilenet-v2-cifar10"}}
+
+
+def test_released_purifier_was_made_by_its_recipe():
+    recipe = read_recipe("finetune_diverse_tiny_cifar10")
+    assert follows(released_checkpoint(PURIFIER) / "run.json", recipe)
+    names = {Path(surrogate).name for surrogate in recipe["surrogates"]}
+    assert names == {"resnet20-cifar10", "resnet20", "resnet32", "regnet-cifar10", "mobilenet-v2-cifar10"}
 
 
 @pytest.mark.parametrize(("name", "recipe", "unseen"), LONG_RUNS)
 def test_long_runs_are_tabled_from_their_records(name, recipe, unseen):
     folder = ROOT / "checkpoints" / "ablation" / name
-    recipe = yaml.safe_load((ROOT / "train" / "configs" / f"{recipe}_tiny_cifar10.yaml").read_text())
+    recipe = read_recipe(f"{recipe}_tiny_cifar10")
     records, readme = read_results(folder / "results.jsonl"), (folder.parent / "README.md").read_text().splitlines()
     table = [line for line in markdown_table(records).splitlines() if line.startswith("|")]
     assert all(line in (folder / "results.md").read_text().splitlines() for line in table), "maep report FOLDER"
     assert all(line in readme for line in table), "ablation/README.md: paste the table of `maep report FOLDER`"
-    text = (folder / "run.json").read_text()
-    assert not MACHINE_PATH.search(text + (folder / "results.jsonl").read_text())
-    arguments = {name: value for group in json.loads(text)["arguments"].values() for name, value in group.items()}
-    given_on_the_command_line = {"dataset", "model"}
-    assert all(arguments[given] == recipe[given] for given in recipe.keys() - given_on_the_command_line)
-    surrogates = {"resnet20-cifar10", "resnet20", "resnet32"} | MORE_SURROGATES.get(name, set())
-    assert {Path(surrogate).name for surrogate in recipe["surrogates"]} == surrogates
+    assert not MACHINE_PATH.search((folder / "run.json").read_text() + (folder / "results.jsonl").read_text())
+    assert follows(folder / "run.json", recipe)
+    assert {Path(surrogate).name for surrogate in recipe["surrogates"]} == {"resnet20-cifar10", "resnet20", "resnet32"}
     classifiers = {record["protocol"]["classifier"]["name"] for record in records}
     assert classifiers == unseen
     if (folder / "model.safetensors").is_file():
         weights = {record["protocol"]["purifier"]["fingerprint"] for record in records}
         assert weights == {fingerprint(load_purifier(folder))}, "the records are of other weights"
-
-
-def test_the_adapter_of_a_long_run_is_tabled_from_its_records(monkeypatch):
-    monkeypatch.chdir(ROOT)  # its base is named from there
-    folder = ROOT / "checkpoints" / "ablation" / "diverse" / "lora-imagenet"
-    records = read_results(folder / "results.jsonl")
-    readme = (ROOT / "checkpoints" / "ablation" / "README.md").read_text().splitlines()
-    assert all(line in readme for line in markdown_table(records).splitlines() if line.startswith("|"))
-    weights = {record["protocol"]["purifier"]["fingerprint"] for record in records}
-    assert weights == {fingerprint(load_purifier(folder))}, "the records are of other weights"
-    assert not MACHINE_PATH.search((folder / "run.json").read_text() + (folder / "results.jsonl").read_text())
 
 
 def test_long_runs_stand_beside_each_other_in_the_readme():
