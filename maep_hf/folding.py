@@ -7,7 +7,11 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 
 def fold_batch_norm(module: nn.Module) -> None:
-    """Fold each batch normalisation into the convolution declared just before it: same function, a fifth less time."""
+    """Fold each batch normalisation, in place, into the convolution declared just before it: the same but for rounding.
+
+    Running and attacking a network takes a fifth less time so. It has to be in eval mode, and can then be neither
+    trained nor saved as a checkpoint of its class.
+    """
     children = list(module.named_children())
     for (name, layer), (following, norm) in zip(children, children[1:], strict=False):
         if isinstance(layer, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):

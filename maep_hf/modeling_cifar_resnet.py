@@ -8,7 +8,6 @@ that a saved folder needs (`trust_remote_code=True`): they import torch, transfo
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import ImageClassifierOutputWithNoAttention
@@ -90,21 +89,6 @@ class CifarResNetForImageClassification(CifarResNetPreTrainedModel):
             self.stages.append(nn.Sequential(*blocks))
         self.classifier = nn.Linear(in_channels, config.num_labels)
         self.post_init()
-
-    @torch.no_grad()
-    def fold_batch_norm(self) -> "CifarResNetForImageClassification":
-        """Merge every batch normalisation into its convolution, in place: the same logits in eval mode, to rounding.
-
-        A frozen surrogate is attacked about 1.4 times faster so (2 CPU cores). The folded model is for inference: it
-        can neither be trained on nor saved as a checkpoint of this class.
-        """
-        self.eval()
-        for module in self.modules():
-            for conv, norm in (("conv1", "bn1"), ("conv2", "bn2")):
-                if isinstance(getattr(module, norm, None), nn.BatchNorm2d):
-                    setattr(module, conv, fuse_conv_bn_eval(getattr(module, conv), getattr(module, norm)))
-                    setattr(module, norm, nn.Identity())
-        return self
 
     def forward(
         self,

@@ -29,6 +29,7 @@ from maep_hf.attacks import AttackParameters, perturb
 from maep_hf.checkpoints import CheckpointError
 from maep_hf.classifier import PixelClassifier
 from maep_hf.configuration_cifar_resnet import CifarResNetConfig
+from maep_hf.folding import fold_batch_norm
 from maep_hf.modeling_cifar_resnet import CifarResNetForImageClassification
 from maep_hf.records import describe_environment, write_json
 from maep_hf.training import LoopArguments, parse_arguments, run_script
@@ -89,7 +90,8 @@ def load_attacked(name: str) -> tuple[PixelClassifier, str]:
     try:
         return load_surrogates([name])[0], name
     except (OSError, CheckpointError):
-        model = CifarResNetForImageClassification(CifarResNetConfig(depth=20)).fold_batch_norm()
+        model = CifarResNetForImageClassification(CifarResNetConfig(depth=20)).eval()
+        fold_batch_norm(model)
         return PixelClassifier(model.requires_grad_(False), image_mean=0.5, image_std=0.25), "random CIFAR ResNet-20"
 
 
