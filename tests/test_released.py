@@ -143,7 +143,7 @@ def test_ablation_is_tabled_from_its_records():
     order = list(yaml.safe_load((ROOT / "train" / "configs" / "ablation.yaml").read_text())["rows"])
     text = ablation_table.markdown(ablation_table.summarise(records, order), records)
     assert (folder / "table.md").read_text() == text, "python train/ablation.py --tabulate true --output_dir FOLDER"
-    assert {record["row"] for record in records} == set(order), "README.md says that all rows were measured"
+    assert {record["row"] for record in records} == set(order), "ablation/README.md says that all rows were measured"
     for record in records:
         assert "resnet56" in record["evaluation"]["classifier"]  # never a surrogate
         assert not any("resnet56" in name for stage in record["training"] for name in stage["surrogates"])
@@ -186,10 +186,10 @@ def test_long_runs_are_tabled_from_their_records(name, recipe, unseen):
         assert weights == {fingerprint(load_purifier(folder))}, "the records are of other weights"
 
 
-def test_long_runs_stand_beside_each_other_in_the_readme():
+def test_long_runs_stand_beside_each_other():
     folders = {f"`{recipe}`": ROOT / "checkpoints" / "ablation" / name for name, recipe, _ in LONG_RUNS}
     folders["the released purifier"] = released_checkpoint(PURIFIER)
-    readme = (ROOT / "README.md").read_text().splitlines()
+    readme = (ROOT / "checkpoints" / "ablation" / "README.md").read_text().splitlines()
     for name, folder in folders.items():
         [line] = [line for line in readme if re.match(rf"\| {re.escape(name)}[ ,][^|]*\| [\d,]+ \|", line)]
         records = results(read_results(folder / "results.jsonl"))
