@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 from transformers.utils import cached_file
 
 from .modeling_maep import MAEPModel
+
+logger = logging.getLogger(__name__)
 
 SCOPES = ("decoder", "all")
 LINEAR_LAYERS = r"(q_proj|k_proj|v_proj|o_proj|fc1|fc2)"
@@ -111,9 +114,12 @@ def add_lora(model: MAEPModel, config: LoraConfig) -> PeftModel:
 
 
 def is_untrained(model: MAEPModel) -> bool:
-    """Whether the output layer is all zeros, as it is at initialisation."""
-    head = model.decoder.head if model.local_branch is None else model.local_branch.head
-    return not bool(head.weight.detach().any())
+    """Whether an output layer is all zeros, as it is at initialisation.
+
+    Of pixels (`residual=False`) without a local branch none is, and this cannot tell.
+    """
+    heads = [model.decoder.head] + ([] if model.local_branch is None else [model.local_branch.head])
+    return not all(bool(head.weight.detach().any()) for head in heads)
 
 
 def trainable_share(model: nn.Module) -> float:
@@ -192,7 +198,12 @@ def load_adapter(
     record = _read_base_record(source, revision)
     if record and not allow_other_base:
         found = describe_base(model)
-        if found["dtype"] == record.get("dtype") and found["fingerprint"] != record.get("fingerprint"):
+        if found["dtype"] != record.get("dtype"):
+            logger.warning(
+                "adapter %s: the base is in %s here and was in %s there, so that its weights cannot be compared",
+                source, found["dtype"], record.get("dtype"),
+            )  # fmt: skip
+        elif found["fingerprint"] != record.get("fingerprint"):
             raise ValueError(
                 f"adapter {source}: it was trained on {config.base_model_name_or_path or 'a base'} with other weights "
                 "than these (the same shapes); load that base, or pass allow_other_base=True if you mean it"

@@ -7,7 +7,6 @@ growth 12, 0.77 million weights).
 
 from __future__ import annotations
 
-import pickle
 import re
 
 import torch
@@ -16,6 +15,7 @@ from torch.nn import functional as F
 
 from .classifier import PixelClassifier
 from .folding import fold_batch_norm
+from .published_weights import read_published_weights
 
 # Of the CIFAR-10 training images; the published weights were trained with them.
 IMAGE_MEAN = (0.4914, 0.4822, 0.4465)
@@ -95,18 +95,13 @@ def published(file: str) -> PixelClassifier:
     The second normalisation of every layer is folded into the convolution before it: the same function, faster.
 
     Args:
-        file: what `torch.save` wrote, of tensors alone: a state dict, or one under the key `state_dict`.
+        file: see [`read_published_weights`].
 
     Raises:
         OSError: no such file.
         ValueError: it holds something else.
     """
-    try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
-        raise ValueError(f"{file} is no checkpoint of torch: {error}") from error
-    state = state.get("state_dict", state) if isinstance(state, dict) else {}
-    state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    state = read_published_weights(file)
     layers = sum(LAYER.fullmatch(name) is not None for name in state)
     if not layers or "fc.weight" not in state:
         raise ValueError(f"{file} holds no DenseNet-BC: it has no block1.layer.0.conv2.weight or no fc.weight")

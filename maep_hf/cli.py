@@ -1,4 +1,4 @@
-"""The command `maep`: purify image files, and the demo. Errors a user can cause are one line and exit code 1."""
+"""The command `maep`: purify, evaluate, push and the demo. Errors a user can cause are one line and exit code 1."""
 
 from __future__ import annotations
 

@@ -3,14 +3,14 @@
 import re
 from pathlib import Path
 
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import ViTImageProcessorPil
 
 from .configuration_cifar_resnet import CifarResNetConfig
+from .data import CIFAR10_CLASSES
 from .modeling_cifar_resnet import CifarResNetForImageClassification
+from .published_weights import read_published_weights
 
-CIFAR10_LABELS = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 # The published weights were trained with the statistics of ImageNet, not of CIFAR-10.
 IMAGE_MEAN = (0.485, 0.456, 0.406)
 IMAGE_STD = (0.229, 0.224, 0.225)
@@ -56,7 +56,7 @@ def convert_state_dict(
     width, num_channels = state_dict["conv1.weight"].shape[:2]
     num_labels = state_dict["linear.weight"].shape[0]
     if labels is None:
-        labels = CIFAR10_LABELS if num_labels == 10 else tuple(f"LABEL_{index}" for index in range(num_labels))
+        labels = CIFAR10_CLASSES if num_labels == 10 else tuple(f"LABEL_{index}" for index in range(num_labels))
     if len(labels) != num_labels:
         raise ValueError(f"`labels` has {len(labels)} names, but the weights have {num_labels} classes.")
     blocks = len({match[1] for key in state_dict if (match := re.match(r"layer1\.(\d+)\.", key))})
@@ -86,10 +86,10 @@ def convert_state_dict(
 
 
 def convert_file(source: str | Path, out: str | Path) -> CifarResNetForImageClassification:
-    """Convert one published `.safetensors` file into a folder for `pipeline("image-classification", model=out)`.
+    """Convert one published file into a folder for `pipeline("image-classification", model=out)`.
 
     Args:
-        source: the weight file.
+        source: the weight file, `.safetensors` or the authors' own (see [`read_published_weights`]).
         out: the folder to write (made if absent): configuration, weights, image processor and the model's code.
 
     Returns:
@@ -97,16 +97,9 @@ def convert_file(source: str | Path, out: str | Path) -> CifarResNetForImageClas
 
     Raises:
         FileNotFoundError: there is no file `source`.
-        ValueError: the file is not safetensors, or not such a network (see `convert_state_dict`).
+        ValueError: the file holds no tensors, or not such a network (see `convert_state_dict`).
     """
-    source = Path(source)
-    if not source.is_file():
-        raise FileNotFoundError(f"There is no weight file {source}.")
-    try:
-        state_dict = load_file(source)
-    except Exception as error:
-        raise ValueError(f"{source} cannot be read as safetensors: {error}") from error
-    model = convert_state_dict(state_dict)
+    model = convert_state_dict(read_published_weights(source))
     model.save_pretrained(out)
     image_processor().save_pretrained(out)
     return model

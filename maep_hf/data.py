@@ -96,6 +96,24 @@ class ImageDataset:
         return -1 if value is None else int(value)
 
 
+def expect_classes(found: int | None, classes: int, model: str, hint: str, named: bool = True) -> None:
+    """That a model tells apart the classes of a dataset.
+
+    Args:
+        found: classes of the dataset; `None` where they are not known, which passes.
+        classes: outputs of the model.
+        model: what the message calls it.
+        hint: what to do about it.
+        named: the dataset names its classes; where it has bare numbers, the largest may be missing by chance.
+
+    Raises:
+        DataError: the model has fewer, or not as many as are named.
+    """
+    if found and (found > classes or (named and found < classes)):
+        least, only = "" if named else "at least ", "only " if found > classes else ""
+        raise DataError(f"the dataset has {least}{found} classes and {model} {only}{classes}: {hint}")
+
+
 def load_image_dataset(
     source: str,
     split: str = "train",

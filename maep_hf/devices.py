@@ -1,4 +1,4 @@
-"""Where and in which precision models run: by names on the command line."""
+"""Where and in which precision models run, by names on the command line; and waiting for them."""
 
 from __future__ import annotations
 
@@ -20,6 +20,14 @@ def pick_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
     return device
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all that was asked of it, so that a clock read now is right."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
 
 
 def pick_precision(name: str, device: torch.device) -> str:

@@ -21,7 +21,6 @@ from .classifier import PixelClassifier
 from .folding import fold_batch_norm
 
 MEAN, STD = 127 / 255, 128 / 255  # of the published models: (x * 255 - 127) / 128
-INPUT_SIZES = {0: 224, 1: 240, 2: 260}  # pixels that each was trained on; other sizes run as well
 
 # ImageNet's indices of Tiny-ImageNet's 200 classes, in the order of their WordNet numbers, which is that of its labels.
 TINY_IMAGENET = (

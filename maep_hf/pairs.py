@@ -32,7 +32,7 @@ from transformers.utils import logging as transformers_logging
 
 from .attacks import KINDS, AttackMixture, AttackParameters, perturb
 from .classifier import PixelClassifier
-from .data import DataError, ImageDataset, decode_image, load_image_dataset
+from .data import DataError, ImageDataset, decode_image, expect_classes, load_image_dataset
 from .records import describe_environment, write_json
 from .training.run_folder import RunFolder, RunFolderError
 from .training.samples import DECODE_ERRORS, Augmentation, collate
@@ -194,15 +194,13 @@ class _Attacker:
                 raise DataError(
                     "the dataset has no labels: name them with label_column, or use attack_labels=predicted"
                 )
-            self._check_classes(len(dataset.class_names or []))
+            self._expect_classes(len(dataset.class_names or []))
 
-    def _check_classes(self, classes: int) -> None:
+    def _expect_classes(self, found: int, named: bool = True) -> None:
+        hint = "give a surrogate of this dataset, or attack_labels=predicted"
         for name, model in zip(self.args.surrogates, self.surrogates, strict=True):
-            if model.num_labels and classes > model.num_labels:
-                raise DataError(
-                    f"the dataset has at least {classes} classes and the surrogate {name} only {model.num_labels}: "
-                    "give a surrogate of this dataset, or attack_labels=predicted"
-                )
+            if model.num_labels:
+                expect_classes(found, model.num_labels, f"the surrogate {name}", hint, named)
 
     def __call__(self, batch: list[tuple[int, int, dict]]) -> tuple[list[dict[str, Any]], list[int]]:
         """The batch's (copy, index, row) as rows of pairs in the same order, and the indices of broken images."""
@@ -216,7 +214,7 @@ class _Attacker:
                 continue
             label = self.dataset.label(row)
             if self.true_labels:
-                self._check_classes(label + 1)
+                self._expect_classes(label + 1, named=False)
             sample = {"pixel_values": pixels, "labels": label, "index": index}
             samples.append(sample | self.mixture.draw(rng, tuple(pixels.shape)))
         rows: list[dict[str, Any]] = [{}] * len(samples)

@@ -125,6 +125,11 @@ def test_an_untrained_purifier_is_refused():
         adapted(model)
 
 
+def test_an_untrained_purifier_of_pixels_is_refused_too():
+    with pytest.raises(ValueError, match="train/pretrain.py"):
+        adapted(tiny_purifier(trained=False, residual=False))
+
+
 def test_a_fresh_adapter_changes_nothing():
     model, x = tiny_purifier().eval(), torch.rand(2, 3, 16, 16)
     before = model.purify(x)

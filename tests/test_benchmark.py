@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import warnings
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -398,6 +399,9 @@ def test_two_classes(images, tmp_path):
     assert record["accuracy"]["attacked"]["percent"] < 50
     with pytest.raises(ValueError, match="labels go from 0 to 2.*0 to 1"):
         benchmark(classifier, None, EvaluationImages(images.pixels, torch.arange(9) % 3), **PGD)
+    for named, told in ((10, "10 classes and the classifier only 2"), (1, "1 classes and the classifier 2")):
+        with pytest.raises(DataError, match=f"{told}.*this dataset's classes"):
+            benchmark(classifier, None, replace(labelled, classes=named), **PGD)
 
 
 def test_bad_input_is_named(classifier, images, tmp_path):
@@ -429,7 +433,7 @@ def test_broken_images_and_other_sizes(image_folder, tmp_path):
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b", "c"])})
     datasets.Dataset.from_dict(rows, features=features).save_to_disk(tmp_path / "broken")
     read = read_images(load_image_dataset(str(tmp_path / "broken"), "test"))
-    assert len(read) == 3 and read.broken == 1 and "1 broken" in read.describe()["images"]
+    assert len(read) == 3 and read.classes == 3 and read.broken == 1 and "1 broken" in read.describe()["images"]
     mixed = {"image": [picture(0, 20, 16), picture(1, 16, 24)], "label": [0, 1]}
     datasets.Dataset.from_dict(mixed, features=features).save_to_disk(tmp_path / "mixed")
     dataset = load_image_dataset(str(tmp_path / "mixed"), "test")

@@ -10,7 +10,8 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, pipeline
 
 from maep_hf.configuration_cifar_resnet import CifarResNetConfig
-from maep_hf.convert_cifar_resnet import CIFAR10_LABELS, convert_file, convert_state_dict
+from maep_hf.convert_cifar_resnet import convert_file, convert_state_dict
+from maep_hf.data import CIFAR10_CLASSES
 from maep_hf.folding import fold_batch_norm
 from maep_hf.modeling_cifar_resnet import CifarResNetBlock, CifarResNetForImageClassification
 
@@ -206,13 +207,19 @@ def reference_forward(tensors: dict[str, torch.Tensor], x: torch.Tensor) -> torc
     return F.linear(h.flatten(2).mean(-1), tensors["linear.weight"], tensors["linear.bias"])
 
 
-def test_converted_weights_compute_the_published_function(tmp_path):
+def save_published(tensors, path):
+    """As the authors have it: a training checkpoint of a model in `DataParallel`."""
+    torch.save({"state_dict": {f"module.{name}": tensor for name, tensor in tensors.items()}, "best_prec1": 9.0}, path)
+
+
+@pytest.mark.parametrize("file, save", [("weights.safetensors", save_file), ("weights.th", save_published)])
+def test_converted_weights_compute_the_published_function(tmp_path, file, save):
     tensors = published_state_dict()
-    save_file(tensors, tmp_path / "weights.safetensors")
-    convert_file(tmp_path / "weights.safetensors", tmp_path / "model")
+    save(tensors, tmp_path / file)
+    convert_file(tmp_path / file, tmp_path / "model")
     model = AutoModelForImageClassification.from_pretrained(tmp_path / "model").eval()
     assert model.config.depth == 14 and model.config.width == 4
-    assert tuple(model.config.id2label.values()) == CIFAR10_LABELS
+    assert tuple(model.config.id2label.values()) == CIFAR10_CLASSES
     x = torch.randn(2, 3, 32, 32)
     assert torch.allclose(model(x).logits, reference_forward(tensors, x), atol=1e-4)
 
@@ -221,7 +228,7 @@ def test_converted_weights_compute_the_published_function(tmp_path):
     classify = pipeline("image-classification", model=str(tmp_path / "model"))
     from PIL import Image
 
-    assert classify(Image.new("L", (50, 40), 128))[0]["label"] in CIFAR10_LABELS
+    assert classify(Image.new("L", (50, 40), 128))[0]["label"] in CIFAR10_CLASSES
 
 
 def test_converter_refuses_other_files(tmp_path):
@@ -241,6 +248,9 @@ def test_converter_refuses_other_files(tmp_path):
     (tmp_path / "text.safetensors").write_text("not tensors")
     with pytest.raises(ValueError, match="cannot be read as safetensors"):
         convert_file(tmp_path / "text.safetensors", tmp_path / "out")
+    (tmp_path / "text.th").write_text("not tensors")
+    with pytest.raises(ValueError, match="no checkpoint of torch"):
+        convert_file(tmp_path / "text.th", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

@@ -118,6 +118,7 @@ def test_an_argument_may_have_colons_and_a_folder_is_named_by_its_last_part(own_
     with pytest.raises(CheckpointError, match="could not convert string to float: '1:2'"):
         run.python_purifier(f"{own_module}:scale:1:2")
     assert run._short("python:some.module:load:/some/where/disco") == "disco"
+    assert run._short("python:some.module:load:/some/where/dense-1.5.pth.tar") == "dense-1.5"
 
 
 def test_random_masks_are_measured_as_random(classifier_folder, purifier_folder, image_folder, tmp_path):

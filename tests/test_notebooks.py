@@ -188,7 +188,8 @@ def push_from_notebook(source: str, base: str, repo: str, run: Path) -> None:
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     decoder = {f"decoder_{name}": value for name, value in sizes.items()}
     model = MAEPModel(MAEPConfig(image_size=16, **sizes, **decoder, local_branch_layers=1, local_branch_channels=8))
-    torch.nn.init.normal_(model.local_branch.head.weight, std=0.02)  # zeros would be an untrained one
+    for head in (model.local_branch.head, model.decoder.head):
+        torch.nn.init.normal_(head.weight, std=0.02)  # zeros would be an untrained one
     model.save_pretrained(run / "base")
     model.push_to_hub(base)
     model = MAEPModel.from_pretrained(run / "base")

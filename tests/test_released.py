@@ -2,6 +2,7 @@
 
 import json
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,13 @@ def test_records_lie_beside_the_weights_and_name_no_machine():
     assert weights <= 25 * 2**20
 
 
+def named_purifiers(record: dict) -> list[str]:
+    """What the command of a record gives as purifiers."""
+    command = record["environment"]["command"]
+    words = command.split() if isinstance(command, str) else command
+    return [value for option, value in pairwise(words) if option == "--purifier"]
+
+
 def test_card_and_readme_state_the_recorded_results():
     folder = released_checkpoint(PURIFIER)
     card, readme = (folder / "README.md").read_text(), (ROOT / "README.md").read_text()
@@ -77,6 +85,7 @@ def test_card_and_readme_state_the_recorded_results():
     records = read_results(folder / "results.jsonl")
     weights = {record["protocol"]["purifier"]["fingerprint"] for record in records}
     assert weights == {fingerprint(load_purifier(folder))}, "the records are of other weights"
+    assert all(f"checkpoints/{PURIFIER}" in named_purifiers(record) for record in records)
     measured = {record["protocol"]["threat_model"] for record in records}
     assert {"gray-box", "white-box"} <= measured
     table = [line for line in markdown_table(records).splitlines() if line.startswith("|")]
@@ -92,6 +101,7 @@ def test_released_adapters_fit_their_base_and_say_what_was_measured(domain):
     records = read_results(folder / "results.jsonl")
     # of merged weights, whose last bits are the processor's, so that only their sameness can be asked for
     assert len({record["protocol"]["purifier"]["fingerprint"] for record in records}) == 1
+    assert all(f"checkpoints/{folder.name}" in named_purifiers(record) for record in records)
     everything = read_results(ROOT / "checkpoints" / "transfer" / "results.jsonl")
     assert all(record in everything for record in records) and len(records) >= 3
     card = str(render_card(folder, f"checkpoints/{folder.name}", base_model=f"checkpoints/{PURIFIER}"))
@@ -184,6 +194,7 @@ def test_long_runs_are_tabled_from_their_records(name, recipe, unseen):
     if (folder / "model.safetensors").is_file():
         weights = {record["protocol"]["purifier"]["fingerprint"] for record in records}
         assert weights == {fingerprint(load_purifier(folder))}, "the records are of other weights"
+        assert all(f"checkpoints/ablation/{name}" in named_purifiers(record) for record in records)
 
 
 def test_long_runs_stand_beside_each_other():

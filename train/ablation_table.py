@@ -45,6 +45,7 @@ def _summary(
     found["attacks"] = {each: spread([record["percent"]["attacks"][each] for record in records]) for each in attacks}
     found["worst_attack"] = min(attacks, key=lambda each: found["attacks"][each]["mean"])
     found["minutes"] = fmean(record["training_seconds"] for record in records) / 60
+    found["attack_time_share"] = fmean(record["attack_time_share"] for record in records)
     found["parameters"] = records[0]["parameters"]
     return found
 
@@ -63,7 +64,7 @@ def markdown(rows: Sequence[Mapping[str, Any]], records: Sequence[Mapping[str, A
     attacks = list(rows[0]["attacks"])
     lines = [f"{line}\n" for line in _protocol(measured)]
     titles = ["varied", "row", "change", "clean", *attacks, "worst", "worst - reference", "clean - reference",
-              "million weights", "minutes", "seeds"]  # fmt: skip
+              "million weights", "minutes", "attack, % of them", "seeds"]  # fmt: skip
     lines += [f"| {' | '.join(titles)} |", f"|{' --- |' * 3}{' ---: |' * (len(titles) - 3)}"]
     group = None
     for row in rows:
@@ -72,7 +73,8 @@ def markdown(rows: Sequence[Mapping[str, Any]], records: Sequence[Mapping[str, A
         cells += [shown(row["attacks"][name]) if name in row["attacks"] else "" for name in attacks]
         cells.append(f"{shown(row['worst'])}")
         cells += [shown(row[f"{figure}_against_reference"], signed=True) for figure in ("worst", "clean")]
-        cells += [f"{row['parameters'] / 1e6:.2f}", f"{row['minutes']:.1f}", ", ".join(map(str, row["seeds"]))]
+        cells += [f"{row['parameters'] / 1e6:.2f}", f"{row['minutes']:.1f}", f"{100 * row['attack_time_share']:.0f}"]
+        cells.append(", ".join(map(str, row["seeds"])))
         lines.append(f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |")
     return "\n".join(lines) + "\n" + _failures(records)
 

@@ -1,7 +1,8 @@
 """Stage 3: LoRA adaptation of a trained purifier to another domain (PEFT), its own weights frozen.
 
 accelerate launch train/adapt_lora.py --dataset data/imagenet --surrogates timm:resnet50.a1_in1k
-accelerate launch train/adapt_lora.py --config train/configs/adapt_lora_tiny_imagenet.yaml --dataset data/tiny-imagenet
+accelerate launch train/adapt_lora.py --config train/configs/adapt_lora_tiny_imagenet.yaml \\
+    --dataset data/tiny-imagenet --validation_split validation
 
 Writes the adapter to OUTPUT_DIR/adapter and the merged purifier to OUTPUT_DIR.
 """

@@ -11,6 +11,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from maep_hf.devices import synchronize
 from maep_hf.training.stages import SIZES
 
 
@@ -78,11 +79,11 @@ def compete(contestants: list[Contestant], args: BenchmarkArguments, device: tor
     clock = time.process_time if args.clock == "cpu" else time.perf_counter
 
     def timed(contestant: Contestant, calls: int) -> float:
-        synchronise(device)
+        synchronize(device)
         started = clock()
         for _ in range(calls):
             contestant.run()
-        synchronise(device)
+        synchronize(device)
         return (clock() - started) / calls
 
     calls = {}
@@ -96,11 +97,6 @@ def compete(contestants: list[Contestant], args: BenchmarkArguments, device: tor
         ]:  # both orders, so that no one profits from a drift
             results[contestant.name].append(timed(contestant, calls[contestant.name]))
     return results
-
-
-def synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def count_flops(function: Callable[[torch.Tensor], Any], images: torch.Tensor) -> int:

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from ..attacks import Attack, make_attack
 from ..classifier import PixelClassifier, PurifiedClassifier
-from ..data import load_image_dataset
+from ..data import expect_classes, load_image_dataset
 from ..randomised import is_randomised, seeded
 from ..records import append_jsonl, describe_environment, read_jsonl
 from .attacked_store import AttackedStore
@@ -134,7 +134,7 @@ def benchmark(
         threat_model = "white-box"
     images = _images(dataset, split, max_images, image_size)
     pixels, _ = images.batch(0, min(2, len(images)), device)
-    classes = _check_labels(classifier, pixels, images.labels)
+    classes = _check_labels(classifier, pixels, images)
 
     defended = PurifiedClassifier(purifier, classifier, purify_kwargs=purify_kwargs if purifier is not None else None)
     target = attacked_model(threat_model, classifier, purifier, source, purify_kwargs)
@@ -218,7 +218,7 @@ def _images(dataset: Any, split: str, max_images: int | None, image_size: int | 
 
 
 @torch.no_grad()
-def _check_labels(classifier: PixelClassifier, pixels: Tensor, labels: Tensor) -> int:
+def _check_labels(classifier: PixelClassifier, pixels: Tensor, images: EvaluationImages) -> int:
     """The number of classes, once it is known that the labels are among them."""
     logits = classifier(pixels)
     if not torch.isfinite(logits).all():
@@ -226,12 +226,11 @@ def _check_labels(classifier: PixelClassifier, pixels: Tensor, labels: Tensor) -
     classes = logits.shape[1]
     if classes < 2:
         raise ValueError("classifier: it has a single class; accuracy under attack needs at least two")
-    low, high = int(labels.min()), int(labels.max())
+    hint = "give a classifier of this dataset's classes"
+    low, high = int(images.labels.min()), int(images.labels.max())
     if low < 0 or high >= classes:
-        raise ValueError(
-            f"dataset: labels go from {low} to {high}, the classifier knows 0 to {classes - 1}: "
-            "give a classifier of this dataset's classes"
-        )
+        raise ValueError(f"dataset: labels go from {low} to {high}, the classifier knows 0 to {classes - 1}: {hint}")
+    expect_classes(images.classes, classes, "the classifier", hint)
     return classes
 
 

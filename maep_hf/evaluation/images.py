@@ -24,6 +24,7 @@ class EvaluationImages:
         pixels: (N, 3, H, W), uint8 as decoded, or floats in [0, 1].
         labels: (N,) class indices.
         name, split: of the dataset, for the record.
+        classes: how many the dataset names; `None` where it names none.
         broken: how many images could not be read and were passed over.
     """
 
@@ -32,6 +33,7 @@ class EvaluationImages:
     name: str = "tensors"
     split: str | None = None
     broken: int = 0
+    classes: int | None = None
 
     def __post_init__(self) -> None:
         if self.pixels.ndim != 4 or self.labels.shape != self.pixels.shape[:1] or not len(self.labels):
@@ -122,7 +124,8 @@ def read_images(
     if not arrays:
         raise DataError("dataset: none of its images can be read")
     pixels = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
-    return EvaluationImages(pixels, torch.tensor(labels), name, split or None, broken)
+    classes = len(dataset.class_names) if dataset.class_names else None
+    return EvaluationImages(pixels, torch.tensor(labels), name, split or None, broken, classes)
 
 
 def _center_square(image: PILImage.Image, size: int) -> PILImage.Image:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torchmetrics.functional.image import structural_similarity_index_measure as ssim
 
 from ..classifier import PurifiedClassifier
+from ..devices import synchronize
 from ..randomised import seeded
 from .statistics import psnr_of_each, share
 
@@ -31,13 +32,6 @@ def timed(function: Callable[[], Tensor], device: torch.device) -> tuple[Tensor,
     result = function()
     synchronize(device)
     return result, time.perf_counter() - start
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
 
 
 @dataclass

@@ -31,6 +31,7 @@ from .threat_models import THREAT_MODELS, check_attack
 
 DEFENCE = "defence:"
 NONE = "none"
+WEIGHTS = (".safetensors", ".pt", ".pth", ".th", ".tar")  # not part of a name
 DIFFERENCE_FACTOR = 8
 PICTURE_COLUMNS = 8
 
@@ -258,8 +259,11 @@ def make_attacks(args: EvaluationArguments) -> list[Attack]:
 
 def _short(name: str) -> str:
     """A name that says nothing of the machine: the folder's own, the Hub id, or the function or timm name."""
-    if name.startswith(PYTHON):  # the argument may be a folder
-        return Path(name.rpartition(":")[2]).name
+    if name.startswith(PYTHON):  # the argument may be a folder, or a file of weights
+        path = Path(name.rpartition(":")[2])
+        while path.suffix in WEIGHTS:
+            path = path.with_suffix("")
+        return path.name
     if name.startswith(TIMM):
         return name.rpartition(":")[2]
     path = Path(name)

@@ -159,7 +159,7 @@ def _adapter(folder: Path, repo_id: str, base_model: str | None, records: list) 
         metadata=context["results"].metadata,
     )
     head = ", ".join(adapter.get("modules_to_save") or [])
-    return context | {"card_data": card_data, "base_model": base, "rank": adapter.get("r"),
+    return context | {"card_data": card_data, "base_model": base, "hub_base": hub_id(base), "rank": adapter.get("r"),
                       "alpha": adapter.get("lora_alpha"), "saved_modules": head}  # fmt: skip
 
 

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from transformers import get_cosine_schedule_with_warmup
 from transformers.utils import logging as transformers_logging
 
-from ..devices import pick_precision
+from ..devices import pick_precision, synchronize
 from ..records import describe_environment, write_json
 from .arguments import LoopArguments
 from .run_folder import RunFolder, RunFolderError
@@ -234,9 +234,11 @@ class _Loop:
         args, accelerator = self.args, self.accelerator
         self._note_broken(batch.pop("broken"))
         self.images += len(batch["labels"]) * accelerator.num_processes
+        synchronize(accelerator.device)  # a GPU's queue is counted where it was filled
         started = time.perf_counter()
         with accelerator.autocast():
             batch = self.task.prepare(batch)
+        synchronize(accelerator.device)
         self.attack_seconds += time.perf_counter() - started
         with accelerator.accumulate(self.model):
             with accelerator.autocast():
@@ -292,7 +294,12 @@ class _Loop:
         self._share_broken()
         losses = {name: total / state.summed for name, total in state.sums.items()}
         seconds = time.perf_counter() - self.clock
-        timing = {"images_per_second": self.images / seconds, "attack_time_share": self.attack_seconds / seconds}
+        timing = {
+            "images_per_second": self.images / seconds,
+            "attack_seconds": self.attack_seconds,
+            "training_seconds": seconds - self.attack_seconds,
+            "attack_time_share": self.attack_seconds / seconds,
+        }
         record = {"step": state.step, "learning_rate": self.scheduler.get_last_lr()[0], **losses}
         if self.main:
             self.folder.append_metrics(record | timing | {"broken_images": len(state.broken)})

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from ..attacks import AttackMixture, AttackParameters, perturb, pgd
 from ..classifier import PixelClassifier
-from ..data import DataError, ImageDataset
+from ..data import DataError, ImageDataset, expect_classes
 from ..evaluation import psnr
 from ..figures import difference_image, image_grid
 from ..modeling_maep import MAEPOutput, MAEPWindows
@@ -203,11 +203,8 @@ class PurificationTask(Task):
                 )
         found, named = self.train_data.num_classes, self.train_data.class_names is not None
         for classes in self.num_classes:
-            if found and (found > classes or (named and found < classes)):
-                raise DataError(
-                    f"the dataset has {found} classes and a surrogate {'only ' if found > classes else ''}{classes}: "
-                    "give a surrogate of this dataset, or attack_labels=predicted"
-                )
+            hint = "give a surrogate of this dataset, or attack_labels=predicted"
+            expect_classes(found, classes, "a surrogate", hint, named)
 
     def _check_size(self) -> None:
         config, size = self.model.config, self.augmentation.image_size
