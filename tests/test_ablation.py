@@ -253,6 +253,7 @@ def made_up(row: str, seed: int, clean: float, fgsm: float, pgd: float) -> dict:
         "key": f"{row}-seed{seed}", "row": row, "seed": seed, "group": "g", "change": "c", "parameters": 1_500_000,
         "percent": {"clean": clean, "attacks": {"fgsm": fgsm, "pgd": pgd}, "worst": min(fgsm, pgd)},
         "undefended": {"clean": 94.0, "attacks": {"fgsm": 20.0, "pgd": 0.0}}, "training_seconds": 90.0, "images": 640,
+        "attack_time_share": 0.4,
         "evaluation": {"eps": 8.0, "classifier": "c56", "dataset": {"n": 500, "name": "cifar10", "split": "test"}},
     }  # fmt: skip
 
@@ -272,7 +273,12 @@ def test_spread_and_differences_over_seeds():
     assert second["worst"]["values"] == [70, 60] and second["worst_against_reference"]["values"] == [-6, -20]
     assert second["clean_against_reference"]["mean"] == -1.5 and second["worst_attack"] == "fgsm"
     text = table_module.markdown([first, second], records)
-    assert "| 78.0 (76.0 to 80.0) |" in text and "| -13.0 (-20.0 to -6.0) |" in text and "- lost, seed 0" in text
+    assert (
+        "| 78.0 (76.0 to 80.0) |" in text
+        and "| -13.0 (-20.0 to -6.0) |" in text
+        and "| 1.5 | 40 |" in text
+        and "- lost, seed 0" in text
+    )
     (single,) = table_module.summarise(records[:1], [])
     assert single["worst"]["sd"] is None and table_module.shown(single["worst"]) == "70.0"
 

@@ -166,6 +166,7 @@ LONG_RUNS = [
     ("single", "pretrain_single", UNSEEN),
     ("single-guided", "finetune_single", UNSEEN),
     ("wide", "pretrain_wide", UNSEEN),
+    ("lean", "pretrain_lean", UNSEEN | {"densenet-bc-100"}),
     ("finetune8", "finetune8", UNSEEN | {"densenet-bc-100", "efficientnet_lite0"}),
     ("divergence", "finetune9", UNSEEN | {"densenet-bc-100", "efficientnet_lite0"}),
 ]
