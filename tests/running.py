@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from maep_hf.training import loop
 
-TIMING = ("images_per_second", "attack_seconds", "training_seconds", "attack_time_share")
+TIMING = ("images_per_second", "attack_seconds", "model_seconds", "attack_time_share")
 
 
 class Interrupted(Exception):

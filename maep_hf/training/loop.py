@@ -297,7 +297,7 @@ class _Loop:
         timing = {
             "images_per_second": self.images / seconds,
             "attack_seconds": self.attack_seconds,
-            "training_seconds": seconds - self.attack_seconds,
+            "model_seconds": seconds - self.attack_seconds,
             "attack_time_share": self.attack_seconds / seconds,
         }
         record = {"step": state.step, "learning_rate": self.scheduler.get_last_lr()[0], **losses}
