@@ -119,7 +119,7 @@ def is_untrained(model: MAEPModel) -> bool:
     Of pixels (`residual=False`) without a local branch none is, and this cannot tell.
     """
     heads = [model.decoder.head] + ([] if model.local_branch is None else [model.local_branch.head])
-    return not all(bool(head.weight.detach().any()) for head in heads)
+    return any(not head.weight.any() for head in heads)
 
 
 def trainable_share(model: nn.Module) -> float:

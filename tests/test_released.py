@@ -73,9 +73,7 @@ def test_records_lie_beside_the_weights_and_name_no_machine():
 
 def named_purifiers(record: dict) -> list[str]:
     """What the command of a record gives as purifiers."""
-    command = record["environment"]["command"]
-    words = command.split() if isinstance(command, str) else command
-    return [value for option, value in pairwise(words) if option == "--purifier"]
+    return [value for option, value in pairwise(record["environment"]["command"]) if option == "--purifier"]
 
 
 def test_card_and_readme_state_the_recorded_results():

@@ -202,8 +202,8 @@ class PurificationTask(Task):
                     f"the {role} dataset has no labels: name them with label_column, or use attack_labels=predicted"
                 )
         found, named = self.train_data.num_classes, self.train_data.class_names is not None
+        hint = "give a surrogate of this dataset, or attack_labels=predicted"
         for classes in self.num_classes:
-            hint = "give a surrogate of this dataset, or attack_labels=predicted"
             expect_classes(found, classes, "a surrogate", hint, named)
 
     def _check_size(self) -> None:
