@@ -9,6 +9,7 @@ from pathlib import Path
 
 from accelerate.utils import set_seed
 
+from maep_hf.growth import grow_local_branch
 from maep_hf.training import DataArguments, LoopArguments, as_groups, parse_arguments, run_script, train
 from maep_hf.training.purification import PurificationArguments
 from maep_hf.training.stages import AttackArguments, LoraArguments, load_trainable, purification_task
@@ -26,6 +27,13 @@ class FinetuneArguments:
         default=0.0,
         metadata={"help": "share of the weights started from in those that are validated and saved (WiSE-FT)"},
     )
+    local_branch_channels: int | None = field(
+        default=None,
+        metadata={"help": "widen the local branch to so many channels (Net2Net); the model's own by default"},
+    )
+    local_branch_layers: int | None = field(
+        default=None, metadata={"help": "deepen it to so many convolution blocks; the model's own by default"}
+    )
     pixel_loss: str | None = field(default=None, metadata={"help": "l1, l2 or charbonnier; the model's own by default"})
     purification_loss_weight: float | None = field(
         default=None, metadata={"help": "weight of the pixel loss; the model's own by default"}
@@ -38,6 +46,12 @@ class FinetuneArguments:
             raise ValueError(f"start_share={self.start_share}: must be in [0, 1)")
         if self.start_share and self.trainable != "all":
             raise ValueError(f"start_share={self.start_share}: needs trainable=all; scale an adapter instead")
+        if self.grows and self.trainable != "all":
+            raise ValueError("local_branch_channels, local_branch_layers: need trainable=all, an adapter fits one size")
+
+    @property
+    def grows(self) -> bool:
+        return self.local_branch_channels is not None or self.local_branch_layers is not None
 
 
 def main(argv: list[str] | None = None) -> Path:
@@ -51,6 +65,8 @@ def main(argv: list[str] | None = None) -> Path:
         pixel_loss=finetune.pixel_loss,
         purification_loss_weight=finetune.purification_loss_weight,
     )
+    if finetune.grows:
+        model = grow_local_branch(model, finetune.local_branch_channels, finetune.local_branch_layers)
     groups = as_groups(finetune=finetune, data=data, attack=attack, purification=purification, loop=loop)
     if finetune.trainable == "decoder_lora":
         model = lora.adapt(model, scope="decoder")

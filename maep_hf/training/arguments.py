@@ -103,6 +103,7 @@ ADDED_LATER = {
     "guidance_kl_weight": 0.0,
     "guidance_surrogate": "any",
     "local_branch_channels": None,
+    "local_branch_layers": None,
     "input_diversity": 0.0,
     "smoothed_gradient": 0.0,
     "window_overlap": None,
