@@ -84,8 +84,8 @@ def test_finetuning_a_wider_one_and_going_on(image_folder, classifier_folder, pu
     def arguments(folder):
         return words(
             dataset=image_folder, surrogates=[classifier_folder], model=purifier_folder, max_steps=4, save_steps=2,
-            local_branch_channels=12, per_device_train_batch_size=2, warmup_steps=0, attack_steps=2, eval_steps=4, logging_steps=1,
-            validation_images=2, cpu_threads=1, output_dir=folder,
+            local_branch_channels=12, per_device_train_batch_size=2, warmup_steps=0, attack_steps=2, eval_steps=4,
+            logging_steps=1, validation_images=2, cpu_threads=1, output_dir=folder,
         )  # fmt: skip
 
     whole = run("finetune", arguments(tmp_path / "whole"))
