@@ -194,6 +194,7 @@ def test_long_runs_are_tabled_from_their_records(name, recipe, unseen):
         weights = {record["protocol"]["purifier"]["fingerprint"] for record in records}
         assert weights == {fingerprint(load_purifier(folder))}, "the records are of other weights"
         assert all(f"checkpoints/ablation/{name}" in named_purifiers(record) for record in records)
+        assert (folder / "README.md").read_text() == str(render_card(folder, f"checkpoints/ablation/{name}"))
 
 
 def test_long_runs_stand_beside_each_other():
