@@ -165,6 +165,8 @@ LONG_RUNS = [
     ("single-guided", "finetune_single", UNSEEN),
     ("wide", "pretrain_wide", UNSEEN),
     ("lean", "pretrain_lean", UNSEEN | {"densenet-bc-100"}),
+    ("lean-finetuned", "finetune_lean", UNSEEN),
+    ("lean-grown", "finetune_lean2", UNSEEN | {"densenet-bc-100"}),
     ("finetune8", "finetune8", UNSEEN | {"densenet-bc-100", "efficientnet_lite0"}),
     ("divergence", "finetune9", UNSEEN | {"densenet-bc-100", "efficientnet_lite0"}),
 ]
