@@ -2,6 +2,7 @@
 
 import json
 import re
+import statistics
 from itertools import pairwise
 from pathlib import Path
 
@@ -89,6 +90,16 @@ def test_card_and_readme_state_the_recorded_results():
     table = [line for line in markdown_table(records).splitlines() if line.startswith("|")]
     missing = [line for line in table if line not in readme.splitlines()]
     assert not missing, f"README.md: paste the tables of `maep report checkpoints/{PURIFIER}`"
+
+
+def test_readme_states_the_measured_throughput():
+    record = json.loads((released_checkpoint(PURIFIER) / "throughput.json").read_text())
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    eager, compiled = (statistics.median(row["share_of_matrix_product"]) for row in record["purify"][1:3])
+    assert record["arguments"]["purify_batch_size"] == 256 and not MACHINE_PATH.search(json.dumps(record))
+    assert f"batch 256 reaches {eager:.2f} of the machine's matrix-product throughput, {compiled:.2f} under" in readme
+    pure, whole = (statistics.median(row["ratio"]) for row in record["training_step"][1:])
+    assert f"takes {pure:.2f} times as many images a second" in readme and f"{whole:.2f} times with the local" in readme
 
 
 @pytest.mark.parametrize("domain", ["imagenet", "tiny-imagenet"])
