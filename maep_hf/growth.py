@@ -43,12 +43,11 @@ def grow_local_branch(model: MAEPModel, channels: int | None = None, layers: int
     _widen(grown.decoder.head, model.decoder.head, config.patch_size**2)
     _widen(grown.local_branch.stem, model.local_branch.stem)
     _widen(grown.local_branch.head, model.local_branch.head)
-    for index, block in enumerate(grown.local_branch.layers):
-        if index < config.local_branch_layers:
-            for name in ("conv1", "conv2"):
-                _widen(getattr(block, name), getattr(model.local_branch.layers[index], name))
-        else:
-            nn.init.zeros_(block.conv2.weight)
+    for block, smaller in zip(grown.local_branch.layers, model.local_branch.layers, strict=False):
+        _widen(block.conv1, smaller.conv1)
+        _widen(block.conv2, smaller.conv2)
+    for block in grown.local_branch.layers[config.local_branch_layers :]:
+        nn.init.zeros_(block.conv2.weight)
     weight = model.local_branch.stem.weight
     return grown.to(device=weight.device, dtype=weight.dtype).train(model.training)
 

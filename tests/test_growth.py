@@ -11,8 +11,8 @@ from maep_hf import MAEPModel
 from maep_hf.growth import grow_local_branch
 
 
-def pixels(side=None, model=None):
-    side = side or model.config.image_size
+def pixels_for(model):
+    side = model.config.image_size
     return torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(1))
 
 
@@ -25,8 +25,8 @@ def test_it_starts_as_the_same_function(residual, channels, layers):
     grown = grow_local_branch(model, channels, layers)
     assert grown.config.local_branch_channels == (channels or model.config.local_branch_channels)
     assert len(grown.local_branch.layers) == (layers or model.config.local_branch_layers)
-    x = pixels(model=model)
-    noise = torch.rand(2, (model.config.image_size // model.config.patch_size) ** 2)
+    x = pixels_for(model)
+    noise = torch.rand(2, model.config.num_patches)
     for mask_ratio in (0.0, 0.5):
         options = {"mask_ratio": mask_ratio, "noise": noise}
         expected, found = (each(x, **options).purified_pixel_values for each in (model, grown))
@@ -40,16 +40,15 @@ def test_training_reaches_every_new_weight():
     grown = grow_local_branch(
         model, 2 * model.config.local_branch_channels, model.config.local_branch_layers + 1
     ).train()
-    start = {name: value.clone() for name, value in grown.state_dict().items()}
+    new = ("local_branch", "decoder.head")
+    weights = {name: w for name, w in grown.named_parameters() if name.startswith(new) and name.endswith("weight")}
+    start = {name: weight.detach().clone() for name, weight in weights.items()}
     optimizer = torch.optim.SGD(grown.parameters(), lr=0.1)
     for _ in range(3):
         optimizer.zero_grad()
-        grown(pixels(model=model), mask_ratio=0.5).purified_pixel_values.square().mean().backward()
+        grown(pixels_for(model), mask_ratio=0.5).purified_pixel_values.square().mean().backward()
         optimizer.step()
-    branch = [name for name, _ in grown.named_parameters() if name.startswith(("local_branch", "decoder.head"))]
-    moved = {
-        name: (grown.state_dict()[name] != start[name]).flatten(1).any(1).all() for name in branch if "weight" in name
-    }
+    moved = {name: (weight != start[name]).flatten(1).any(1).all() for name, weight in weights.items()}
     assert len(moved) > 4 and all(moved.values()), moved
 
 
