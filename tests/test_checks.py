@@ -5,9 +5,11 @@ import torch
 from conftest import FragileClassifier, pixels_of, tiny_purifier
 from torch import nn
 
+from maep_hf.attacks import make_attack
 from maep_hf.classifier import PixelClassifier, PurifiedClassifier
 from maep_hf.evaluation import EvaluationImages, benchmark, checks, gradient_masking_checks
 
+right = checks._right
 CHECKS = {"gradient", "eps sweep", "step sweep", "black-box", "transfer"}
 
 
@@ -120,6 +122,57 @@ def test_a_weak_attack_says_nothing_of_robustness(classifier, pixels):
         failed[name] = record["checks"]["failed"]
         assert record["checks"]["results"][-1]["name"] == "attack"
     assert failed == {"weak": ["attack"], "strong": []}
+
+
+def test_a_figure_of_zero_needs_no_checks(classifier, pixels):
+    with torch.no_grad():
+        images = EvaluationImages(pixels, classifier(pixels).argmax(-1))
+    options = {"threat_model": "white-box", "attack": "pgd", "progress": False, "check_images": 4}
+    zero = benchmark(classifier, tiny_purifier(), images, eps=255, **options).record
+    assert zero["accuracy"]["purified_attacked"]["correct"] == 0 and zero["checks"]["reliable"]
+    assert [result["name"] for result in zero["checks"]["results"]] == ["attack"]
+    some = benchmark(classifier, tiny_purifier(), images, eps=0.2, **options).record
+    assert some["accuracy"]["purified_attacked"]["correct"] > 0 and some["checks"]["failed"] == ["images"]
+
+
+def test_interrupted_checks_go_on_at_the_attack_where_they_were(classifier, pixels, monkeypatch, tmp_path):
+    monkeypatch.setattr(checks, "STEPS", (1, 5))
+    monkeypatch.setattr(checks, "SWEEP_STEPS", 5)
+    with torch.no_grad():
+        images = EvaluationImages(pixels, classifier(pixels).argmax(-1))
+    options = {"threat_model": "white-box", "attack": "pgd", "eps": 1, "progress": False}
+    options["attack_options"] = {"steps": 1}
+    made: list[str] = []
+
+    def run(folder, last=None):
+        def make(name, **about):
+            if len(made) == last:
+                raise KeyboardInterrupt
+            made.append(name)
+            return make_attack(name, **about)
+
+        made.clear()
+        monkeypatch.setattr(checks, "make_attack", make)
+        return benchmark(classifier, tiny_purifier(), images, out=folder, **options).record["checks"]
+
+    whole = run(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "cut", last=4)
+    attacked = []
+    monkeypatch.setattr(checks, "_right", lambda *args: attacked.append(1) or right(*args))
+    assert run(tmp_path / "cut") == whole and len(attacked) == 1 + len(made) - 4  # one to find what is right
+    attacked.clear()
+    options["attack_options"] = {"steps": 2}
+    assert run(tmp_path / "cut")["results"][:-1] == whole["results"][:-1] and len(attacked) == 1
+
+
+def test_progress_counts_the_attacks(classifier, pixels, monkeypatch):
+    monkeypatch.setattr(checks, "STEPS", (1, 5))
+    monkeypatch.setattr(checks, "SWEEP_STEPS", 5)
+    seen = []
+    checked(tiny_purifier(), classifier, pixels, progress=lambda *told: seen.append(told))
+    assert [done for _, done, _ in seen] == list(range(len(seen))) and {total for *_, total in seen} == {len(seen)}
+    assert {name for name, *_ in seen} == CHECKS - {"gradient"}
 
 
 def test_few_images_and_any_radius(classifier, pixels):

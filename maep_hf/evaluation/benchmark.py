@@ -10,7 +10,7 @@ from __future__ import annotations
 import secrets
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,8 @@ from ..data import expect_classes, load_image_dataset
 from ..randomised import is_randomised, seeded
 from ..records import append_jsonl, describe_environment, read_jsonl
 from .attacked_store import AttackedStore
-from .checks import attack_check, gradient_masking_checks
+from .check_attacks import CheckAttacks
+from .checks import MaskingReport, attack_check, gradient_masking_checks, zero_check
 from .fingerprint import Opaque, fingerprint
 from .images import EvaluationImages, fingerprint_images, read_images
 from .judge import judge_batch, peak_memory, summarise, timed
@@ -35,6 +36,7 @@ from .protocol import Protocol
 from .threat_models import ADAPTIVE, attacked_model, check_attack
 
 RESULTS = "results.jsonl"
+CHECKS = "check_attacks.jsonl"
 PICTURED = 10
 CHECK_IMAGES = 50
 
@@ -187,13 +189,7 @@ def benchmark(
     report = None
     if adaptive:
         options = {"threat_model": threat_model, "seed": seed, "randomised": randomised, "source": source}
-        report = _checks(defended, images.batch(0, check_images, device), attack, options, folder, progress)
-        right = sorted((row["index"], row["right_purified_attacked"]) for row in rows if row["index"] < check_images)
-        if report and report["used"]:
-            check = attack_check(report, torch.tensor([value >= 0.5 for _, value in right]), attack.name)
-            results = [*report["results"], asdict(check)]
-            failed = [result["name"] for result in results if not result["passed"]]
-            report = {"reliable": not failed, "failed": failed, "results": results}
+        report = _checks(defended, images.batch(0, check_images, device), attack, rows, options, folder, progress)
     record = protocol.record() | summarise(rows, purified=purifier is not None, passes=passes)
     record["checks"] = report
     record["environment"] = describe_environment() | {
@@ -286,34 +282,49 @@ def _checks(
     defended: PurifiedClassifier,
     images: tuple[Tensor, Tensor],
     attack: Attack,
+    rows: list[dict[str, Any]],
     options: dict[str, Any],
     folder: Path | None,
     progress: bool,
 ) -> dict | None:
-    """Run once for a pipeline, threat model and radius, whatever the attacks; kept beside the results."""
+    """What the checks say of a figure: they and the attack that was evaluated, or that it is zero."""
     if attack.norm not in ("Linf", "L2", "L1") or attack.eps is None:
         return None  # no ball to sweep
+    if not any(row["right_purified_attacked"] for row in rows):
+        return MaskingReport([zero_check(attack.name, len(rows))]).record()
+    report = _masking_report(defended, images, attack, options, folder, progress)
+    if report.used:
+        right = sorted((row["index"], row["right_purified_attacked"]) for row in rows if row["index"] < len(images[0]))
+        stayed = torch.tensor([value >= 0.5 for _, value in right])
+        report.results.append(attack_check(report, stayed, attack.name))
+    return report.record()
+
+
+def _masking_report(
+    defended: PurifiedClassifier,
+    images: tuple[Tensor, Tensor],
+    attack: Attack,
+    options: dict[str, Any],
+    folder: Path | None,
+    progress: bool,
+) -> MaskingReport:
+    """Of a pipeline, threat model and radius, whatever the attack; its own ones run once, kept beside the results."""
     state = process_state()
     eot = attack.record().get("eot_samples", 1)
     source = None if options["source"] is None else _fingerprint("source", options["source"], folder)
     about = [options["threat_model"], options["seed"], attack.norm, attack.eps, eot]
     about += [_fingerprint("purifier", defended, folder), fingerprint_images(*images), source]
-    path = None if folder is None else folder / "checks.jsonl"
-    for known in read_jsonl(path) if path else ():
-        if known["about"] == about:
-            return known["checks"]
     report = None
     if state.is_main_process:
-        with tqdm(total=5, desc="gradient-masking checks", unit="check", disable=not progress) as bar:
+        with tqdm(desc="gradient-masking checks", unit="attack", disable=not progress) as bar:
 
-            def say(name: str) -> None:
-                bar.set_postfix_str(name)
-                bar.update()
+            def say(check: str, done: int, total: int) -> None:
+                bar.total, bar.n = total, done
+                bar.set_postfix_str(check)
 
             options |= {"norm": attack.norm, "eps": attack.eps, "eot_samples": eot, "progress": say}
-            report = gradient_masking_checks(defended, *images, **options).record()
-        if path:
-            append_jsonl(path, {"key": str(about), "about": about, "checks": report})
+            kept = None if folder is None else CheckAttacks(folder / CHECKS, about)
+            report = gradient_masking_checks(defended, *images, kept=kept, **options)
     return gather_object([report])[0] if state.num_processes > 1 else report
 
 

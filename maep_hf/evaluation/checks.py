@@ -7,7 +7,8 @@ another only where the images that it alone breaks outnumber the opposite beyond
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, MutableMapping
 from dataclasses import asdict, dataclass, field
 
 import torch
@@ -68,24 +69,27 @@ class MaskingReport:
             "reliable": self.reliable,
             "failed": self.failed,
             "results": [asdict(result) for result in self.results],
-            "used": self.used,
-            "survivors": self.survivors,
         }
 
 
-def attack_check(report: dict, right: Tensor, name: str) -> CheckResult:
+def attack_check(report: MaskingReport, right: Tensor, name: str) -> CheckResult:
     """Whether the evaluated attack is as strong as those of the checks: a weak one says nothing of robustness.
 
     Args:
-        report: [`MaskingReport.record`] of the same pipeline and radius.
+        report: of the same pipeline and radius.
         right: (N,) which of the check's images stayed right under the evaluated attack.
         name: of that attack.
     """
-    evaluated, survivors = right[torch.tensor(report["used"], dtype=torch.long)], torch.tensor(report["survivors"])
+    evaluated, survivors = right[torch.tensor(report.used, dtype=torch.long)], torch.tensor(report.survivors)
     detail = f"{name}: {_percent(evaluated):.0f} % right, all attacks of the checks: {_percent(survivors):.0f} %"
     passed = not _stronger(survivors, evaluated)
     data = {"percent": _percent(evaluated), "checks_percent": _percent(survivors), "n": len(evaluated)}
     return CheckResult("attack", passed, detail if passed else f"{detail}; the evaluated attack is too weak", data)
+
+
+def zero_check(name: str, count: int) -> CheckResult:
+    """That of an attack which left none of `count` images right: masking makes figures too high, and none is lower."""
+    return CheckResult("attack", True, f"{name}: none of {count} images right, no attack does more", {"n": count})
 
 
 def gradient_masking_checks(
@@ -100,7 +104,8 @@ def gradient_masking_checks(
     randomised: bool = False,
     eot_samples: int = 1,
     source: nn.Module | None = None,
-    progress: Callable[[str], None] | None = None,
+    kept: MutableMapping[str, list[bool]] | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
 ) -> MaskingReport:
     """Attack the pipeline on a few images in the ways that expose a gradient that leads nowhere.
 
@@ -115,12 +120,14 @@ def gradient_masking_checks(
         eot_samples: passes that the evaluation's attack averages gradients over.
         source: surrogate pipeline to transfer from, beside the bare classifier and the pipeline by the gradient that
             the evaluation's attack does not take (BPDA for `white-box`, the full one for `bpda`).
-        progress: called with the name of each check as it begins.
+        kept: by attack, which images it left right; what is there is not attacked again, what is not is put in.
+        progress: called with the check that an attack belongs to as that begins, how many attacks are done and of how
+            many.
 
     Returns:
         A report with one result a check: `gradient`, `randomness`, `eps sweep`, `step sweep`, `black-box`, `transfer`.
     """
-    say = progress or (lambda name: None)
+    kept = {} if kept is None else kept
     bare, purifier = defended.classifier, defended.purifier
 
     def attacked_under(name: str) -> nn.Module:
@@ -137,34 +144,10 @@ def gradient_masking_checks(
     if len(pixels) < LEAST_IMAGES:
         few = f"the pipeline has {len(pixels)} images right; at least {LEAST_IMAGES} are needed to tell attacks apart"
         results.append(CheckResult("images", False, few, {"n": len(pixels)}))
-    say("gradient")
     results.append(_gradient(view, pixels, labels))
     if randomised:
         results.append(_randomness(eot_samples))
 
-    def survivors(model: nn.Module, name: str, radius: float, **options) -> Tensor:
-        attack = make_attack(name, norm=norm, eps=radius, **options)
-        attacked = attack(model, pixels, labels, seed=seed)
-        with seeded(seed + 1):  # not the draws that the attack saw
-            return _right(defended, attacked, labels)
-
-    eot = {"eot_samples": eot_samples} if eot_samples > 1 else {}
-
-    def pgd(model: nn.Module, radius: float, steps: int = SWEEP_STEPS) -> Tensor:
-        # the step covers the ball from the start however few there are
-        return survivors(model, "pgd", radius, steps=steps, step_size=radius * max(0.25, 1 / steps), **eot)
-
-    say("eps sweep")
-    sweep = {radius: pgd(view, radius) for radius in _radii(norm, eps)}
-    results.append(_eps_sweep(sweep))
-    say("step sweep")
-    steps = {count: sweep[eps] if count == SWEEP_STEPS else pgd(view, eps, count) for count in STEPS}
-    results.append(_step_sweep(steps))
-    white_box = steps[STEPS[-1]]
-    say("black-box")
-    square = survivors(view, "square", eps, n_queries=SQUARE_QUERIES)
-    results.append(_not_stronger("black-box", f"Square ({SQUARE_QUERIES} queries)", square, white_box))
-    say("transfer")
     sources = {"the bare classifier": bare}
     if purifier is not None and threat_model == "white-box":
         sources["BPDA"] = attacked_under("bpda")
@@ -172,9 +155,39 @@ def gradient_masking_checks(
         sources["the full gradient"] = attacked_under("white-box")
     if source is not None:
         sources["the surrogate pipeline"] = source
+    radii, counts = _radii(norm, eps), [count for count in STEPS if count != SWEEP_STEPS]
+    total, done = len(radii) + len(counts) + 1 + len(sources), 0
+    eot = {"eot_samples": eot_samples} if eot_samples > 1 else {}
+
+    def survivors(check: str, target: str, model: nn.Module, name: str, radius: float, **options) -> Tensor:
+        nonlocal done
+        if progress:
+            progress(check, done, total)
+        attack = make_attack(name, norm=norm, eps=radius, **options)
+        key = f"{target}: {json.dumps(attack.record())}"
+        if key not in kept:
+            attacked = attack(model, pixels, labels, seed=seed)
+            with seeded(seed + 1):  # not the draws that the attack saw
+                kept[key] = _right(defended, attacked, labels).tolist()
+        done += 1
+        return torch.tensor(kept[key], device=labels.device)
+
+    def pgd(check: str, target: str, model: nn.Module, radius: float, steps: int = SWEEP_STEPS) -> Tensor:
+        # the step covers the ball from the start however few there are
+        step_size = radius * max(0.25, 1 / steps)
+        return survivors(check, target, model, "pgd", radius, steps=steps, step_size=step_size, **eot)
+
+    sweep = {radius: pgd("eps sweep", threat_model, view, radius) for radius in radii}
+    results.append(_eps_sweep(sweep))
+    found = {count: pgd("step sweep", threat_model, view, eps, count) for count in counts} | {SWEEP_STEPS: sweep[eps]}
+    steps = {count: found[count] for count in STEPS}
+    results.append(_step_sweep(steps))
+    white_box = steps[STEPS[-1]]
+    square = survivors("black-box", threat_model, view, "square", eps, n_queries=SQUARE_QUERIES)
+    results.append(_not_stronger("black-box", f"Square ({SQUARE_QUERIES} queries)", square, white_box))
     together = white_box & sweep[eps] & square
     for name, model in sources.items():
-        transferred = pgd(model, eps)
+        transferred = pgd("transfer", name, model, eps)
         together &= transferred
         results.append(_not_stronger("transfer", f"PGD-{SWEEP_STEPS} from {name}", transferred, white_box))
     return MaskingReport(results, used.tolist(), together.tolist())
