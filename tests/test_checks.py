@@ -114,13 +114,17 @@ def test_a_failed_check_goes_into_the_record(classifier, pixels, tmp_path):
 
 def test_a_weak_attack_says_nothing_of_robustness(classifier, pixels):
     with torch.no_grad():
-        images = EvaluationImages(pixels, classifier(pixels).argmax(-1))
-    options = {"threat_model": "white-box", "attack": "pgd", "progress": False, "purifier": tiny_purifier()}
+        labels = classifier(pixels).argmax(-1)
+    labels[:3] = (labels[:3] + 1) % 3  # wrong before any attack: the checks leave them out
+    images = EvaluationImages(pixels, labels)
+    options = {"threat_model": "white-box", "attack": "pgd", "eps": 1, "progress": False, "purifier": tiny_purifier()}
     failed = {}
     for name, settings in (("weak", {"steps": 1, "step_size": 0.001}), ("strong", {"steps": 40})):
         record = benchmark(classifier, dataset=images, attack_options=settings, **options).record
-        failed[name] = record["checks"]["failed"]
-        assert record["checks"]["results"][-1]["name"] == "attack"
+        assert record["accuracy"]["purified_attacked"]["correct"] > 0
+        failed[name], results = record["checks"]["failed"], record["checks"]["results"]
+        assert {result["name"] for result in results} == {*CHECKS, "attack"}
+        assert results[-1]["name"] == "attack" and results[-1]["data"]["n"] == 21
     assert failed == {"weak": ["attack"], "strong": []}
 
 
@@ -133,6 +137,8 @@ def test_a_figure_of_zero_needs_no_checks(classifier, pixels):
     assert [result["name"] for result in zero["checks"]["results"]] == ["attack"]
     some = benchmark(classifier, tiny_purifier(), images, eps=0.2, **options).record
     assert some["accuracy"]["purified_attacked"]["correct"] > 0 and some["checks"]["failed"] == ["images"]
+    broken = EvaluationImages(pixels, (images.labels + 1) % 3)  # no figure, and nothing right to be taken away
+    assert benchmark(classifier, tiny_purifier(), broken, eps=255, **options).record["checks"]["failed"] == ["images"]
 
 
 def test_interrupted_checks_go_on_at_the_attack_where_they_were(classifier, pixels, monkeypatch, tmp_path):
@@ -141,10 +147,9 @@ def test_interrupted_checks_go_on_at_the_attack_where_they_were(classifier, pixe
     with torch.no_grad():
         images = EvaluationImages(pixels, classifier(pixels).argmax(-1))
     options = {"threat_model": "white-box", "attack": "pgd", "eps": 1, "progress": False}
-    options["attack_options"] = {"steps": 1}
-    made: list[str] = []
+    made, judged = [], []
 
-    def run(folder, last=None):
+    def run(folder, purifier=None, last=None, steps=1):
         def make(name, **about):
             if len(made) == last:
                 raise KeyboardInterrupt
@@ -152,18 +157,53 @@ def test_interrupted_checks_go_on_at_the_attack_where_they_were(classifier, pixe
             return make_attack(name, **about)
 
         made.clear()
+        judged.clear()
         monkeypatch.setattr(checks, "make_attack", make)
-        return benchmark(classifier, tiny_purifier(), images, out=folder, **options).record["checks"]
+        monkeypatch.setattr(checks, "_right", lambda *args: judged.append(1) or right(*args))
+        options["attack_options"] = {"steps": steps}
+        return benchmark(classifier, purifier or tiny_purifier(), images, out=folder, **options).record["checks"]
 
     whole = run(tmp_path / "whole")
+    count = len(made)
+    assert len(judged) == count + 1  # one to find the images that are right
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "cut", last=4)
-    attacked = []
-    monkeypatch.setattr(checks, "_right", lambda *args: attacked.append(1) or right(*args))
-    assert run(tmp_path / "cut") == whole and len(attacked) == 1 + len(made) - 4  # one to find what is right
-    attacked.clear()
-    options["attack_options"] = {"steps": 2}
-    assert run(tmp_path / "cut")["results"][:-1] == whole["results"][:-1] and len(attacked) == 1
+    assert run(tmp_path / "cut") == whole and len(judged) == count - 4
+    assert run(tmp_path / "cut", steps=2)["results"][:-1] == whole["results"][:-1] and not judged
+    other = run(tmp_path / "cut", Quantise())  # of another pipeline nothing is there
+    assert len(judged) == count + 1 and other == run(tmp_path / "other", Quantise())
+
+
+def test_kept_attacks_are_of_the_images_that_were_right_then(classifier, pixels):
+    class Moody(nn.Module):  # with random numbers of its own, which no seed reaches
+        draws = torch.Generator().manual_seed(0)
+
+        def forward(self, pixels):
+            return (pixels + 0.1 * torch.randn(pixels.shape, generator=self.draws)).clamp(0, 1)
+
+    kept: dict[str, list[bool]] = {}
+    first, second = (checked(Moody(), classifier, pixels, kept=kept) for _ in range(2))
+    assert first.used == second.used and first.survivors == second.survivors and len(first.used) < len(pixels)
+
+
+def test_more_check_images_are_taken(classifier, pixels, tmp_path):
+    with torch.no_grad():
+        images = EvaluationImages(pixels, classifier(pixels).argmax(-1))
+    options = {"threat_model": "white-box", "attack": "pgd", "eps": 0.2, "progress": False, "out": tmp_path}
+    few = benchmark(classifier, tiny_purifier(), images, check_images=4, **options)
+    assert few.record["checks"]["failed"] == ["images"] and few.record["checks"]["check_images"] == 4
+    assert benchmark(classifier, tiny_purifier(), images, check_images=4, **options).resumed == -1
+    enough = benchmark(classifier, tiny_purifier(), images, check_images=24, **options)
+    assert enough.resumed == 1 and enough.record["checks"]["reliable"]
+    assert benchmark(classifier, tiny_purifier(), images, check_images=4, **options).resumed == -1
+
+
+def test_what_cannot_be_checked_is_not_measured_again(classifier, pixels, tmp_path):
+    with torch.no_grad():
+        images = EvaluationImages(pixels, classifier(pixels).argmax(-1))
+    options = {"threat_model": "white-box", "attack": "deepfool", "progress": False, "out": tmp_path}
+    assert benchmark(classifier, tiny_purifier(), images, **options).record["checks"] is None
+    assert benchmark(classifier, tiny_purifier(), images, **options).resumed == -1
 
 
 def test_progress_counts_the_attacks(classifier, pixels, monkeypatch):
@@ -171,8 +211,8 @@ def test_progress_counts_the_attacks(classifier, pixels, monkeypatch):
     monkeypatch.setattr(checks, "SWEEP_STEPS", 5)
     seen = []
     checked(tiny_purifier(), classifier, pixels, progress=lambda *told: seen.append(told))
-    assert [done for _, done, _ in seen] == list(range(len(seen))) and {total for *_, total in seen} == {len(seen)}
-    assert {name for name, *_ in seen} == CHECKS - {"gradient"}
+    assert [done for _, done, _ in seen] == list(range(len(seen))) and {total for *_, total in seen} == {len(seen) - 1}
+    assert {name for name, *_ in seen} == CHECKS - {"gradient"} | {"done"}
 
 
 def test_few_images_and_any_radius(classifier, pixels):

@@ -26,11 +26,11 @@ from ..data import expect_classes, load_image_dataset
 from ..randomised import is_randomised, seeded
 from ..records import append_jsonl, describe_environment, read_jsonl
 from .attacked_store import AttackedStore
-from .check_attacks import CheckAttacks
 from .checks import MaskingReport, attack_check, gradient_masking_checks, zero_check
 from .fingerprint import Opaque, fingerprint
 from .images import EvaluationImages, fingerprint_images, read_images
 from .judge import judge_batch, peak_memory, summarise, timed
+from .kept_attacks import KeptAttacks
 from .processes import process_state
 from .protocol import Protocol
 from .threat_models import ADAPTIVE, attacked_model, check_attack
@@ -108,7 +108,8 @@ def benchmark(
         check_images: on how many of the first images.
         classifier_name, purifier_name, source_name: what the record calls them.
         device: where everything runs; that of the classifier when `None`.
-        out: folder for the attacked batches and `results.jsonl`; `None` keeps nothing. All processes must see it.
+        out: folder for the attacked batches, what the checks' attacks left and `results.jsonl`; `None` keeps nothing.
+            All processes must see it.
         progress: show a bar.
 
     Raises:
@@ -160,10 +161,12 @@ def benchmark(
         if threat_model != "transfer"
         else {"name": source_name or _name(source), "fingerprint": _fingerprint("source", source, out)},
     )
-    adaptive = checks and threat_model in ADAPTIVE and purifier is not None
+    ball = attack.norm in ("Linf", "L2", "L1") and attack.eps is not None  # there is something to sweep
+    adaptive = purifier is not None and threat_model in ADAPTIVE
+    checked = min(check_images, len(images)) if checks and ball and adaptive else 0
     folder = Path(out) if out is not None else None
     store = AttackedStore(None if folder is None else folder / "attacked" / protocol.attacked_key())
-    known = _known_record(folder, protocol.key, adaptive)
+    known = _known_record(folder, protocol.key, checked)
     if known is not None:
         return BenchmarkResult(known, _pictures(store, images.batch(0, batch_size, device), defended, seed), resumed=-1)
 
@@ -187,9 +190,9 @@ def benchmark(
         bar.set_postfix(robust=f"{100 * sum(row['right_purified_attacked'] for row in rows) / len(rows):.1f}%")
     rows = gather_object(rows) if state.num_processes > 1 else rows
     report = None
-    if adaptive:
+    if checked:
         options = {"threat_model": threat_model, "seed": seed, "randomised": randomised, "source": source}
-        report = _checks(defended, images.batch(0, check_images, device), attack, rows, options, folder, progress)
+        report = _checks(defended, images.batch(0, checked, device), attack, rows, options, folder, progress)
     record = protocol.record() | summarise(rows, purified=purifier is not None, passes=passes)
     record["checks"] = report
     record["environment"] = describe_environment() | {
@@ -269,11 +272,14 @@ def _fingerprint(argument: str, model: Any, out: str | Path | None) -> str:
         return f"opaque-{secrets.token_hex(6)}" if out is not None else "opaque"
 
 
-def _known_record(folder: Path | None, key: str, adaptive: bool) -> dict | None:
-    if folder is None:
-        return None
-    for record in read_jsonl(folder / RESULTS):
-        if record.get("key") == key and (record.get("checks") is not None or not adaptive):
+def _known_record(folder: Path | None, key: str, checked: int) -> dict | None:
+    """What was measured already, its figure checked on so many images; none where more may mend what was too few."""
+    for record in read_jsonl(folder / RESULTS) if folder else ():
+        if record.get("key") != key:
+            continue
+        checks = record.get("checks")
+        enough = checks and ("images" not in checks["failed"] or checks.get("check_images", 0) >= checked)
+        if enough or not checked:
             return record
     return None
 
@@ -286,18 +292,17 @@ def _checks(
     options: dict[str, Any],
     folder: Path | None,
     progress: bool,
-) -> dict | None:
-    """What the checks say of a figure: they and the attack that was evaluated, or that it is zero."""
-    if attack.norm not in ("Linf", "L2", "L1") or attack.eps is None:
-        return None  # no ball to sweep
-    if not any(row["right_purified_attacked"] for row in rows):
-        return MaskingReport([zero_check(attack.name, len(rows))]).record()
-    report = _masking_report(defended, images, attack, options, folder, progress)
-    if report.used:
-        right = sorted((row["index"], row["right_purified_attacked"]) for row in rows if row["index"] < len(images[0]))
-        stayed = torch.tensor([value >= 0.5 for _, value in right])
-        report.results.append(attack_check(report, stayed, attack.name))
-    return report.record()
+) -> dict:
+    """The masking checks of an evaluated attack; a figure of zero needs no more than to be one."""
+    if any(row["right_purified_clean"] for row in rows) and not any(row["right_purified_attacked"] for row in rows):
+        report = MaskingReport([zero_check(attack.name, len(rows))])
+    else:
+        report = _masking_report(defended, images, attack, options, folder, progress)
+        if report.used:
+            first = (row for row in sorted(rows, key=lambda row: row["index"]) if row["index"] < len(images[0]))
+            stayed = torch.tensor([row["right_purified_attacked"] >= 0.5 for row in first])
+            report.results.append(attack_check(report, stayed, attack.name))
+    return report.record() | {"check_images": len(images[0])}
 
 
 def _masking_report(
@@ -308,23 +313,25 @@ def _masking_report(
     folder: Path | None,
     progress: bool,
 ) -> MaskingReport:
-    """Of a pipeline, threat model and radius, whatever the attack; its own ones run once, kept beside the results."""
+    """The checks of a pipeline by attacks of their own; those that an earlier evaluation ran are not run again."""
     state = process_state()
-    eot = attack.record().get("eot_samples", 1)
-    source = None if options["source"] is None else _fingerprint("source", options["source"], folder)
-    about = [options["threat_model"], options["seed"], attack.norm, attack.eps, eot]
-    about += [_fingerprint("purifier", defended, folder), fingerprint_images(*images), source]
     report = None
     if state.is_main_process:
+        options |= {"norm": attack.norm, "eps": attack.eps, "eot_samples": attack.record().get("eot_samples", 1)}
+        if folder is not None:
+            about = [options[name] for name in ("threat_model", "seed", "norm", "eps", "eot_samples")]
+            about += [_fingerprint("purifier", defended, folder), fingerprint_images(*images)]
+            about.append(None if options["source"] is None else _fingerprint("source", options["source"], folder))
+            options["kept"] = KeptAttacks(folder / CHECKS, about)
         with tqdm(desc="gradient-masking checks", unit="attack", disable=not progress) as bar:
 
             def say(check: str, done: int, total: int) -> None:
-                bar.total, bar.n = total, done
-                bar.set_postfix_str(check)
+                if not done:
+                    bar.reset(total)
+                bar.set_postfix_str(check, refresh=False)
+                bar.update(done - bar.n)
 
-            options |= {"norm": attack.norm, "eps": attack.eps, "eot_samples": eot, "progress": say}
-            kept = None if folder is None else CheckAttacks(folder / CHECKS, about)
-            report = gradient_masking_checks(defended, *images, kept=kept, **options)
+            report = gradient_masking_checks(defended, *images, progress=say, **options)
     return gather_object([report])[0] if state.num_processes > 1 else report
 
 

@@ -27,6 +27,7 @@ MULTIPLES = (0.5, 1, 2, 4)
 LARGEST = {"Linf": 128.0, "L2": 24.0, "L1": 900.0}
 ALMOST_NOTHING = 5.0  # percent that may stay right at the largest radius
 SQUARE_QUERIES = 300
+CLEAN = "no attack"
 LEAST_EOT = 10
 LEAST_IMAGES = 20
 """With fewer, the sign test cannot tell one attack from another."""
@@ -88,7 +89,7 @@ def attack_check(report: MaskingReport, right: Tensor, name: str) -> CheckResult
 
 
 def zero_check(name: str, count: int) -> CheckResult:
-    """That of an attack which left none of `count` images right: masking makes figures too high, and none is lower."""
+    """Of an attack that left none of `count` images right: masking makes a figure too high, and zero cannot be that."""
     return CheckResult("attack", True, f"{name}: none of {count} images right, no attack does more", {"n": count})
 
 
@@ -121,8 +122,8 @@ def gradient_masking_checks(
         source: surrogate pipeline to transfer from, beside the bare classifier and the pipeline by the gradient that
             the evaluation's attack does not take (BPDA for `white-box`, the full one for `bpda`).
         kept: by attack, which images it left right; what is there is not attacked again, what is not is put in.
-        progress: called with the check that an attack belongs to as that begins, how many attacks are done and of how
-            many.
+        progress: called before each attack and at the end, with the check that it belongs to, how many attacks are
+            done, and of how many.
 
     Returns:
         A report with one result a check: `gradient`, `randomness`, `eps sweep`, `step sweep`, `black-box`, `transfer`.
@@ -134,8 +135,10 @@ def gradient_masking_checks(
         return attacked_model(name, bare, purifier, purify_kwargs=defended.purify_kwargs)
 
     view = attacked_under(threat_model)
-    with seeded(seed):
-        right = _right(defended, pixels, labels)
+    if CLEAN not in kept:
+        with seeded(seed):
+            kept[CLEAN] = _right(defended, pixels, labels).tolist()
+    right = torch.tensor(kept[CLEAN], device=labels.device)
     used = right.nonzero().flatten()
     pixels, labels = pixels[right], labels[right]
     if not len(pixels):
@@ -170,7 +173,7 @@ def gradient_masking_checks(
             with seeded(seed + 1):  # not the draws that the attack saw
                 kept[key] = _right(defended, attacked, labels).tolist()
         done += 1
-        return torch.tensor(kept[key], device=labels.device)
+        return torch.tensor(kept[key])
 
     def pgd(check: str, target: str, model: nn.Module, radius: float, steps: int = SWEEP_STEPS) -> Tensor:
         # the step covers the ball from the start however few there are
@@ -185,11 +188,13 @@ def gradient_masking_checks(
     white_box = steps[STEPS[-1]]
     square = survivors("black-box", threat_model, view, "square", eps, n_queries=SQUARE_QUERIES)
     results.append(_not_stronger("black-box", f"Square ({SQUARE_QUERIES} queries)", square, white_box))
-    together = white_box & sweep[eps] & square
+    together = torch.stack([*steps.values(), sweep[eps], square]).all(0)
     for name, model in sources.items():
         transferred = pgd("transfer", name, model, eps)
         together &= transferred
         results.append(_not_stronger("transfer", f"PGD-{SWEEP_STEPS} from {name}", transferred, white_box))
+    if progress:
+        progress("done", done, total)
     return MaskingReport(results, used.tolist(), together.tolist())
 
 
