@@ -1,5 +1,6 @@
 """A second device in software, for machines without an accelerator: its tensors compute on the CPU, and an operation
-that mixes them with the CPU's own is an error, as it is on a GPU.
+that mixes them with the CPU's own is an error, as it is on a GPU. Unlike a GPU it draws the CPU's random numbers
+(though it refuses the CPU's generators), has the CPU's kernels and precision, and is done when a call returns.
 
 PyTorch lets a program bring such a device (`PrivateUse1`) once in a process and for good: importing this does, so
 whoever does is a process of its own.
@@ -22,6 +23,7 @@ DEVICE = torch.device(NAME, 0)
 aten = torch.ops.aten
 CROSSING = {aten._to_copy.default, aten.copy_.default, aten._copy_from.default}
 INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
+FILLING = {aten.fill_.Tensor, aten.masked_fill.Tensor, aten.masked_fill_.Tensor}
 OF_THE_MEMORY = (torch.Tensor.untyped_storage, torch.Tensor.data_ptr, torch.Tensor.__reduce_ex__)
 
 
@@ -53,16 +55,24 @@ class DeviceTensor(torch.Tensor):
         return format(self.item() if self.dim() == 0 else repr(self), spec)
 
 
+operations = 0
+"""How many have been computed on the device."""
+
+
 def _call(function, args: tuple, kwargs: dict) -> Any:
+    global operations
     tensors = [each for each in tree_leaves((args, kwargs)) if isinstance(each, torch.Tensor)]
     there = [each for each in tensors if isinstance(each, DeviceTensor)]
-    here = [each for each in tensors if not isinstance(each, DeviceTensor)]
-    if function in INDEXING and isinstance(args[0], DeviceTensor):  # indices may come from the CPU, values may not
-        here = [each for each in here if each is args[-1]]
-    elif function not in INDEXING:
-        here = [each for each in here if each.dim()]  # so may a single number
-    if there and here and function not in CROSSING:
-        raise MixedDevicesError(f"{function}: {[tuple(each.shape) for each in here]} are not on {NAME}")
+    operations += bool(there)
+    if there and function not in CROSSING:
+        here = [each for each in tensors if not isinstance(each, DeviceTensor)]
+        if function in INDEXING and isinstance(args[0], DeviceTensor):  # indices may come from the CPU, values may not
+            here = [each for each in here if each is (args[2] if len(args) > 2 else None)]
+        elif torch.Tag.pointwise in function.tags or function in FILLING:  # a single number may too, but not be written
+            written = args[0] if function._schema.is_mutable else None
+            here = [each for each in here if each.dim() or each is written]
+        if here:
+            raise MixedDevicesError(f"{function}: {[tuple(each.shape) for each in here]} are not on {NAME}")
     result_there = bool(there) and function is not aten._local_scalar_dense.default
     if function in (aten.copy_.default, aten._copy_from.default):
         result_there = isinstance(args[0], DeviceTensor)
@@ -70,6 +80,8 @@ def _call(function, args: tuple, kwargs: dict) -> Any:
         result_there = torch.device(kwargs["device"]).type == NAME
         kwargs = {name: value for name, value in kwargs.items() if name != "pin_memory"}
         kwargs["device"] = torch.device("cpu") if result_there else kwargs["device"]
+    if result_there and kwargs.get("generator") is not None:
+        raise MixedDevicesError(f"{function}: the generator is not on {NAME}")
     args, kwargs = tree_map_only(DeviceTensor, lambda each: each.inner, (args, kwargs))
     result = function(*args, **kwargs)
     if not result_there:

@@ -1,4 +1,4 @@
-"""Purify, attack, evaluate and train on a second device, then on the CPU, and write the figures of both to a file."""
+"""Purify, attack, evaluate and train on a second device, then on the CPU, and write what both found to a file."""
 
 import json
 import os
@@ -6,10 +6,10 @@ import sys
 import tempfile
 from pathlib import Path
 
+import second_device
 import torch
-from accelerate import PartialState
 from running import run, words
-from second_device import MixedDevicesError, second_device
+from safetensors.torch import load_file
 
 from maep_hf import MAEPModel, PurifiedClassifier, load_classifier
 from maep_hf.attacks import make_attack
@@ -29,20 +29,20 @@ TRAINING = {
 }  # fmt: skip
 
 
-def purified(device) -> dict:
+def purified(device: torch.device) -> dict:
     purifier = MAEPModel.from_pretrained(PURIFIER).to(device)
     defended = PurifiedClassifier(purifier, load_classifier(CLASSIFIER).to(device))
     large, small = (torch.rand(2, 3, *size).to(device) for size in ((40, 50), (32, 32)))
     labels = torch.tensor([3, 5], device=device)
-    figures = {"windows": purifier.purify(large), "whole": purifier.purify(large, mode="interpolate")}
-    figures |= {"native": purifier.purify(small), "grown": grow_local_branch(purifier, 40, 5).purify(small)}
+    found = {"windows": purifier.purify(large), "whole": purifier.purify(large, mode="interpolate")}
+    found |= {"native": purifier.purify(small), "grown": grow_local_branch(purifier, 40, 5).purify(small)}
     for name, options in ATTACKS.items():
-        figures[name] = make_attack(name, **options)(defended, small, labels, seed=0)
-    assert all(value.device.type == torch.device(device).type for value in figures.values())
-    return {name: value.detach().square().mean().item() for name, value in figures.items()}
+        found[name] = make_attack(name, **options)(defended, small, labels, seed=0)
+    assert all(value.device == device for value in found.values())
+    return {name: value.detach().cpu() for name, value in found.items()}
 
 
-def evaluated(device) -> dict:
+def evaluated(device: torch.device) -> dict:
     checks.STEPS, checks.SWEEP_STEPS, checks.SQUARE_QUERIES = (1, 2), 2, 3
     purifier, classifier = MAEPModel.from_pretrained(PURIFIER), load_classifier(CLASSIFIER)
     pixels = torch.rand(4, 3, 32, 32)
@@ -51,37 +51,60 @@ def evaluated(device) -> dict:
     found = {}
     for threat_model, eps in (("gray-box", 8), ("white-box", 0.2)):
         record = benchmark(classifier, purifier, images, threat_model=threat_model, eps=eps, **options).record
+        assert record["environment"]["device"] == device.type
         found[threat_model] = {name: record[name] for name in ("accuracy", "psnr_db", "checks")}
     return found
 
 
-def trained(device) -> dict:
-    os.environ["ACCELERATE_USE_CPU"] = "false"
-    PartialState.default_device = property(lambda self: torch.device(device))
+def trained(device: torch.device) -> dict:
+    os.environ |= {"ACCELERATE_USE_CPU": "false", "ACCELERATE_TORCH_DEVICE": str(device)}
     found = {}
     with tempfile.TemporaryDirectory() as out:
         for name, options in (("all", {"start_share": 0.5}), ("decoder_lora", {"ema_decay": 0})):
             given = TRAINING | options | {"trainable": name, "output_dir": f"{out}/{name}"}
             if name == "all":
                 run("finetune", words(**given), stop=("log", 2))  # and goes on from the checkpoint of the first step
-            lines = (run("finetune", words(**given)) / "metrics.jsonl").read_text().splitlines()
-            found[name] = [json.loads(line).get("validation") or json.loads(line)["loss"] for line in lines]
+            folder = run("finetune", words(**given))
+            lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+            found[name] = [line.get("validation") or line["loss"] for line in lines]
+            found[f"{name}: weights"] = load_file(folder / "model.safetensors")
     return found
 
 
-def figures(device) -> dict:
-    found = {}
+def both(device: torch.device) -> dict:
+    found, operations = {}, {}
     for part in (purified, evaluated, trained):
         torch.manual_seed(0)
+        before = second_device.operations
         found[part.__name__] = part(device)
-    return found
+        operations[part.__name__] = second_device.operations - before
+    return {"found": found, "operations": operations}
+
+
+def refused(device: torch.device) -> list[bool]:
+    """Whether each of what a GPU refuses is."""
+    here, there, number = torch.ones(2), torch.ones(2, device=device), torch.ones(())
+    mistakes = [
+        lambda: there + here,
+        lambda: here[there.long()],
+        lambda: there.index_put_((torch.tensor([0]),), here[:1]),
+        lambda: torch.stack([there[0], number]),
+        lambda: number.add_(there[0]),
+        lambda: torch.rand(2, device=device, generator=torch.Generator()),
+        lambda: there.uniform_(generator=torch.Generator()),
+    ]
+    return [_is_refused(mistake) for mistake in mistakes]
+
+
+def _is_refused(mistake) -> bool:
+    try:
+        mistake()
+    except second_device.MixedDevicesError:
+        return True
+    return False
 
 
 if __name__ == "__main__":
-    with second_device() as device:
-        there = figures(device)
-        try:
-            torch.ones(2).to(device) + torch.ones(2)
-        except MixedDevicesError:
-            there["mixed"] = "an error"
-    Path(sys.argv[1]).write_text(json.dumps([there, figures("cpu")]))
+    with second_device.second_device() as there:
+        result = {"there": both(there), "refused": refused(there)}
+    torch.save(result | {"here": both(torch.device("cpu"))}, Path(sys.argv[1]))
