@@ -177,6 +177,7 @@ LONG_RUNS = [
     ("wide", "pretrain_wide", UNSEEN),
     ("lean", "pretrain_lean", UNSEEN | {"densenet-bc-100"}),
     ("lean-finetuned", "finetune_lean", UNSEEN),
+    ("lean-distance", "finetune_lean3", UNSEEN),
     ("lean-grown", "finetune_lean2", UNSEEN | {"densenet-bc-100"}),
     ("finetune8", "finetune8", UNSEEN | {"densenet-bc-100", "efficientnet_lite0"}),
     ("divergence", "finetune9", UNSEEN | {"densenet-bc-100", "efficientnet_lite0"}),
