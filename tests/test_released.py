@@ -102,6 +102,16 @@ def test_readme_states_the_measured_throughput():
     assert f"takes {pure:.2f} times as many images a second" in readme and f"{whole:.2f} times with the local" in readme
 
 
+RELEASED = [PURIFIER, f"{PURIFIER}-lora-imagenet", f"{PURIFIER}-lora-tiny-imagenet"]
+
+
+@pytest.mark.parametrize("name", [*RELEASED, "ablation/finetune8", "ablation/divergence"])
+def test_white_box_is_published_for_all_weights(name):
+    found = [result for result in results(read_results(ROOT / "checkpoints" / name / "results.jsonl"))
+             if result.column == "white-box" and result.attack.startswith("AutoAttack (standard), Linf")]  # fmt: skip
+    assert found and not any(result.mark for result in found)
+
+
 @pytest.mark.parametrize("domain", ["imagenet", "tiny-imagenet"])
 def test_released_adapters_fit_their_base_and_say_what_was_measured(domain):
     folder = ROOT / "checkpoints" / f"{PURIFIER}-lora-{domain}"
