@@ -1,5 +1,7 @@
 """Gradient-masking checks: an honest purifier passes, the usual ways to fool an attack are caught."""
 
+import re
+
 import pytest
 import torch
 from conftest import FragileClassifier, pixels_of, tiny_purifier
@@ -7,7 +9,7 @@ from torch import nn
 
 from maep_hf.attacks import make_attack
 from maep_hf.classifier import PixelClassifier, PurifiedClassifier
-from maep_hf.evaluation import EvaluationImages, benchmark, checks, gradient_masking_checks
+from maep_hf.evaluation import EvaluationImages, benchmark, checks, gradient_masking_checks, progress
 
 right = checks._right
 CHECKS = {"gradient", "eps sweep", "step sweep", "black-box", "transfer"}
@@ -204,6 +206,17 @@ def test_what_cannot_be_checked_is_not_measured_again(classifier, pixels, tmp_pa
     options = {"threat_model": "white-box", "attack": "deepfool", "progress": False, "out": tmp_path}
     assert benchmark(classifier, tiny_purifier(), images, **options).record["checks"] is None
     assert benchmark(classifier, tiny_purifier(), images, **options).resumed == -1
+
+
+def test_bars_move_while_a_batch_is_attacked(classifier, pixels, monkeypatch, capsys):
+    monkeypatch.setattr(progress, "EVERY_SECONDS", 0)
+    with torch.no_grad():
+        images = EvaluationImages(pixels, classifier(pixels).argmax(-1))
+    benchmark(classifier, tiny_purifier(), images, threat_model="white-box", attack="pgd-20", eps=0.2, check_images=4)
+    bars = capsys.readouterr().err
+    attack, check = (re.findall(rf"{title}.*?calls=(\d+)", bars) for title in ("white-box", "gradient-masking"))
+    assert {*map(int, attack)} >= {*range(1, 21)} and max(map(int, check)) > 100 and "check=transfer" in bars
+    assert not any(module._forward_hooks for module in classifier.modules())
 
 
 def test_progress_counts_the_attacks(classifier, pixels, monkeypatch):

@@ -32,6 +32,7 @@ from .images import EvaluationImages, fingerprint_images, read_images
 from .judge import judge_batch, peak_memory, summarise, timed
 from .kept_attacks import KeptAttacks
 from .processes import process_state
+from .progress import counted_calls
 from .protocol import Protocol
 from .threat_models import ADAPTIVE, attacked_model, check_attack
 
@@ -176,18 +177,20 @@ def benchmark(
     mine = starts[state.process_index :: state.num_processes]
     title = f"{attack.name}, {threat_model}"
     bar = tqdm(mine, desc=title, unit="batch", disable=not (progress and state.is_main_process))
+    shown: dict[str, str] = {}
     for start in bar:
         x, y = images.batch(start, start + batch_size, device)
         attacked, about = store.load(start, x, y)
         if attacked is None:
-            with peak_memory(device) as memory:
+            with peak_memory(device) as memory, counted_calls(target, bar, shown):
                 attacked, seconds = timed(lambda x=x, y=y: attack(target, x, y, seed=seed), device)
             about = {"attack_seconds": seconds, "memory_bytes_per_image": memory.risen / len(x)}
             store.save(start, x, y, attacked, about)
         else:
             resumed += 1
         rows.extend(judge_batch(classifier, defended, x, attacked, y, passes, seed, about, start))
-        bar.set_postfix(robust=f"{100 * sum(row['right_purified_attacked'] for row in rows) / len(rows):.1f}%")
+        shown["robust"] = f"{100 * sum(row['right_purified_attacked'] for row in rows) / len(rows):.1f}%"
+        bar.set_postfix(shown)
     rows = gather_object(rows) if state.num_processes > 1 else rows
     report = None
     if checked:
@@ -323,14 +326,17 @@ def _masking_report(
             about += [_fingerprint("purifier", defended, folder), fingerprint_images(*images)]
             about.append(None if options["source"] is None else _fingerprint("source", options["source"], folder))
             options["kept"] = KeptAttacks(folder / CHECKS, about)
-        with tqdm(desc="gradient-masking checks", unit="attack", disable=not progress) as bar:
+        shown: dict[str, str] = {}
+        bar = tqdm(desc="gradient-masking checks", unit="attack", disable=not progress)
 
-            def say(check: str, done: int, total: int) -> None:
-                if not done:
-                    bar.reset(total)
-                bar.set_postfix_str(check, refresh=False)
-                bar.update(done - bar.n)
+        def say(check: str, done: int, total: int) -> None:
+            shown["check"] = check
+            if not done:
+                bar.reset(total)
+            bar.set_postfix(shown, refresh=False)
+            bar.update(done - bar.n)
 
+        with bar, counted_calls(defended.classifier, bar, shown):
             report = gradient_masking_checks(defended, *images, progress=say, **options)
     return gather_object([report])[0] if state.num_processes > 1 else report
 
