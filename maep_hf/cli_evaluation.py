@@ -81,7 +81,9 @@ def evaluate(
         str | None, typer.Option(help="Classifier of the surrogate pipeline that `transfer` attacks.")
     ] = None,
     source_purifier: Annotated[str | None, typer.Option(help="Purifier of that pipeline.", show_default="none")] = None,
-    checks: Annotated[bool, typer.Option(help="Gradient-masking checks with bpda and white-box.")] = True,
+    checks: Annotated[
+        bool, typer.Option(help="Gradient-masking checks with bpda and white-box, of figures above zero.")
+    ] = True,
     check_images: Annotated[int, typer.Option(min=10, help="Images that those run on.")] = 50,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for records, tables and pictures.")] = Path(
