@@ -67,7 +67,7 @@ def _call(function, args: tuple, kwargs: dict) -> Any:
     if there and function not in CROSSING:
         here = [each for each in tensors if not isinstance(each, DeviceTensor)]
         if function in INDEXING and isinstance(args[0], DeviceTensor):  # indices may come from the CPU, values may not
-            here = [each for each in here if each is (args[2] if len(args) > 2 else None)]
+            here = [each for each in args[2:3] if not isinstance(each, DeviceTensor)]
         elif torch.Tag.pointwise in function.tags or function in FILLING:  # a single number may too, but not be written
             written = args[0] if function._schema.is_mutable else None
             here = [each for each in here if each.dim() or each is written]
@@ -143,9 +143,9 @@ def _swap(swap, old: torch.Tensor, new: torch.Tensor) -> None:
 def second_device():
     """Inside, `"npu"` is a device for tensors and modules."""
     library = torch.library.Library("aten", "IMPL")
-    for name, function in (("_copy_from", _copy_from), ("empty.memory_format", _empty)):
+    brought = {"_copy_from": _copy_from, "empty.memory_format": _empty, "empty_strided": _empty_strided}
+    for name, function in brought.items():
         library.impl(name, function, "PrivateUse1")
-    library.impl("empty_strided", _empty_strided, "PrivateUse1")
     torch.__future__.set_swap_module_params_on_conversion(True)  # a module keeps its parameters, as on a GPU
     with ExitStack() as stack:
         stack.enter_context(patch.object(torch.utils, "swap_tensors", partial(_swap, torch.utils.swap_tensors)))

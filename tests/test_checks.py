@@ -25,6 +25,12 @@ def classifier(pixels):
     return PixelClassifier(FragileClassifier(pixels))
 
 
+@pytest.fixture(scope="module")
+def images(classifier, pixels):
+    with torch.no_grad():
+        return EvaluationImages(pixels, classifier(pixels).argmax(-1))
+
+
 class Quantise(nn.Module):
     def forward(self, pixels):
         return (pixels * 16).round() / 16
@@ -114,11 +120,10 @@ def test_a_failed_check_goes_into_the_record(classifier, pixels, tmp_path):
     assert more["checks"]["results"][:-1] == record["checks"]["results"][:-1]  # once for a pipeline and radius
 
 
-def test_a_weak_attack_says_nothing_of_robustness(classifier, pixels):
-    with torch.no_grad():
-        labels = classifier(pixels).argmax(-1)
+def test_a_weak_attack_says_nothing_of_robustness(classifier, images):
+    labels = images.labels.clone()
     labels[:3] = (labels[:3] + 1) % 3  # wrong before any attack: the checks leave them out
-    images = EvaluationImages(pixels, labels)
+    images = EvaluationImages(images.pixels, labels)
     options = {"threat_model": "white-box", "attack": "pgd", "eps": 1, "progress": False, "purifier": tiny_purifier()}
     failed = {}
     for name, settings in (("weak", {"steps": 1, "step_size": 0.001}), ("strong", {"steps": 40})):
@@ -130,24 +135,20 @@ def test_a_weak_attack_says_nothing_of_robustness(classifier, pixels):
     assert failed == {"weak": ["attack"], "strong": []}
 
 
-def test_a_figure_of_zero_needs_no_checks(classifier, pixels):
-    with torch.no_grad():
-        images = EvaluationImages(pixels, classifier(pixels).argmax(-1))
+def test_a_figure_of_zero_needs_no_checks(classifier, images):
     options = {"threat_model": "white-box", "attack": "pgd", "progress": False, "check_images": 4}
     zero = benchmark(classifier, tiny_purifier(), images, eps=255, **options).record
     assert zero["accuracy"]["purified_attacked"]["correct"] == 0 and zero["checks"]["reliable"]
     assert [result["name"] for result in zero["checks"]["results"]] == ["attack"]
     some = benchmark(classifier, tiny_purifier(), images, eps=0.2, **options).record
     assert some["accuracy"]["purified_attacked"]["correct"] > 0 and some["checks"]["failed"] == ["images"]
-    broken = EvaluationImages(pixels, (images.labels + 1) % 3)  # no figure, and nothing right to be taken away
+    broken = EvaluationImages(images.pixels, (images.labels + 1) % 3)  # no figure, and nothing right to be taken away
     assert benchmark(classifier, tiny_purifier(), broken, eps=255, **options).record["checks"]["failed"] == ["images"]
 
 
-def test_interrupted_checks_go_on_at_the_attack_where_they_were(classifier, pixels, monkeypatch, tmp_path):
+def test_interrupted_checks_go_on_at_the_attack_where_they_were(classifier, images, monkeypatch, tmp_path):
     monkeypatch.setattr(checks, "STEPS", (1, 5))
     monkeypatch.setattr(checks, "SWEEP_STEPS", 5)
-    with torch.no_grad():
-        images = EvaluationImages(pixels, classifier(pixels).argmax(-1))
     options = {"threat_model": "white-box", "attack": "pgd", "eps": 1, "progress": False}
     made, judged = [], []
 
@@ -188,9 +189,7 @@ def test_kept_attacks_are_of_the_images_that_were_right_then(classifier, pixels)
     assert first.used == second.used and first.survivors == second.survivors and len(first.used) < len(pixels)
 
 
-def test_more_check_images_are_taken(classifier, pixels, tmp_path):
-    with torch.no_grad():
-        images = EvaluationImages(pixels, classifier(pixels).argmax(-1))
+def test_more_check_images_are_taken(classifier, images, tmp_path):
     options = {"threat_model": "white-box", "attack": "pgd", "eps": 0.2, "progress": False, "out": tmp_path}
     few = benchmark(classifier, tiny_purifier(), images, check_images=4, **options)
     assert few.record["checks"]["failed"] == ["images"] and few.record["checks"]["check_images"] == 4
@@ -200,18 +199,14 @@ def test_more_check_images_are_taken(classifier, pixels, tmp_path):
     assert benchmark(classifier, tiny_purifier(), images, check_images=4, **options).resumed == -1
 
 
-def test_what_cannot_be_checked_is_not_measured_again(classifier, pixels, tmp_path):
-    with torch.no_grad():
-        images = EvaluationImages(pixels, classifier(pixels).argmax(-1))
+def test_what_cannot_be_checked_is_not_measured_again(classifier, images, tmp_path):
     options = {"threat_model": "white-box", "attack": "deepfool", "progress": False, "out": tmp_path}
     assert benchmark(classifier, tiny_purifier(), images, **options).record["checks"] is None
     assert benchmark(classifier, tiny_purifier(), images, **options).resumed == -1
 
 
-def test_bars_move_while_a_batch_is_attacked(classifier, pixels, monkeypatch, capsys):
+def test_bars_move_while_a_batch_is_attacked(classifier, images, monkeypatch, capsys):
     monkeypatch.setattr(progress, "EVERY_SECONDS", 0)
-    with torch.no_grad():
-        images = EvaluationImages(pixels, classifier(pixels).argmax(-1))
     benchmark(classifier, tiny_purifier(), images, threat_model="white-box", attack="pgd-20", eps=0.2, check_images=4)
     bars = capsys.readouterr().err
     attack, check = (re.findall(rf"{title}.*?calls=(\d+)", bars) for title in ("white-box", "gradient-masking"))

@@ -177,7 +177,7 @@ def benchmark(
     mine = starts[state.process_index :: state.num_processes]
     title = f"{attack.name}, {threat_model}"
     bar = tqdm(mine, desc=title, unit="batch", disable=not (progress and state.is_main_process))
-    shown: dict[str, str] = {}
+    shown: dict[str, object] = {}
     for start in bar:
         x, y = images.batch(start, start + batch_size, device)
         attacked, about = store.load(start, x, y)
@@ -326,7 +326,7 @@ def _masking_report(
             about += [_fingerprint("purifier", defended, folder), fingerprint_images(*images)]
             about.append(None if options["source"] is None else _fingerprint("source", options["source"], folder))
             options["kept"] = KeptAttacks(folder / CHECKS, about)
-        shown: dict[str, str] = {}
+        shown: dict[str, object] = {}
         bar = tqdm(desc="gradient-masking checks", unit="attack", disable=not progress)
 
         def say(check: str, done: int, total: int) -> None:

@@ -158,8 +158,8 @@ def gradient_masking_checks(
         sources["the full gradient"] = attacked_under("white-box")
     if source is not None:
         sources["the surrogate pipeline"] = source
-    radii, counts = _radii(norm, eps), [count for count in STEPS if count != SWEEP_STEPS]
-    total, done = len(radii) + len(counts) + 1 + len(sources), 0
+    radii = _radii(norm, eps)
+    total, done = len(radii) + len({*STEPS} - {SWEEP_STEPS}) + 1 + len(sources), 0
     eot = {"eot_samples": eot_samples} if eot_samples > 1 else {}
 
     def survivors(check: str, target: str, model: nn.Module, name: str, radius: float, **options) -> Tensor:
@@ -182,8 +182,10 @@ def gradient_masking_checks(
 
     sweep = {radius: pgd("eps sweep", threat_model, view, radius) for radius in radii}
     results.append(_eps_sweep(sweep))
-    found = {count: pgd("step sweep", threat_model, view, eps, count) for count in counts} | {SWEEP_STEPS: sweep[eps]}
-    steps = {count: found[count] for count in STEPS}
+    steps = {
+        count: sweep[eps] if count == SWEEP_STEPS else pgd("step sweep", threat_model, view, eps, count)
+        for count in STEPS
+    }
     results.append(_step_sweep(steps))
     white_box = steps[STEPS[-1]]
     square = survivors("black-box", threat_model, view, "square", eps, n_queries=SQUARE_QUERIES)

@@ -13,7 +13,7 @@ EVERY_SECONDS = 1.0
 
 
 @contextmanager
-def counted_calls(model: nn.Module, bar: tqdm, shown: dict[str, str]) -> Iterator[None]:
+def counted_calls(model: nn.Module, bar: tqdm, shown: dict[str, object]) -> Iterator[None]:
     """Inside, the bar shows how often the model has been called.
 
     Args:
