@@ -24,6 +24,11 @@ def evaluate(
         str, typer.Option(help="Hub id, folder, .parquet file, embedded:cifar10 or embedded:imagenet.")
     ] = "uoft-cs/cifar10",
     split: Annotated[str, typer.Option(help="Split of the dataset.")] = "test",
+    dataset_config: Annotated[str | None, typer.Option(help="Configuration of a Hub dataset.")] = None,
+    image_column: Annotated[str | None, typer.Option(help="Column of images.", show_default="found by itself")] = None,
+    label_column: Annotated[
+        str | None, typer.Option(help="Column of class indices.", show_default="found by itself")
+    ] = None,
     max_images: Annotated[int, typer.Option(min=1, help="The first so many images.")] = 1000,
     image_size: Annotated[
         int | None, typer.Option(min=1, help="Shorten to this and cut the centre square.", show_default="as they are")
@@ -110,6 +115,9 @@ def evaluate(
                 **{name: value for name, value in given.items() if value},
                 dataset=dataset,
                 split=split,
+                dataset_config=dataset_config,
+                image_column=image_column,
+                label_column=label_column,
                 max_images=max_images,
                 image_size=image_size,
                 norm=norm,

@@ -83,7 +83,12 @@ def describe_environment() -> dict[str, Any]:
 
 
 def _without_folder(word: str) -> str:
-    """Absolute paths say nothing elsewhere, and perhaps too much of this machine: their last part is kept."""
+    """Absolute paths say nothing elsewhere, and perhaps too much of this machine: their last part is kept, in
+    `--option=PATH` and `python:MODULE:FUNCTION:PATH` too."""
+    for mark in "=:":
+        start, found, path = word.rpartition(mark)
+        if found and Path(path).is_absolute() and "://" not in word:
+            return start + found + Path(path).name
     return Path(word).name if Path(word).is_absolute() else word
 
 

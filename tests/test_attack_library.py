@@ -171,6 +171,8 @@ def test_versions_are_the_librarys():
     custom = make_attack("autoattack", version="custom", attacks=["square", "apgd-ce"], n_queries=7)
     assert custom.name == "AutoAttack (square, apgd-ce)" and custom.parts == ("square", "apgd-ce")
     assert custom.record()["parts"]["square"]["n_queries"] == 7 and custom.needs_gradient
+    weaker = make_attack("autoattack", n_iter=3, n_queries=5000)  # is not called what the reference is called
+    assert weaker.name == "AutoAttack (standard, n_iter=3)" and make_attack("autoattack").name.endswith("(standard)")
     assert not make_attack("autoattack", version="custom", attacks=["square"]).needs_gradient
 
 

@@ -10,6 +10,7 @@ import warnings
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -197,7 +198,8 @@ def test_nothing_stored_is_taken_for_another_purifier(classifier, images, tmp_pa
 
     pairs = [(Blend(0.0), Blend(1.0)), (scaled(1.0), scaled(0.5)), (lambda x: x * 1, lambda x: x * 0.5),
              (nn.AvgPool2d(3, 1, 1), nn.AvgPool2d(5, 1, 2)), (partial(half, share=1.0), partial(half, share=0.5)),
-             (Callable(1.0), Callable(0.5))]  # fmt: skip
+             (Callable(1.0), Callable(0.5)),
+             *((Holder(kind, 1.0), Holder(kind, 0.5)) for kind in Holder.kinds)]  # fmt: skip
     for index, (first, second) in enumerate(pairs):
         out = tmp_path / str(index)
         with warnings.catch_warnings():
@@ -209,6 +211,38 @@ def test_nothing_stored_is_taken_for_another_purifier(classifier, images, tmp_pa
     with pytest.raises(Opaque, match="record"):
         fingerprint(Callable(1.0))
     assert fingerprint(PixelClassifier(pairs[1][0])) != fingerprint(PixelClassifier(pairs[1][1]))
+
+
+class Holder(nn.Module):
+    """Scales by a number that it keeps in one of the usual ways, and holds itself."""
+
+    kinds = {
+        "tensor": (torch.tensor, lambda kept: kept),
+        "array": (np.array, lambda kept: torch.from_numpy(kept).float()),
+        "namespace": (lambda share: SimpleNamespace(share=share, device=torch.device("cpu")), lambda kept: kept.share),
+        "modules": (lambda share: [Blend(share)], lambda kept: kept[0].share),
+        "buffer": (None, lambda kept: kept),
+    }
+
+    def __init__(self, kind, share):
+        super().__init__()
+        make, self.read = self.kinds[kind]
+        if make is None:
+            self.register_buffer("kept", torch.tensor(share), persistent=False)
+        else:
+            self.kept = make(share)
+        self.parents = [self]
+
+    def forward(self, pixels):
+        return pixels * self.read(self.kept)
+
+
+def test_what_cannot_be_read_is_opaque():
+    holder = Holder("tensor", 1.0)
+    assert fingerprint(holder) == fingerprint(Holder("tensor", 1.0))
+    holder.draws = torch.Generator()
+    with pytest.raises(Opaque, match="Generator"):
+        fingerprint(holder)
 
 
 def test_adapters_are_known_by_their_settings():
@@ -259,13 +293,53 @@ def test_random_purifiers_are_seen_and_averaged(classifier, images):
 
     torch.manual_seed(11)
     before = torch.random.get_rng_state()
-    assert benchmark(PixelClassifier(Spoiled(classifier)), None, images, **PGD).record["protocol"]["passes"] == 10
+    bare = benchmark(PixelClassifier(Spoiled(classifier)), None, images, **PGD).record
+    assert bare["protocol"]["passes"] == 10
     records = [benchmark(classifier, Noise(), images, **PGD).record for _ in range(2)]
     assert torch.equal(torch.random.get_rng_state(), before)
     assert stable(records[0]) == stable(records[1])
     assert records[0]["protocol"]["passes"] == 10 and records[0]["protocol"]["purifier"]["randomised"] is True
     accuracy = records[0]["accuracy"]
     assert accuracy["purified_attacked_every_pass"]["percent"] <= accuracy["purified_attacked"]["percent"]
+
+
+def test_a_random_classifier_alone_is_averaged_too(images):
+    class Coin(nn.Module):
+        """Right every other time that it sees a pair of clean and attacked images."""
+
+        def __init__(self):
+            super().__init__()
+            self.calls = 0
+
+        def forward(self, pixels):
+            self.calls += 1
+            return nn.functional.one_hot(torch.full((len(pixels),), (self.calls - 1) // 2 % 2), 3).float()
+
+    coin, about = Coin(), {"attack_seconds": 1.0, "memory_bytes_per_image": 1.0}
+    x, y = images.batch(0, 3, "cpu")
+    rows = judge_batch(coin, PurifiedClassifier(None, coin), x, x, y * 0, 4, 0, about, 0, bare_passes=4)
+    assert {row[name] for row in rows for name in ("right_clean", "right_attacked")} == {0.5}
+    assert {row["right_purified_attacked"] for row in rows} == {0.5}
+    random = PixelClassifier(Spoiled(PixelClassifier(FragileClassifier(pixels_of(9).float() / 255))))
+    record = benchmark(random, None, images, **PGD).record
+    counts = [9 * record["accuracy"][name]["percent"] / 100 for name in ("clean", "attacked")]
+    assert record["protocol"]["passes"] == 10 and any(abs(count - round(count)) > 0.05 for count in counts)
+
+
+def test_classes_are_matched_by_name(classifier_folder, images, caplog):
+    classifier = load_frozen_classifier(classifier_folder)
+    x, _ = images.batch(0, 9, "cpu")
+    labels = classifier(x).argmax(-1)
+    names = list(classifier.config.id2label.values())
+    order = [2, 0, 1]  # what the dataset calls 0 is the classifier's class 2
+    shuffled = torch.tensor([order.index(label) for label in labels.tolist()])
+    own = tuple(names[index] for index in order)
+    records = [benchmark(classifier, None, EvaluationImages(images.pixels, given, class_names=called), **PGD).record
+               for given, called in ((labels, tuple(names)), (shuffled, own))]  # fmt: skip
+    assert records[0]["accuracy"]["clean"]["percent"] == 100 and "matched by name" in caplog.text
+    assert stable(records[0]) == stable(records[1])
+    strange = EvaluationImages(images.pixels, shuffled, class_names=("x", "y", "z"))
+    assert strange.in_order_of(names) is strange and strange.in_order_of(None) is strange
 
 
 def test_autoattack_is_the_reference_librarys(images, tmp_path):
@@ -401,7 +475,7 @@ def test_two_classes(images, tmp_path):
         benchmark(classifier, None, EvaluationImages(images.pixels, torch.arange(9) % 3), **PGD)
     for named, told in ((10, "10 classes and the classifier only 2"), (1, "1 classes and the classifier 2")):
         with pytest.raises(DataError, match=f"{told}.*this dataset's classes"):
-            benchmark(classifier, None, replace(labelled, classes=named), **PGD)
+            benchmark(classifier, None, replace(labelled, class_names=tuple(map(str, range(named)))), **PGD)
 
 
 def test_bad_input_is_named(classifier, images, tmp_path):

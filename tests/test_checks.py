@@ -189,6 +189,32 @@ def test_kept_attacks_are_of_the_images_that_were_right_then(classifier, pixels)
     assert first.used == second.used and first.survivors == second.survivors and len(first.used) < len(pixels)
 
 
+class LargestBatch(nn.Module):
+    largest = 0
+
+    def forward(self, pixels):
+        LargestBatch.largest = max(LargestBatch.largest, len(pixels))
+        return pixels * 1.0
+
+
+def test_checks_take_no_more_images_at_once_than_the_evaluation(classifier, images, monkeypatch):
+    monkeypatch.setattr(checks, "STEPS", (1, 5))
+    monkeypatch.setattr(checks, "SWEEP_STEPS", 5)
+    options = {"threat_model": "white-box", "attack": "pgd", "eps": 0.2, "progress": False}
+    record = benchmark(classifier, LargestBatch(), images, batch_size=7, **options).record
+    assert record["checks"]["check_images"] == 24 and LargestBatch.largest == 7
+    defended = PurifiedClassifier(tiny_purifier(), classifier)
+    x, y = images.batch(0, 24, "cpu")
+    whole, split = (gradient_masking_checks(defended, x, y, batch_size=size) for size in (24, 23))
+    assert split.used == whole.used and len(split.survivors) == len(whole.survivors)
+
+
+def test_a_corruption_is_not_checked(classifier, images):
+    options = {"threat_model": "white-box", "norm": "Linf", "eps": 8, "progress": False}
+    record = benchmark(classifier, tiny_purifier(), images, attack="gaussian-noise", **options).record
+    assert record["protocol"]["attack"]["eps"] == 8 and record["checks"] is None
+
+
 def test_more_check_images_are_taken(classifier, images, tmp_path):
     options = {"threat_model": "white-box", "attack": "pgd", "eps": 0.2, "progress": False, "out": tmp_path}
     few = benchmark(classifier, tiny_purifier(), images, check_images=4, **options)

@@ -3,15 +3,16 @@
 import sys
 from threading import Thread
 
+import datasets
 import pytest
-from conftest import SIZE
+from conftest import SIZE, image_rows
 from typer.testing import CliRunner
 
 from maep_hf import cli
 from maep_hf.checkpoints import CheckpointError
 from maep_hf.evaluation import run
 from maep_hf.evaluation.run import EvaluationArguments, make_attacks, parse_options
-from maep_hf.records import append_jsonl, read_jsonl
+from maep_hf.records import append_jsonl, describe_environment, read_jsonl
 
 
 def invoke(*words) -> tuple[int, str]:
@@ -89,6 +90,9 @@ def own_module(tmp_path, monkeypatch):
     """A module in the working directory with functions that make purifiers, and some that do not."""
     (tmp_path / "own_defence.py").write_text(
         "import torch\n"
+        "class Peer:\n"
+        "    def purify(self, pixels): return pixels\n"
+        "def peer(): return Peer()\n"
         "class Scale(torch.nn.Module):\n"
         "    def __init__(self, factor): super().__init__(); self.factor = factor\n"
         "    def forward(self, pixels): return pixels * self.factor\n"
@@ -145,6 +149,32 @@ def test_another_scale_is_another_purifier_in_the_record(own_module, classifier_
     assert rescaled["name"] == plain["name"] and rescaled["fingerprint"] != plain["fingerprint"]
 
 
+def test_windows_are_for_the_purifiers_that_have_them(
+    own_module, classifier_folder, purifier_folder, image_folder, tmp_path
+):
+    words = ["evaluate", "--classifier", classifier_folder, "--dataset", image_folder, "--image-size", SIZE + 4]
+    words += ["--purifier", purifier_folder, "--purifier", f"{own_module}:peer", "--purifier", "defence:bit-depth"]
+    words += ["--purifier", "none", "--overlap", 0.5, "--attack", "fgsm", "--device", "cpu"]
+    for scale in (1, 0.9):
+        code, output = invoke(*words, "--scale", scale, "--out", tmp_path / str(scale))
+        assert code == 0, output
+        purifiers = [record["protocol"]["purifier"] for record in read_jsonl(tmp_path / str(scale) / "results.jsonl")]
+        assert [purifier and purifier["options"].get("overlap") for purifier in purifiers] == [0.5, None, None, None]
+
+
+def test_columns_and_configuration_of_a_dataset(classifier_folder, tmp_path):
+    rows = image_rows(4).rename_column("label", "y")
+    other = image_rows(4).select_columns("image").rename_column("image", "other")
+    datasets.concatenate_datasets([rows, other], axis=1).save_to_disk(tmp_path / "data")
+    words = ["evaluate", "--classifier", classifier_folder, "--dataset", tmp_path / "data", "--image-size", SIZE]
+    words += ["--purifier", "none", "--attack", "fgsm", "--device", "cpu", "--out", tmp_path / "out"]
+    code, output = invoke(*words, "--image-column", "image", "--label-column", "y")
+    assert code == 0, output
+    assert read_jsonl(tmp_path / "out" / "results.jsonl")[0]["accuracy"]["clean"]["n"] == 4
+    code, output = invoke(*words, "--label-column", "y")
+    assert code == 1 and "image_column" in output
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -155,6 +185,10 @@ def test_another_scale_is_another_purifier_in_the_record(own_module, classifier_
         (["--attack", "pgd:L2:much"], "'much' is no number"),
         (["--attack", "pgd:L2:1:2"], "NAME:NORM:EPS"),
         (["--attack", "cw-l2", "--norm", "Linf"], "Linf"),
+        (["--attack", "pgd:L2", "--attack", "fgsm:Linf:4", "--eps", 2], "eps: none of pgd:L2, fgsm:Linf:4 takes it"),
+        (["--attack", "fgsm", "--draws", 4], "draws=4"),
+        (["--attack", "fgsm", "--purifier", "defence:jpeg", "--overlap", 0.5], "overlap: none of defence:jpeg has it"),
+        (["--attack", "fgsm", "--label-column", "lable"], "label_column='lable' is not in"),
         (["--threat-model", "grey-box", "--attack", "fgsm"], "gray-box"),
         (["--purifier", "defence:jpg", "--attack", "fgsm"], "jpg"),
         (["--purifier", "defence:jpeg", "--attack", "fgsm", "--random-mask-ratio", 0.5], "takes no random masks"),
@@ -191,3 +225,16 @@ def test_options_and_attacks_are_parsed():
     args = EvaluationArguments(attacks=["pgd", "pgd", "square:L2"], attack_options={"pgd.steps": 5, "n_queries": 9})
     first, second = make_attacks(args)
     assert first.record()["steps"] == 5 and second.norm == "L2" and "'n_queries': 9" in str(second.record())
+
+
+@pytest.mark.parametrize(("norm", "eps"), [("linf", 2), ("L2", 2), ("l2", 2), (None, 2)])
+def test_a_norm_in_any_case_has_its_radius(norm, eps):
+    (attack,) = make_attacks(EvaluationArguments(attacks=["pgd"], norm=norm, eps=[eps]))
+    assert (attack.norm.lower(), attack.eps) == ((norm or "Linf").lower(), eps)
+
+
+def test_a_recorded_command_says_nothing_of_the_machine(monkeypatch):
+    words = ["--out=/home/me/out", "python:own:make:/home/me/weights.pth", "/home/me/x", "uoft-cs/cifar10", "a=b/c"]
+    monkeypatch.setattr(sys, "argv", ["/home/me/bin/maep", *words, "http://host/x"])
+    said = ["--out=out", "python:own:make:weights.pth", "x", "uoft-cs/cifar10", "a=b/c", "http://host/x"]
+    assert describe_environment()["command"] == ["maep", *said]

@@ -25,6 +25,8 @@ COMPONENTS = {
     "apgd-ce": "apgd", "apgd-dlr": "apgd", "apgd-t": "apgd_targeted", "fab": "fab", "fab-t": "fab", "square": "square",
 }  # fmt: skip
 """Part to the attribute of the library's object that runs it."""
+USUAL = {"n_iter": 100, "n_queries": 5000}
+"""Of every version of the library's."""
 LEAST_CLASSES = {"apgd-dlr": 3, "apgd-t": 4}
 APGD_SETTINGS = {"n_iter": "n_iter", "n_restarts": "n_restarts", "eot_samples": "eot_iter", "rho": "thr_decr",
                  "large_radii_first": "use_largereps"}  # fmt: skip
@@ -64,7 +66,11 @@ class AutoAttack(Attack):
         if self.spec.name in COMPONENTS:
             return self.spec.title
         version = self.options["version"]
-        return f"AutoAttack ({', '.join(self.parts) if version == 'custom' else version})"
+        if version == "custom":
+            return f"AutoAttack ({', '.join(self.parts)})"
+        given = {name: self.options[name] for name in USUAL}  # what makes it another attack than the one of this name
+        said = [f"{name}={value}" for name, value in given.items() if value not in (None, USUAL[name])]
+        return f"AutoAttack ({', '.join([version, *said])})"
 
     @property
     def parts(self) -> tuple[str, ...]:

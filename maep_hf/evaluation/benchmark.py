@@ -69,6 +69,9 @@ def benchmark(
     eps: float | None = None,
     attack_options: Mapping[str, Any] | None = None,
     split: str = "test",
+    dataset_config: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
     max_images: int | None = 1000,
     image_size: int | None = None,
     batch_size: int = 100,
@@ -99,12 +102,14 @@ def benchmark(
         eps: radius; in units of 1/255 for Linf (8 = 8/255), of pixels in [0, 1] for L2 and L1. The attack's own
             default when `None`.
         attack_options: further options of [`make_attack`].
-        split, max_images, image_size: see [`read_images`]; `max_images` holds for tensors too.
+        split, dataset_config, image_column, label_column: of a dataset given by name, see [`load_image_dataset`].
+        max_images, image_size: see [`read_images`]; `max_images` holds for tensors too.
         batch_size: images attacked at once; part of the protocol, since attacks draw per batch.
         seed: of every batch's attack and of a randomised purifier's draws.
         source: surrogate pipeline for `transfer`, [0, 1] pixels to logits.
         purify_kwargs: for every call of the purifier, such as `{"overlap": 0.5}`.
-        passes: final passes over the attacked images, averaged; 10 for a randomised purifier by default, otherwise 1.
+        passes: final passes over the attacked images, averaged; 10 by default where purifier or classifier draws at
+            random, otherwise 1.
         checks: run the gradient-masking checks with `bpda` and `white-box` (with a purifier).
         check_images: on how many of the first images.
         classifier_name, purifier_name, source_name: what the record calls them.
@@ -136,7 +141,13 @@ def benchmark(
         source.to(device).eval()
     if purifier is None and threat_model in ("gray-box", "bpda"):
         threat_model = "white-box"
-    images = _images(dataset, split, max_images, image_size)
+    if isinstance(dataset, str):
+        columns = {"image_column": image_column, "label_column": label_column}
+        rows_of = load_image_dataset(dataset, split, config_name=dataset_config, **columns)
+        images = read_images(rows_of, max_images, image_size, Path(dataset).name, split)
+    else:
+        images = _images(dataset, max_images)
+    images = images.in_order_of(list((classifier.id2label or {}).values()))
     pixels, _ = images.batch(0, min(2, len(images)), device)
     classes = _check_labels(classifier, pixels, images)
 
@@ -144,8 +155,10 @@ def benchmark(
     target = attacked_model(threat_model, classifier, purifier, source, purify_kwargs)
     purified_pixels = PurifiedClassifier(purifier, nn.Flatten(), purify_kwargs=defended.purify_kwargs)
     random_purifier = purifier is not None and is_randomised(purified_pixels, pixels)
-    randomised = random_purifier or is_randomised(classifier, pixels)
+    random_classifier = is_randomised(classifier, pixels)
+    randomised = random_purifier or random_classifier
     passes = passes or (10 if randomised else 1)
+    bare_passes = passes if random_classifier or purifier is None else 1
     protocol = Protocol(
         threat_model=threat_model,
         attack=attack.record(num_classes=classes),
@@ -162,7 +175,8 @@ def benchmark(
         if threat_model != "transfer"
         else {"name": source_name or _name(source), "fingerprint": _fingerprint("source", source, out)},
     )
-    ball = attack.norm in ("Linf", "L2", "L1") and attack.eps is not None  # there is something to sweep
+    # there is something to sweep, and someone who meant it
+    ball = attack.norm in ("Linf", "L2", "L1") and attack.eps is not None and not attack.control
     adaptive = purifier is not None and threat_model in ADAPTIVE
     checked = min(check_images, len(images)) if checks and ball and adaptive else 0
     folder = Path(out) if out is not None else None
@@ -188,13 +202,14 @@ def benchmark(
             store.save(start, x, y, attacked, about)
         else:
             resumed += 1
-        rows.extend(judge_batch(classifier, defended, x, attacked, y, passes, seed, about, start))
+        rows.extend(judge_batch(classifier, defended, x, attacked, y, passes, seed, about, start, bare_passes))
         shown["robust"] = f"{100 * sum(row['right_purified_attacked'] for row in rows) / len(rows):.1f}%"
         bar.set_postfix(shown)
     rows = gather_object(rows) if state.num_processes > 1 else rows
     report = None
     if checked:
         options = {"threat_model": threat_model, "seed": seed, "randomised": randomised, "source": source}
+        options["batch_size"] = batch_size
         report = _checks(defended, images.batch(0, checked, device), attack, rows, options, folder, progress)
     record = protocol.record() | summarise(rows, purified=purifier is not None, passes=passes)
     record["checks"] = report
@@ -209,14 +224,12 @@ def benchmark(
     return BenchmarkResult(record, _pictures(store, images.batch(0, batch_size, device), defended, seed), resumed)
 
 
-def _images(dataset: Any, split: str, max_images: int | None, image_size: int | None) -> EvaluationImages:
+def _images(dataset: EvaluationImages | tuple[Tensor, Tensor], max_images: int | None) -> EvaluationImages:
     if isinstance(dataset, tuple):
         dataset = EvaluationImages(*dataset)
         if dataset.pixels.dtype != torch.uint8 and (dataset.pixels.min() < 0 or dataset.pixels.max() > 1):
             raise ValueError("dataset: pixels must be in [0, 1]; divide 8-bit images by 255")
-    if isinstance(dataset, EvaluationImages):
-        return dataset.first(max_images)
-    return read_images(load_image_dataset(dataset, split), max_images, image_size, Path(dataset).name, split)
+    return dataset.first(max_images)
 
 
 @torch.no_grad()
@@ -324,6 +337,7 @@ def _masking_report(
         if folder is not None:
             about = [options[name] for name in ("threat_model", "seed", "norm", "eps", "eot_samples")]
             about += [_fingerprint("purifier", defended, folder), fingerprint_images(*images)]
+            about.append(min(options["batch_size"], len(images[0])))
             about.append(None if options["source"] is None else _fingerprint("source", options["source"], folder))
             options["kept"] = KeptAttacks(folder / CHECKS, about)
         shown: dict[str, object] = {}

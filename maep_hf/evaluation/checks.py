@@ -8,7 +8,7 @@ another only where the images that it alone breaks outnumber the opposite beyond
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping
 from dataclasses import asdict, dataclass, field
 
 import torch
@@ -102,6 +102,7 @@ def gradient_masking_checks(
     norm: str = "Linf",
     eps: float = 8.0,
     seed: int = 0,
+    batch_size: int = 100,
     randomised: bool = False,
     eot_samples: int = 1,
     source: nn.Module | None = None,
@@ -117,6 +118,7 @@ def gradient_masking_checks(
         threat_model: `white-box`, or `bpda`, whose attack takes the identity for the purifier's gradient; either is
             judged on the pipeline itself.
         norm, eps: of the evaluation that is checked (eps in units of 1/255 for Linf, of pixels for L2 and L1).
+        batch_size: images attacked and classified at once, so many as the evaluation itself has in memory.
         randomised: whether the purifier draws at random.
         eot_samples: passes that the evaluation's attack averages gradients over.
         source: surrogate pipeline to transfer from, beside the bare classifier and the pipeline by the gradient that
@@ -137,7 +139,7 @@ def gradient_masking_checks(
     view = attacked_under(threat_model)
     if CLEAN not in kept:
         with seeded(seed):
-            kept[CLEAN] = _right(defended, pixels, labels).tolist()
+            kept[CLEAN] = _right(defended, pixels, labels, batch_size).tolist()
     right = torch.tensor(kept[CLEAN], device=labels.device)
     used = right.nonzero().flatten()
     pixels, labels = pixels[right], labels[right]
@@ -147,7 +149,7 @@ def gradient_masking_checks(
     if len(pixels) < LEAST_IMAGES:
         few = f"the pipeline has {len(pixels)} images right; at least {LEAST_IMAGES} are needed to tell attacks apart"
         results.append(CheckResult("images", False, few, {"n": len(pixels)}))
-    results.append(_gradient(view, pixels, labels))
+    results.append(_gradient(view, pixels, labels, batch_size))
     if randomised:
         results.append(_randomness(eot_samples))
 
@@ -169,9 +171,10 @@ def gradient_masking_checks(
         attack = make_attack(name, norm=norm, eps=radius, **options)
         key = f"{target}: {json.dumps(attack.record())}"
         if key not in kept:
-            attacked = attack(model, pixels, labels, seed=seed)
+            batches = _batches(pixels, labels, batch_size)
+            attacked = torch.cat([attack(model, *batch, seed=seed) for batch in batches])
             with seeded(seed + 1):  # not the draws that the attack saw
-                kept[key] = _right(defended, attacked, labels).tolist()
+                kept[key] = _right(defended, attacked, labels, batch_size).tolist()
         done += 1
         return torch.tensor(kept[key])
 
@@ -200,16 +203,20 @@ def gradient_masking_checks(
     return MaskingReport(results, used.tolist(), together.tolist())
 
 
+def _batches(pixels: Tensor, labels: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    return zip(pixels.split(batch_size), labels.split(batch_size), strict=True)
+
+
 @torch.no_grad()
-def _right(model: nn.Module, pixels: Tensor, labels: Tensor) -> Tensor:
-    return model(pixels).argmax(-1) == labels
+def _right(model: nn.Module, pixels: Tensor, labels: Tensor, batch_size: int) -> Tensor:
+    return torch.cat([model(x).argmax(-1) == y for x, y in _batches(pixels, labels, batch_size)])
 
 
 def _percent(right: Tensor) -> float:
     return 100 * right.float().mean().item()
 
 
-def _gradient(model: nn.Module, pixels: Tensor, labels: Tensor) -> CheckResult:
+def _margin_gradient(model: nn.Module, pixels: Tensor, labels: Tensor) -> Tensor:
     """Of the logit margin, which does not saturate as the cross-entropy does."""
     inputs = pixels.detach().clone().requires_grad_()
     with torch.enable_grad():
@@ -217,7 +224,11 @@ def _gradient(model: nn.Module, pixels: Tensor, labels: Tensor) -> CheckResult:
         own = logits.gather(1, labels[:, None]).squeeze(1)
         others = logits.scatter(1, labels[:, None], float("-inf")).amax(1)
         margin = (own - others).sum()
-        gradient = torch.autograd.grad(margin, inputs)[0] if margin.requires_grad else torch.zeros_like(inputs)
+        return torch.autograd.grad(margin, inputs)[0] if margin.requires_grad else torch.zeros_like(inputs)
+
+
+def _gradient(model: nn.Module, pixels: Tensor, labels: Tensor, batch_size: int) -> CheckResult:
+    gradient = torch.cat([_margin_gradient(model, *batch) for batch in _batches(pixels, labels, batch_size)])
     flat = gradient.flatten(1)
     finite = torch.isfinite(flat).all(1)
     nonzero = (flat != 0).float().mean(1)

@@ -5,15 +5,28 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import logging
+import re
 from collections.abc import Mapping
-from types import BuiltinFunctionType, FunctionType, MethodType
+from dataclasses import fields, is_dataclass
+from enum import Enum
+from pathlib import PurePath
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-_NOT_SETTINGS = ("training", "name_or_path", "warnings_issued")
+from ..preprocessing import PixelPreprocessing, PreprocessingSpec
+
+_BY_REPR = (Enum, bytes, complex, range, slice, re.Pattern, torch.layout, torch.memory_format)
+_SAYS_NOTHING = (torch.device, PurePath, logging.Logger)
+"""Of the output: where a model lies or runs is not what it is."""
+Seen = tuple[int, ...]
+"""What is being read already, by `id`: an object may hold itself."""
+_NOT_SETTINGS = ("training", "name_or_path", "warnings_issued", "peft_config")
 _UNSAID = (
     "custom_pipelines",
     "_name_or_path",
@@ -36,21 +49,25 @@ def fingerprint(model: Any) -> str:
     over.
 
     Raises:
-        Opaque: a callable, or one inside the model, that is neither a module nor a plain function.
+        Opaque: something inside the model decides its output and cannot be read, such as a generator or a handle.
     """
+    return _fingerprint(model, ())
+
+
+def _fingerprint(model: Any, seen: Seen) -> str:
     digest = hashlib.sha256(type(model).__qualname__.encode())
     if isinstance(model, nn.Module):
         for name, tensor in sorted(model.state_dict().items()):
             digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-            digest.update(tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy().tobytes())
+            digest.update(_bytes(tensor))
         for name, module in model.named_modules():
-            digest.update(f"{name}:{_settings(module)}".encode())
+            digest.update(f"{name}:{_settings(module, (*seen, id(model)))}".encode())
     else:
-        digest.update(_code(model).encode())
+        digest.update(_code(model, seen).encode())
     return digest.hexdigest()[:16]
 
 
-def _settings(module: nn.Module) -> str:
+def _settings(module: nn.Module, seen: Seen) -> str:
     """What decides a module's output beside its weights."""
     parts = [type(module).__qualname__, module.extra_repr() if not isinstance(module, PreTrainedModel) else ""]
     if callable(getattr(module, "record", None)):
@@ -67,6 +84,9 @@ def _settings(module: nn.Module) -> str:
         if value is not None:
             parts.append(f"{name}={value}")
     if not isinstance(module, PreTrainedModel):
+        for name in sorted(module._non_persistent_buffers_set):
+            if not isinstance(module, PixelPreprocessing):  # they follow from its spec
+                parts.append(f"{name}={_value(module._buffers[name], seen)}")
         for name, value in sorted(vars(module).items()):
             if name.startswith("_") or name in _NOT_SETTINGS:
                 continue
@@ -74,7 +94,9 @@ def _settings(module: nn.Module) -> str:
             if plain is not None:
                 parts.append(f"{name}={plain}")
             elif callable(value) and not isinstance(value, nn.Module | type):
-                parts.append(f"{name}={_code(value)}")
+                parts.append(f"{name}={_code(value, seen)}")
+            elif not isinstance(value, nn.Module | PreprocessingSpec) and not hasattr(value, "to_diff_dict"):
+                parts.append(f"{name}={_value(value, seen)}")
     return "|".join(parts)
 
 
@@ -91,20 +113,20 @@ def _plain(value: Any) -> str | None:
     return None
 
 
-def _code(function: Any) -> str:
+def _code(function: Any, seen: Seen) -> str:
     """A function by its code, constants, defaults and what it closes over."""
     if isinstance(function, nn.Module):
-        return fingerprint(function)
+        return "itself" if id(function) in seen else _fingerprint(function, seen)
     if isinstance(function, functools.partial):
         parts = [function.func, *function.args, *(function.keywords[name] for name in sorted(function.keywords))]
-        return f"partial({', '.join(_value(part) for part in parts)}, {sorted(function.keywords)})"
+        return f"partial({', '.join(_value(part, seen) for part in parts)}, {sorted(function.keywords)})"
     if isinstance(function, MethodType):
-        return f"{_code(function.__func__)} of {_value(function.__self__)}"
+        return f"{_code(function.__func__, seen)} of {_value(function.__self__, seen)}"
     if isinstance(function, FunctionType):
         code = function.__code__
-        cells = [_value(cell.cell_contents) for cell in function.__closure__ or ()]
-        defaults = [_value(value) for value in function.__defaults__ or ()]
-        defaults += [_value(value) for value in (function.__kwdefaults__ or {}).values()]
+        cells = [_value(cell.cell_contents, seen) for cell in function.__closure__ or ()]
+        defaults = [_value(value, seen) for value in function.__defaults__ or ()]
+        defaults += [_value(value, seen) for value in (function.__kwdefaults__ or {}).values()]
         constants = [repr(value) for value in code.co_consts if not hasattr(value, "co_code")]
         inner = [value.co_code.hex() for value in code.co_consts if hasattr(value, "co_code")]
         return repr((function.__qualname__, code.co_code.hex(), code.co_names, constants, inner, cells, defaults))
@@ -115,9 +137,35 @@ def _code(function: Any) -> str:
     raise Opaque(f"{type(function).__name__} cannot be told from another of its kind; give it a method record()")
 
 
-def _value(value: Any) -> str:
+def _value(value: Any, seen: Seen) -> str:
+    """Anything that a model or a function may hold; an object by its kind and its attributes."""
     if isinstance(value, torch.Tensor):
-        data = value.detach().contiguous().cpu().flatten().view(torch.uint8).numpy().tobytes()
-        return hashlib.sha256(data).hexdigest()
+        return hashlib.sha256(_bytes(value)).hexdigest()
+    if isinstance(value, np.ndarray | np.generic) and not np.asarray(value).dtype.hasobject:
+        return hashlib.sha256(f"{value.dtype}{value.shape}".encode() + value.tobytes()).hexdigest()
     plain = _plain(value)
-    return _code(value) if plain is None else plain
+    if plain is not None:
+        return plain
+    if isinstance(value, ModuleType | type):
+        return value.__name__
+    if id(value) in seen:
+        return "itself"
+    inside = (*seen, id(value))
+    if isinstance(value, Mapping):
+        return str(sorted((_value(key, inside), _value(entry, inside)) for key, entry in value.items()))
+    if isinstance(value, tuple | list | set | frozenset):
+        entries = [_value(entry, inside) for entry in value]
+        return str(sorted(entries) if isinstance(value, set | frozenset) else entries)
+    if isinstance(value, _BY_REPR):
+        return repr(value)
+    if isinstance(value, _SAYS_NOTHING):
+        return type(value).__name__
+    slots = {field.name: getattr(value, field.name) for field in fields(value)} if is_dataclass(value) else None
+    attributes = getattr(value, "__dict__", slots)
+    if callable(value) or attributes is None:
+        return _code(value, seen)
+    return f"{type(value).__qualname__} {_value(attributes, inside)}"
+
+
+def _bytes(tensor: torch.Tensor) -> bytes:
+    return tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy().tobytes()

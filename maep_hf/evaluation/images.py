@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -24,7 +25,7 @@ class EvaluationImages:
         pixels: (N, 3, H, W), uint8 as decoded, or floats in [0, 1].
         labels: (N,) class indices.
         name, split: of the dataset, for the record.
-        classes: how many the dataset names; `None` where it names none.
+        class_names: in the order of the labels; `None` where the dataset names none.
         broken: how many images could not be read and were passed over.
     """
 
@@ -33,7 +34,7 @@ class EvaluationImages:
     name: str = "tensors"
     split: str | None = None
     broken: int = 0
-    classes: int | None = None
+    class_names: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.pixels.ndim != 4 or self.labels.shape != self.pixels.shape[:1] or not len(self.labels):
@@ -58,6 +59,27 @@ class EvaluationImages:
         if count is None or count >= len(self):
             return self
         return replace(self, pixels=self.pixels[:count], labels=self.labels[:count])
+
+    @property
+    def classes(self) -> int | None:
+        """How many the dataset names; `None` where it names none."""
+        return len(self.class_names) if self.class_names else None
+
+    def in_order_of(self, names: Sequence[str] | None) -> EvaluationImages:
+        """The same images with labels that mean the classes of a classifier, where it has those of the dataset by name.
+
+        A folder of images has its classes in the order of the alphabet, which need not be the classifier's; where the
+        names are not the same, nothing is known and nothing changed.
+
+        Args:
+            names: the classifier's, in the order of its logits; `None` where it has none.
+        """
+        own = self.class_names
+        if not own or not names or tuple(names) == own or len(set(own)) != len(own) or sorted(names) != sorted(own):
+            return self
+        logger.warning("dataset: its classes stand in another order than the classifier's; they are matched by name")
+        order = torch.tensor([list(names).index(name) for name in own])
+        return replace(self, labels=order[self.labels.long().cpu()], class_names=tuple(names))
 
     def describe(self) -> dict:
         """Which images these are, for the record: their fingerprint is of pixels and labels."""
@@ -124,8 +146,8 @@ def read_images(
     if not arrays:
         raise DataError("dataset: none of its images can be read")
     pixels = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
-    classes = len(dataset.class_names) if dataset.class_names else None
-    return EvaluationImages(pixels, torch.tensor(labels), name, split or None, broken, classes)
+    names = tuple(dataset.class_names) if dataset.class_names else None
+    return EvaluationImages(pixels, torch.tensor(labels), name, split or None, broken, names)
 
 
 def _center_square(image: PILImage.Image, size: int) -> PILImage.Image:

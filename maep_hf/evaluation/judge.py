@@ -79,6 +79,7 @@ def judge_batch(
     seed: int,
     about: dict[str, float],
     start: int,
+    bare_passes: int = 1,
 ) -> list[dict[str, Any]]:
     """One row of figures for each image of a batch.
 
@@ -88,10 +89,12 @@ def judge_batch(
         seed: of a randomised purifier's draws; those of the final passes are not those the attack saw.
         about: what was noted when the batch was attacked.
         start: index of its first image.
+        bare_passes: of the classifier alone, averaged as those.
     """
     device, count = clean.device, len(clean)
     with seeded(seed + 104729 * (start + 1)):
-        right_clean, right_attacked = _right(classifier, clean, labels), _right(classifier, attacked, labels)
+        bare = [_right(classifier, batch, labels) for _ in range(bare_passes) for batch in (clean, attacked)]
+    right_clean, right_attacked = (torch.stack(bare[which::2]).float().mean(0) for which in range(2))
     columns: dict[str, Tensor | None] = {
         "right_clean": right_clean,
         "right_attacked": right_attacked,
@@ -108,7 +111,7 @@ def judge_batch(
     _, classify_seconds = timed(lambda: classifier(clean), device)
     seconds = {"ms_attack": about["attack_seconds"], "ms_classify": classify_seconds}
     if defended.purifier is None:
-        columns["right_purified_attacked"] = columns["right_attacked"].float()
+        columns["right_purified_attacked"] = columns["right_attacked"]
     else:
         rights: dict[str, list[Tensor]] = {"purified_clean": [], "purified_attacked": []}
         with seeded(seed + 7919 * (start + 1)):

@@ -3,8 +3,9 @@ one folder of records, tables and pictures."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from inspect import signature
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,8 @@ class EvaluationArguments:
         purifiers: folders or Hub ids (also of a PEFT adapter), `defence:NAME` for a classical one, `none`, or
             `python:MODULE:FUNCTION[:ARGUMENT]`: what a function makes, see [`python_purifier`].
         classifiers: folders or Hub ids.
-        dataset, split, max_images, image_size: see [`read_images`].
+        dataset, split, dataset_config, image_column, label_column: see [`load_image_dataset`].
+        max_images, image_size: see [`read_images`].
         threat_models: see [`benchmark`].
         attacks: names, each as NAME, NAME:NORM or NAME:NORM:EPS (`autoattack:L2:0.5`).
         norm: of the attacks that do not say theirs; each one's first by default.
@@ -54,7 +56,7 @@ class EvaluationArguments:
         seed, batch_size, passes: see [`benchmark`].
         random_mask_ratio, draws: purify under `draws` random masks of this ratio and average.
         eot_samples: passes that gradients are averaged over, for a randomised purifier.
-        mode, overlap: of windows, for images of another size than the purifier's.
+        mode, overlap: of windows, for images of another size than the purifier's; for the purifiers that have them.
         scale: purify images resized by this factor, see [`RescaledPurifier`].
         source_classifier, source_purifier: the surrogate pipeline of the threat model `transfer`.
         checks, check_images: gradient-masking checks of adaptive threat models.
@@ -66,6 +68,9 @@ class EvaluationArguments:
     classifiers: list[str] = field(default_factory=lambda: [f"checkpoints/{CLASSIFIER}"])
     dataset: str = "uoft-cs/cifar10"
     split: str = "test"
+    dataset_config: str | None = None
+    image_column: str | None = None
+    label_column: str | None = None
     max_images: int | None = 1000
     image_size: int | None = None
     threat_models: list[str] = field(default_factory=lambda: ["gray-box"])
@@ -105,21 +110,21 @@ def run_evaluation(args: EvaluationArguments, console: Console | None = None) ->
     shared = args.device == "auto" and state.num_processes > 1
     device = state.device if shared else pick_device(args.device)
     measured = _combinations(args, console if state.is_main_process else None)
-    dataset = load_image_dataset(args.dataset, args.split)
+    columns = {"image_column": args.image_column, "label_column": args.label_column}
+    dataset = load_image_dataset(args.dataset, args.split, config_name=args.dataset_config, **columns)
     images = read_images(dataset, args.max_images, args.image_size, _short(args.dataset), args.split)
     source = None
     if args.source_classifier:
         front = _load_purifier(args.source_purifier or NONE, args, device)
         source = PurifiedClassifier(front, load_frozen_classifier(args.source_classifier)).to(device)
     source_name = "+".join(_short(name) for name in (args.source_purifier, args.source_classifier) if name)
-    window = {name: getattr(args, name) for name in ("mode", "overlap") if getattr(args, name) is not None}
 
     models = {name: _load_purifier(name, args, device) for name in args.purifiers}  # all, before hours go by
+    options = _window_options(args, models)
     classifiers = {name: load_frozen_classifier(name) for name in args.classifiers}
     records = []
     for (classifier_name, classifier), (purifier_name, purifier) in product(classifiers.items(), models.items()):
         for threat_model, attack in measured:
-            options = window if callable(getattr(purifier, "purify", None)) else {}
             result = benchmark(
                 classifier,
                 purifier,
@@ -130,7 +135,7 @@ def run_evaluation(args: EvaluationArguments, console: Console | None = None) ->
                 batch_size=args.batch_size,
                 seed=args.seed,
                 source=source,
-                purify_kwargs=options if purifier is not None else None,
+                purify_kwargs=options[purifier_name],
                 passes=args.passes,
                 checks=args.checks,
                 check_images=args.check_images,
@@ -157,9 +162,11 @@ def _combinations(args: EvaluationArguments, console: Console | None) -> list[tu
     """Threat models with the attacks that they allow; everything that can be wrong is, before a model is loaded.
 
     Raises:
-        ValueError: as [`make_attacks`]; an unknown threat model, `transfer` without a source, or one that allows none
-            of the attacks.
+        ValueError: as [`make_attacks`]; draws of no random masks; an unknown threat model, `transfer` without a
+            source, or one that allows none of the attacks.
     """
+    if args.draws > 1 and not args.random_mask_ratio:
+        raise ValueError(f"draws={args.draws}: there is nothing to draw without random masks; give random_mask_ratio")
     attacks = make_attacks(args)
     found: list[tuple[str, Attack]] = []
     for threat_model in args.threat_models:
@@ -175,6 +182,21 @@ def _combinations(args: EvaluationArguments, console: Console | None) -> list[tu
         if left_out and console:
             console.print(f"black-box: left out {', '.join(left_out)}, which use gradients", highlight=False)
         found += [(threat_model, attack) for attack in allowed]
+    return found
+
+
+def _window_options(args: EvaluationArguments, purifiers: Mapping[str, Any]) -> dict[str, dict[str, Any] | None]:
+    """`mode` and `overlap` for each purifier that has them: a defence or a peer works without windows."""
+    given = {name: getattr(args, name) for name in ("mode", "overlap") if getattr(args, name) is not None}
+    found: dict[str, dict[str, Any] | None] = {}
+    for name, purifier in purifiers.items():
+        while isinstance(purifier, RescaledPurifier | RandomisedPurifier):  # they hand options on
+            purifier = purifier.purifier
+        purify = getattr(purifier, "purify", None)
+        known = signature(purify).parameters if callable(purify) else {}
+        found[name] = None if purifier is None else {key: value for key, value in given.items() if key in known}
+    if unused := [name for name in given if not any(name in (options or {}) for options in found.values())]:
+        raise ValueError(f"{unused[0]}: none of {', '.join(purifiers)} has it; leave it out")
     return found
 
 
@@ -196,7 +218,7 @@ def _load_purifier(name: str, args: EvaluationArguments, device: torch.device) -
         path = Path(name)
         released = path.parts == ("checkpoints", PURIFIER) and not path.is_dir()
         purifier = load_purifier(None if released else name)
-    if args.random_mask_ratio or args.draws > 1:
+    if args.random_mask_ratio:
         try:
             purifier = RandomisedPurifier(purifier, mask_ratio=args.random_mask_ratio, draws=args.draws)
         except TypeError as error:
@@ -227,11 +249,12 @@ def make_attacks(args: EvaluationArguments) -> list[Attack]:
     """The attacks that were asked for, each once.
 
     Raises:
-        ValueError: an unknown name, norm or option, a radius out of range, an option that none of them has.
+        ValueError: an unknown name, norm or option, a radius out of range, an option or `eps` that none of them takes.
     """
     options = args.attack_options | ({"eot_samples": args.eot_samples} if args.eot_samples > 1 else {})
     attacks: dict[str, Attack] = {}
     used: set[str] = set()
+    eps_norm, eps_used = args.norm or "Linf", False
     for word in args.attacks:
         name, norm, eps, *more = *word.split(":"), *[""] * max(0, 2 - word.count(":"))
         if more:
@@ -247,13 +270,19 @@ def make_attacks(args: EvaluationArguments) -> list[Attack]:
         has |= {key.removeprefix(f"{name}."): value for key, value in own.items()}
         plain = make_attack(name, norm=norm or args.norm, **has)
         if radii is None:  # a radius for Linf means nothing in another norm, nor to a corruption
-            meant = plain.norm == (args.norm or "Linf") and not plain.control
+            meant = (plain.norm or "").lower() == eps_norm.lower() and not plain.control
             radii = args.eps if args.eps and meant else [None]
+            eps_used |= meant
         for radius in radii:
             attack = make_attack(name, norm=norm or args.norm, eps=radius, **has)
             attacks[str(attack.record())] = attack
     if missing := sorted(set(options) - used):
         raise ValueError(f"attack_options: none of {', '.join(args.attacks)} has {', '.join(missing)}")
+    if args.eps and not eps_used:
+        raise ValueError(
+            f"eps: none of {', '.join(args.attacks)} takes it: it is for attacks in {eps_norm} that do not say their "
+            "radius; give norm, or the radius with the attack, as NAME:NORM:EPS"
+        )
     return list(attacks.values())
 
 
