@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -57,7 +56,7 @@ def load_purifier(
         revision: branch, tag or commit of a Hub repository.
 
     Raises:
-        CheckpointError: no such model, or it is not a purifier.
+        CheckpointError: no such model, or it is not a purifier; of an adapter, its base.
         ValueError: an adapter that does not say its base, or does not fit it.
     """
     source = os.fspath(released_checkpoint(PURIFIER) if name_or_path is None else name_or_path)
@@ -66,10 +65,19 @@ def load_purifier(
     try:
         return _load_whole(source, dtype, revision).to(device)
     except CheckpointError:
-        if not Path(source).exists():  # a Hub repository may hold an adapter instead
-            with suppress(ValueError, OSError):
-                return _load_adapted(source, revision).to(device=device, dtype=dtype)
-        raise
+        if Path(source).exists() or not _is_hub_adapter(source, revision):
+            raise
+    return _load_adapted(source, revision).to(device=device, dtype=dtype)
+
+
+def _is_hub_adapter(source: str, revision: str | None) -> bool:
+    from peft import PeftConfig
+
+    try:
+        PeftConfig.from_pretrained(source, **({"revision": revision} if revision else {}))
+    except (ValueError, OSError):
+        return False
+    return True
 
 
 def _load_adapted(source: str, revision: str | None) -> MAEPModel:

@@ -269,14 +269,14 @@ def _expand(entry: str, exclude: Path | None) -> list[ImagePath]:
         return [
             ImagePath(file, file.relative_to(path))
             for file in sorted(path.rglob("*"))
-            if _is_image_name(file) and file.is_file() and not _inside(file, exclude)
+            if _is_image_name(file) and file.is_file() and not _inside(file, exclude, path)
         ]
     if not glob.has_magic(entry):
         raise ImagePathError(f"{entry}: no such file or folder")
     root = _fixed_part(path)
     items = []
     for match in map(Path, sorted(glob.glob(str(path), recursive=True))):
-        if match.is_file() and _is_image_name(match) and not _inside(match, exclude):
+        if match.is_file() and _is_image_name(match) and not _inside(match, exclude, root):
             items.append(ImagePath(match, match.relative_to(root)))
     if not items:
         raise ImagePathError(f"{entry}: the pattern matches no image file")
@@ -298,8 +298,11 @@ def _is_image_name(path: Path) -> bool:
     return format_name in Image.OPEN and format_name in Image.SAVE and format_name != "EPS"
 
 
-def _inside(path: Path, folder: Path | None) -> bool:
-    return folder is not None and path.resolve().is_relative_to(folder)
+def _inside(path: Path, folder: Path | None, searched: Path) -> bool:
+    """Whether a file lies in a folder of what is searched; one that holds all of that is no reason to leave it out."""
+    if folder is None or searched.resolve().is_relative_to(folder):
+        return False
+    return path.resolve().is_relative_to(folder)
 
 
 def _without_collisions(images: list[ImagePath]) -> list[ImagePath]:

@@ -534,7 +534,7 @@ class MAEPModel(MAEPPreTrainedModel):
             return pixel_values.clone()
         if not torch.compiler.is_compiling():
             low, high = pixel_values.detach().aminmax()
-            if low < -0.01 or high > 1.01:
+            if not (low >= -0.01 and high <= 1.01):  # also false for NaN
                 raise ValueError(
                     f"pixel_values must be in [0, 1], got values from {low.item():.4g} to {high.item():.4g}: divide "
                     "8-bit images by 255 and leave out mean and standard deviation, the model applies them itself."

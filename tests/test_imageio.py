@@ -171,6 +171,16 @@ def test_folders_are_searched_and_keep_their_structure(tmp_path):
     assert sorted(relatives(found)) == ["b/ONE.PNG", "b/two.jpeg", "one.png"]
 
 
+def test_a_folder_around_the_images_is_a_place_for_results(tmp_path):
+    tree(tmp_path, "a/one.png", "a/b/two.png")
+    for inputs in ([tmp_path / "a"], [f"{tmp_path}/a/**/*.png"]):
+        found = find_images(inputs, exclude=tmp_path)
+        assert sorted(relatives(found)) == ["b/two.png", "one.png"]
+        check_outputs(found, tmp_path)
+        with pytest.raises(ImagePathError, match="overwrite the input"):
+            check_outputs(find_images(inputs, exclude=tmp_path / "a"), tmp_path / "a")
+
+
 def test_patterns_keep_the_path_below_their_fixed_part(tmp_path):
     tree(tmp_path, "a/x/p.png", "a/y/p.png", "a/y/p.txt")
     assert relatives(find_images([f"{tmp_path}/a/*/p.*"])) == ["x/p.png", "y/p.png"]

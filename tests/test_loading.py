@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, ViTMAEConfig, ViTMAEModel
 
 from maep_hf import MAEPConfig, MAEPImageProcessor, MAEPModel
+from maep_hf.checkpoints import CheckpointError, load_purifier
 
 SMALL = {
     "image_size": 16,
@@ -172,3 +174,12 @@ def test_another_model_is_refused(tmp_path):
     ViTMAEModel(ViTMAEConfig(**sizes, patch_size=4)).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="not a checkpoint of this purifier"):
         MAEPModel.from_pretrained(tmp_path)
+
+
+def test_what_is_wrong_with_an_adapter_on_the_hub_is_said(monkeypatch):
+    with pytest.raises(CheckpointError, match="^me/adapter: no such folder, and not found on the Hub"):
+        load_purifier("me/adapter")
+    found = SimpleNamespace(base_model_name_or_path="me/base")
+    monkeypatch.setattr("peft.PeftConfig.from_pretrained", lambda *args, **options: found)
+    with pytest.raises(CheckpointError, match="^me/base: no such folder, and not found on the Hub"):
+        load_purifier("me/adapter")

@@ -186,6 +186,14 @@ def test_arguments_are_checked(pixels, arguments, message):
         build().purify(pixels, **arguments)
 
 
+@pytest.mark.parametrize("factor", [255, -1, float("nan")])
+def test_values_that_are_no_pixels_are_refused(factor):
+    spoiled = torch.zeros(1, 3, 32, 32)
+    spoiled[0, 0, 0, 0] = factor
+    with pytest.raises(ValueError, match=r"pixel_values must be in \[0, 1\]"):
+        build().purify(spoiled)
+
+
 def test_memory_of_a_large_image_is_bounded():
     """A tenth of the pixels of a 4096 x 4096 image must stay under a quarter of its 2 GiB."""
     pytest.importorskip("resource")
