@@ -138,6 +138,20 @@ def test_a_bad_word_is_refused_by_name(capsys, words, named):
     assert named in refused(capsys, words)
 
 
+def test_a_tracker_that_is_not_there_is_refused(monkeypatch):
+    monkeypatch.setattr("maep_hf.training.arguments.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="report_to='trackio'.*pip install trackio"):
+        LoopArguments(report_to="trackio")
+    assert LoopArguments().report_to == "none"
+
+
+def test_another_dataset_to_validate_on_is_streamed_too(image_folder):
+    folder = str(image_folder)
+    for streaming in (True, False):
+        data = DataArguments(dataset=folder, validation_dataset=folder, streaming=streaming)
+        assert [loaded.streaming for loaded in data.load()] == [streaming, streaming]
+
+
 RECIPES = [path for path in sorted((ROOT / "train" / "configs").glob("*.yaml")) if path.stem not in OTHERS]
 
 

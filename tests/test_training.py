@@ -186,6 +186,11 @@ def test_a_share_of_the_start_that_cannot_be(options, tmp_path, changed, message
     assert message in capsys.readouterr().err + str(refused.value)
 
 
+def test_lora_options_are_of_an_adapter(options, tmp_path):
+    with pytest.raises(ValueError, match="lora_rank: all weights are trained; give trainable=decoder_lora"):
+        run("finetune", options(tmp_path / "run", lora_rank=8))
+
+
 def test_a_run_from_before_an_argument_goes_on_where_it_was_off(tmp_path):
     (tmp_path / "run.json").write_text(json.dumps({"arguments": {"attack": {"pgd": 0.35}}}))
     folder = RunFolder(tmp_path)
@@ -471,10 +476,11 @@ def test_a_classifier_of_any_architecture_trains_and_loads(image_folder, tmp_pat
         ("regnet", "[1]", "architecture_options: must be"),
         ("regnet", '{"height": 3}', "RegNetConfig has no height"),
         ("regnet", '{"layer_type": "q"}', "architecture='regnet' makes no image classifier"),
+        ("cifar_resnet", "{}", "max_zoom=0.5"),
     ],
 )
 def test_a_classifier_that_there_is_not(image_folder, tmp_path, architecture, options, message):
-    argv = words(dataset=image_folder, output_dir=tmp_path / "run", max_steps=1)
+    argv = words(dataset=image_folder, output_dir=tmp_path / "run", max_steps=1, max_zoom=0.5)
     with pytest.raises(ValueError, match=re.escape(message)):
         run("train_classifier", [*argv, "--architecture", architecture, "--architecture_options", options])
 

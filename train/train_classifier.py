@@ -103,7 +103,7 @@ def main(argv: list[str] | None = None) -> Path:
         processor,
         train_data,
         validation_data,
-        Augmentation(size, data.crop, padding=classifier.padding, flip=data.flip, resize=data.resize),
+        Augmentation(size, data.crop, classifier.padding, data.flip, data.max_zoom, data.zoom_share, data.resize),
         data.validation_images,
         classifier.label_smoothing,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 
 from ..data import DataError, ImageDataset, load_image_dataset
 
@@ -72,6 +73,8 @@ class LoopArguments:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r}: must be one of {', '.join(allowed)}")
+        if self.report_to != "none" and find_spec(self.report_to) is None:  # Accelerate would go on without a word
+            raise ValueError(f"report_to={self.report_to!r}: it is not installed; pip install {self.report_to}")
 
 
 # May change between the first start of a run and a later one: none of them changes what is computed.
@@ -160,7 +163,8 @@ class DataArguments:
         train_data = load_image_dataset(self.dataset, self.train_split, max_images=self.max_train_images, **described)
         try:
             if self.validation_dataset is not None:  # another dataset: its own columns, found by themselves
-                return train_data, load_image_dataset(self.validation_dataset, self.validation_split)
+                own = load_image_dataset(self.validation_dataset, self.validation_split, streaming=self.streaming)
+                return train_data, own
             return train_data, load_image_dataset(self.dataset, self.validation_split, **described)
         except DataError as error:
             raise DataError(f"{error} (validation_dataset and validation_split say what to validate on)") from error
