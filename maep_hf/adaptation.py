@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import os
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -131,9 +132,25 @@ def trainable_share(model: nn.Module) -> float:
 
 
 def save_adapter(model: PeftModel, folder: str | os.PathLike) -> None:
-    """Save the adapter in `folder`, with a record of the weights that it was trained on."""
-    folder = Path(folder)
-    model.save_pretrained(folder)
+    """Save the active adapter in `folder` itself, whatever its name, with a record of the weights it was trained on.
+
+    Raises:
+        ValueError: several adapters are active together, or none.
+    """
+    folder, active = Path(folder), list(model.active_adapters)
+    if len(active) != 1:
+        raise ValueError(
+            f"model: {len(active)} adapters are active ({', '.join(active) or 'none'}), and a folder holds one; choose "
+            "it with switch_adapter(model, NAME)"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    if active == ["default"]:
+        model.save_pretrained(folder, selected_adapters=active)
+    else:  # PEFT saves it in a folder of that name, away from the record, so that no base would be compared
+        with tempfile.TemporaryDirectory(prefix=".adapter-", dir=folder) as temporary:
+            model.save_pretrained(temporary, selected_adapters=active)
+            for path in Path(temporary, *active).iterdir():
+                os.replace(path, folder / path.name)
     (folder / BASE_RECORD).write_text(json.dumps(describe_base(model), indent=2) + "\n")
 
 

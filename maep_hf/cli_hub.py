@@ -60,7 +60,7 @@ def push(
         )
         cards = {
             "written": "card written",
-            "merged": "README edited by hand: results merged into its metadata",
+            "merged": "README edited by hand: results in its metadata brought up to date",
             "kept": "README edited by hand: left as it is",
             "none": "no card",
         }

@@ -397,6 +397,33 @@ def test_merging_keeps_the_output(adapters, load):
     torch.testing.assert_close(purified(merged, pixels), outputs["one"], atol=1e-4, rtol=0)
 
 
+def test_the_active_adapter_is_saved_flat_whatever_its_name(adapters, tmp_path):
+    folder, pixels, outputs = adapters
+    model = by_maep(folder, ["one", "two"])
+    for name in ("one", "two"):
+        switch_adapter(model, name)
+        save_adapter(model, tmp_path / name)
+        assert {path.name for path in (tmp_path / name).iterdir()} == {
+            "adapter_config.json", "adapter_model.safetensors", "base_model.json",
+        }  # fmt: skip
+        loaded = load_adapter(MAEPModel.from_pretrained(folder / "base"), tmp_path / name).eval()
+        assert_purifies_to(loaded, pixels, outputs[name])
+        other = tiny_purifier().eval()
+        with torch.no_grad():
+            other.encoder.projection.weight.mul_(1.5)
+        with pytest.raises(ValueError, match="other weights than these"):
+            load_adapter(other, tmp_path / name)
+
+
+def test_several_active_adapters_are_not_saved_into_one_folder(tmp_path):
+    model = get_peft_model(tiny_purifier(), LoraConfig(target_modules=["fc1"]), "one")
+    model.add_adapter("two", LoraConfig(target_modules=["fc1"]))
+    model.base_model.set_adapter(["one", "two"])
+    with pytest.raises(ValueError, match="2 adapters are active .one, two.*switch_adapter"):
+        save_adapter(model, tmp_path / "both")
+    assert not (tmp_path / "both").exists()
+
+
 # --- stage 2: LoRA on the decoder ----------------------------------------------------------------------------------
 
 

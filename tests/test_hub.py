@@ -5,6 +5,7 @@ import re
 
 import pytest
 from conftest import ROOT, tiny_purifier
+from hub_helpers import transformers_classifier
 from huggingface_hub import ModelCard, ModelCardData
 from local_hub import wrong_metadata
 from made_up_records import PASSED, failed, record
@@ -162,6 +163,18 @@ def test_classifier(classifier_folder, tmp_path):
     check(card := render_card(folder, "someone/resnet"))
     assert "| no attack | none | 100 | 50.0 (40.4–59.6) % |" in card.text and "| white-box | PGD-10" in card.text
     assert [result.metric_value for result in card.data.eval_results] == [50.0, 3.0]
+
+
+def test_classifier_of_transformers(tmp_path):
+    transformers_classifier().save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text('{"size": {"height": 48, "width": 48}}')
+    check(card := render_card(tmp_path, "someone/regnet"))
+    assert "`regnet`, for 2 classes: cat, dog" in card.text and "torch.rand(1, 3, 48, 48)" in card.text
+    assert "Nothing was recorded" in card.text and "ResNet" not in card.text and "Apache" not in str(card)
+    assert card.data.license is None and "regnet" in card.data.tags
+    (tmp_path / "run.json").write_text(json.dumps(RUN))
+    check(card := render_card(tmp_path, "someone/regnet"))
+    assert card.data.license == "apache-2.0" and "An undefended classifier" in card.text and "abc123" in card.text
 
 
 @pytest.mark.checkpoint

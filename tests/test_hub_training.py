@@ -10,9 +10,14 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
-from hub_helpers import OTHER_TOKEN, classifier, failure, purifier, same
+import torch
+from hub_helpers import OTHER_TOKEN, classifier, failure, purifier, same, transformers_classifier
+from transformers import ViTConfig, ViTModel
+
+from maep_hf.hub.folders import kind_of_model
 
 pytest_plugins = ["hub_client"]
+TINY_VIT = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -41,15 +46,23 @@ def train(folder: Path, name: str, script: str = "finetune", **options) -> Path:
 
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-    usual = {
-        "dataset": folder / "images", "surrogates": folder / "surrogate", "model": folder / "base", "attack_steps": 2,
-        "per_device_train_batch_size": 2, "max_steps": 2, "warmup_steps": 0, "validation_images": 2, "eval_steps": 9,
-        "save_steps": 1, "logging_steps": 1, "cpu_threads": 1, "output_dir": folder / name,
+    of_script = {
+        "finetune": {"surrogates": folder / "surrogate", "model": folder / "base", "attack_steps": 2},
+        "baselines.train_disco": {"surrogates": folder / "surrogate", "encoder_channels": 4, "encoder_blocks": 1},
+        "train_classifier": {},
+    }[script]
+    usual = of_script | {
+        "dataset": folder / "images", "per_device_train_batch_size": 2, "max_steps": 2, "warmup_steps": 0,
+        "validation_images": 2, "eval_steps": 9, "save_steps": 1, "logging_steps": 1, "cpu_threads": 1,
+        "output_dir": folder / name,
     }  # fmt: skip
-    spec = importlib.util.spec_from_file_location(f"train_{script}", ROOT / f"train/{script}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
+    if "." in script:  # a module of a package, with neighbours
+        module = importlib.import_module(f"train.{script}")
+    else:
+        spec = importlib.util.spec_from_file_location(f"train_{script}", ROOT / f"train/{script}.py")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module
+        spec.loader.exec_module(module)
     return module.main([word for key, value in (usual | options).items() for word in (f"--{key}", str(value))])
 
 
@@ -203,6 +216,32 @@ def test_an_adapter_is_pushed_with_its_base(client, hub, ready):
     assert "base_model_relation: adapter" in files["README.md"].decode() and "model.safetensors" not in files
     assert json.loads(files["run.json"])["arguments"]["finetune"]["model"] == "base"
     client(loads, "someone/trained-adapter", ready / "lora", "someone/trained-base")
+
+
+def test_a_classifier_of_transformers_is_pushed(client, hub, ready):
+    small = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "groups_width": 4}
+    options = {"script": "train_classifier", "architecture": "regnet", "architecture_options": json.dumps(small)}
+    found = client(train_and_push, ready, "regnet", push_to_hub="true", hub_strategy="every_save", **options)
+    assert found["pushes"] == ["Training, step 1", "End of training, step 2"] and found["warned"] == []
+    files = hub.files("someone/regnet")
+    assert {"config.json", "model.safetensors", "preprocessor_config.json", "run.json", "metrics.jsonl"} <= set(files)
+    assert b"`regnet`, for 2 classes" in files["README.md"] and b"| white-box | PGD-10" in files["README.md"]
+    assert files["model.safetensors"] == (ready / "regnet/model.safetensors").read_bytes()
+
+
+def test_a_model_that_cannot_be_pushed_is_refused_before_training(client, hub, ready):
+    error = client(train_with_token, ready, "disco", hub.token, script="baselines.train_disco")
+    assert error.startswith("ValueError: push_to_hub: a DiscoModel is neither a purifier") and "leave out" in error
+    assert not (ready / "disco").exists() and ("model", "someone/disco") not in hub.repositories
+
+
+def test_every_kind_of_model_that_can_be_trained_is_known():
+    assert [kind_of_model(model()).name for model in (purifier, classifier, transformers_classifier)] == [
+        "purifier", "classifier", "classifier of transformers",
+    ]  # fmt: skip
+    for model in (torch.nn.Linear(1, 1), ViTModel(ViTConfig(**TINY_VIT))):
+        with pytest.raises(ValueError, match=f"a {type(model).__name__} is neither"):
+            kind_of_model(model)
 
 
 def test_what_cannot_be_pushed_is_known_before_training(client, hub, ready):

@@ -11,9 +11,19 @@ from unittest import mock
 
 import local_hub
 import pytest
-from hub_helpers import OTHER_TOKEN, classifier, failure, purifier, python_blocks, same
+from hub_helpers import (
+    OTHER_TOKEN,
+    classifier,
+    failure,
+    overwrite_readme,
+    purifier,
+    push,
+    python_blocks,
+    same,
+    transformers_classifier,
+    write_records,
+)
 from local_hub import Blob, Commit, Refusal
-from made_up_records import PASSED, record
 
 pytest_plugins = ["hub_client"]
 CODE = {"configuration_maep.py", "modeling_maep.py", "image_processing_maep.py", "pipeline_maep.py"}
@@ -45,23 +55,6 @@ def trained(folder: Path, seed: int = 0, results: tuple = (("gray-box", 82.3), (
     for name in ("optimizer.pt", "token", "training_args.bin", ".env", "notes.txt", "events.out.tfevents"):
         (folder / name).write_bytes(b"private")
     return folder
-
-
-def write_records(folder: Path, fingerprint: str, results) -> None:
-    lines = []
-    for threat_model, figure in results:
-        made = record(figure, threat_model, checks=PASSED if threat_model == "white-box" else None)
-        made["protocol"]["purifier"] = made["protocol"]["purifier"] | {"fingerprint": fingerprint}
-        made["protocol"]["classifier"]["name"] = f"{folder.parent}/resnet56"
-        lines.append(json.dumps(made) + "\n")
-    folder.mkdir(exist_ok=True)
-    (folder / "results.jsonl").write_text("".join(lines))
-
-
-def push(folder, repo: str, **options) -> dict:
-    from maep_hf.hub import push_to_hub
-
-    return vars(push_to_hub(folder, repo, **options))
 
 
 def build_and_push(folder: Path, repo: str, seed: int = 0, **options) -> dict:
@@ -102,12 +95,6 @@ def push_revisions(folder: Path, repo: str) -> dict:
     ]
     return {"first": first, "again": again, "branch": branch, "request": request, "more": more, "errors": errors,
             "titles": titles}  # fmt: skip
-
-
-def overwrite_readme(repo: str, text: str) -> None:
-    from huggingface_hub import HfApi
-
-    HfApi().upload_file(path_or_fileobj=text.encode(), path_in_repo="README.md", repo_id=repo)
 
 
 def push_during_an_edit(folder: Path, repo: str) -> str:
@@ -175,6 +162,36 @@ def push_adapter(folder: Path, base: str, repo: str) -> dict:
     assert torch.equal(loaded.purify(pixels), model.eval().purify(pixels))
     assert not torch.equal(loaded.purify(pixels), purifier().purify(pixels))
     return {"errors": errors, "pushed": pushed, "object": push(model, repo, base_model=base)}
+
+
+def push_named_adapter(base: str, repo: str) -> str:
+    """An adapter under another name than PEFT's `default`, beside a second one that is not active."""
+    import torch
+
+    from maep_hf import MAEPModel
+    from maep_hf.adaptation import add_lora, default_lora_config, load_adapter
+
+    push(purifier(), base)
+    model = add_lora(MAEPModel.from_pretrained(base), default_lora_config(purifier(), rank=2))
+    model.add_adapter("photographs", default_lora_config(purifier(), rank=3))
+    for name, parameter in model.named_parameters():
+        if "lora_B.photographs" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    model.set_adapter("photographs")
+    push(model, repo, base_model=base)
+    loaded, pixels = load_adapter(MAEPModel.from_pretrained(base), repo).eval(), torch.rand(1, 3, 16, 20)
+    assert torch.equal(loaded.purify(pixels), model.eval().purify(pixels))
+    assert not torch.equal(loaded.purify(pixels), purifier().purify(pixels))
+    return failure(load_adapter, purifier(1), repo)
+
+
+def push_classifier_of_transformers(repo: str) -> dict:
+    from transformers import AutoModelForImageClassification, ViTImageProcessor
+
+    model = transformers_classifier()
+    pushed = push(model, repo, image_processor=ViTImageProcessor(size={"height": 32, "width": 32}))
+    assert same(AutoModelForImageClassification.from_pretrained(repo), model)
+    return pushed
 
 
 def push_others(folder: Path, prefix: str) -> list[dict]:
@@ -406,7 +423,7 @@ def test_adapter(client, hub, tmp_path):
     assert "someone/base-of-adapter is not on the Hub" in absent
     files = hub.files("someone/my-adapter")
     assert set(files) - {".gitattributes"} == {
-        "adapter_config.json", "adapter_model.safetensors", "run.json", "README.md",
+        "adapter_config.json", "adapter_model.safetensors", "base_model.json", "run.json", "README.md",
     }  # fmt: skip
     assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == "someone/base-of-adapter"
     card = files["README.md"].decode()
@@ -427,6 +444,23 @@ def test_classifier_and_image_processor(client, hub, tmp_path):
         "preprocessor_config.json", "image_processing_maep.py",
     }  # fmt: skip
     assert "logits" in client(run_code, "someone/other-classifier", tmp_path)
+
+
+def test_an_adapter_of_any_name_goes_with_the_record_of_its_base(client, hub):
+    error = client(push_named_adapter, "someone/base-of-named", "someone/named-adapter")
+    assert error.startswith("ValueError") and "other weights than these" in error
+    assert set(hub.files("someone/named-adapter")) - {".gitattributes"} == {
+        "adapter_config.json", "adapter_model.safetensors", "base_model.json", "README.md",
+    }  # fmt: skip
+
+
+def test_classifier_of_transformers(client, hub, tmp_path):
+    assert client(push_classifier_of_transformers, "someone/regnet")["card"] == "written"
+    files = hub.files("someone/regnet")
+    assert set(files) - {".gitattributes"} == {"config.json", "model.safetensors", "preprocessor_config.json",
+                                               "README.md"}  # fmt: skip
+    assert b"pipeline_tag: image-classification" in files["README.md"]
+    assert {"logits", "defended_or_attacked"} <= set(client(run_code, "someone/regnet", tmp_path))
 
 
 def test_evaluation_records(client, hub, tmp_path):

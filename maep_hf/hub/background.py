@@ -13,7 +13,7 @@ from typing import Any
 
 from huggingface_hub import HfApi
 
-from .folders import ADAPTER, Kind, files_of, kind_of
+from .folders import ADAPTER, Kind, files_of, kind_of, kind_of_model
 from .names import hub_id, short
 from .push import PushError, as_push_errors, check_login, check_visibility, push_to_hub, with_owner
 
@@ -33,12 +33,13 @@ class BackgroundPush:
         base_model: Hub id of an adapter's base, where it was loaded from a folder.
         trains_adapter: whether the run leaves an adapter in `FOLDER/adapter`.
         base_path: what that adapter's base was loaded from.
+        model: what the run trains, where that is no adapter.
 
     Raises:
         PushError: no valid token, the Hub cannot be reached, or the account may not make the repository. All of this
             and what follows is raised here, before anything is trained.
-        ValueError: a name that no repository can have, one that exists and is public though `private` is asked for, or
-            an adapter whose base is on no Hub.
+        ValueError: a model that cannot be pushed, a name that no repository can have, one that exists and is public
+            though `private` is asked for, or an adapter whose base is on no Hub.
     """
 
     def __init__(
@@ -50,7 +51,10 @@ class BackgroundPush:
         base_model: str | None = None,
         trains_adapter: bool = False,
         base_path: str | None = None,
+        model: Any = None,
     ):
+        if model is not None and not trains_adapter:
+            kind_of_model(model)
         for name in ("httpx", "httpx2"):  # a line for every request
             logging.getLogger(name).setLevel(logging.WARNING)
         self.api = HfApi()

@@ -14,7 +14,18 @@ from huggingface_hub.repocard import RepoCard
 
 from ..evaluation.results import check_record
 from ..records import read_jsonl
-from .folders import ADAPTER, CLASSIFIER, EVALUATION, PAIRS, PURIFIER, RESULTS, Kind, kind_of, read_json
+from .folders import (
+    ADAPTER,
+    CLASSIFIER,
+    EVALUATION,
+    PAIRS,
+    PLAIN_CLASSIFIER,
+    PURIFIER,
+    RESULTS,
+    Kind,
+    kind_of,
+    read_json,
+)
 from .names import hub_id, short, without_paths
 from .recipe import Recipe
 from .results import ATTACKERS, CardResults, records_of, validation_results
@@ -184,25 +195,40 @@ def _classifier(folder: Path, repo_id: str, base_model: str | None, records: lis
 
     from ..checkpoints import check_model
 
-    check_model(folder.resolve(), model_type="cifar_resnet", kind="a CIFAR classifier")
+    check_model(folder.resolve(), kind="a classifier")
     config, recipe = AutoConfig.from_pretrained(folder.resolve()), Recipe(folder)
+    ours = config.model_type == "cifar_resnet"
+    trained_here = ours or recipe.known  # of other weights neither the licence nor a defence is known
     validation = validation_results(folder, recipe)
     card_data = _model_data(
         repo_id,
+        license=LICENCE if trained_here else None,
         pipeline_tag="image-classification",
         base_model=base_model,
         datasets=recipe.datasets,
-        tags=["maep", "cifar-resnet", "image-classification"],
+        tags=["maep", config.model_type.replace("_", "-"), "image-classification"],
         metadata=[row["metadata"] for row in validation],
     )
     return {
         "card_data": card_data,
         "recipe": recipe,
-        "depth": config.depth,
-        "channels": config.num_channels,
+        "ours": ours,
+        "trained_here": trained_here,
+        "depth": getattr(config, "depth", None),
+        "model_type": config.model_type,
+        "channels": getattr(config, "num_channels", 3),
+        "size": 32 if ours else _input_size(folder, config),
         "classes": [str(config.id2label[index]) for index in sorted(config.id2label)],
         "validation": validation,
     }
+
+
+def _input_size(folder: Path, config: Any) -> int:
+    """Side of the images that a classifier of transformers takes, pixels."""
+    path = folder / "preprocessor_config.json"
+    resized = read_json(path).get("size") if path.is_file() else None
+    sizes = (getattr(config, "image_size", None), resized.get("height") if isinstance(resized, dict) else None)
+    return next((size for size in sizes if isinstance(size, int)), 224)
 
 
 def _pairs(folder: Path, repo_id: str, base_model: str | None, records: list) -> dict[str, Any]:
@@ -256,9 +282,8 @@ def _trained(folder: Path, records: list) -> dict[str, Any]:
 
 
 def _model_data(repo_id: str, *, metadata: list[EvalResult], datasets: list[str], **fields: Any) -> ModelCardData:
-    fields = {"library_name": "transformers", "tags": _TAGS} | fields
+    fields = {"license": LICENCE, "library_name": "transformers", "tags": _TAGS} | fields
     return ModelCardData(
-        license=LICENCE,
         datasets=datasets or None,
         metrics=["accuracy"],
         model_name=short(repo_id) if metadata else None,
@@ -268,23 +293,27 @@ def _model_data(repo_id: str, *, metadata: list[EvalResult], datasets: list[str]
 
 
 def _pictures(folder: Path, records: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
-    """(file, caption) of the pictures that evaluations leave; each names its threat model in its title."""
-    shown = [
-        (path.name, f"clean, attacked and purified images and the magnified difference, in front of {name}")
-        for name in dict.fromkeys(short(record["protocol"]["classifier"]["name"]) for record in records)
-        if (path := folder / f"{name}.png").is_file()
-    ]
-    if (folder / "attacks.png").is_file():
-        shown.append(("attacks.png", "accuracy under every attack, each threat model in a panel of its own"))
-    if (folder / "accuracy_against_eps.png").is_file():
-        shown.append(("accuracy_against_eps.png", "accuracy against the radius, a line for each threat model"))
-    return shown
+    """(file, caption) of the pictures of these records that are there."""
+    return [(name, caption) for name, caption in picture_captions(records).items() if (folder / name).is_file()]
+
+
+def picture_captions(records: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """File -> caption of all pictures that a page shows of records; each names its threat model in its title."""
+    classifiers = dict.fromkeys(short(record["protocol"]["classifier"]["name"]) for record in records)
+    return {
+        f"{name}.png": f"clean, attacked and purified images and the magnified difference, in front of {name}"
+        for name in classifiers
+    } | {
+        "attacks.png": "accuracy under every attack, each threat model in a panel of its own",
+        "accuracy_against_eps.png": "accuracy against the radius, a line for each threat model",
+    }
 
 
 _CARDS: dict[Kind, tuple[Callable[..., dict[str, Any]], str]] = {
     PURIFIER: (_purifier, "model_card.md"),
     ADAPTER: (_adapter, "adapter.md"),
     CLASSIFIER: (_classifier, "classifier.md"),
+    PLAIN_CLASSIFIER: (_classifier, "classifier.md"),
     PAIRS: (_pairs, "pairs.md"),
     EVALUATION: (_evaluation, "evaluation.md"),
 }

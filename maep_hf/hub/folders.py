@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ from typing import Any
 _WEIGHTS = ("config.json", "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
 _RUN = ("run.json", "*_run.json", "metrics.jsonl", "*_metrics.jsonl", "LICENSE")
 RESULTS = "results.jsonl"
-RESULT_FILES = (RESULTS, "results.md", "results.csv", "*.png")
+RESULT_TEXTS = (RESULTS, "results.md", "results.csv")
+RESULT_FILES = (*RESULT_TEXTS, "*.png")
+ADAPTER_WEIGHTS, ADAPTER_CONFIG, BASE_RECORD = "adapter_model.safetensors", "adapter_config.json", "base_model.json"
 PURIFIER_CODE = ("configuration_maep.py", "modeling_maep.py", "image_processing_maep.py", "pipeline_maep.py")
 CLASSIFIER_CODE = ("configuration_cifar_resnet.py", "modeling_cifar_resnet.py")
 
@@ -35,7 +38,8 @@ class Kind:
 
 PURIFIER = Kind("purifier", (*_WEIGHTS, *_RUN, *RESULT_FILES, "preprocessor_config.json"), PURIFIER_CODE)
 CLASSIFIER = Kind("classifier", (*_WEIGHTS, *_RUN, "preprocessor_config.json"), CLASSIFIER_CODE)
-ADAPTER = Kind("adapter", ("adapter_config.json", "adapter_model.safetensors", "base_model.json", *_RUN, *RESULT_FILES))
+PLAIN_CLASSIFIER = Kind("classifier of transformers", CLASSIFIER.files)  # its code is in transformers
+ADAPTER = Kind("adapter", (ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE_RECORD, *_RUN, *RESULT_FILES))
 IMAGE_PROCESSOR = Kind("image processor", ("preprocessor_config.json",), ("image_processing_maep.py",))
 PAIRS = Kind("pairs", ("make_pairs.json", "data/*.parquet"), repo_type="dataset")
 EVALUATION = Kind("evaluation", RESULT_FILES)
@@ -51,15 +55,16 @@ def kind_of(folder: str | os.PathLike) -> Kind:
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder")
-    if (folder / "adapter_config.json").is_file():
+    if (folder / ADAPTER_CONFIG).is_file():
         return ADAPTER
     if (folder / "config.json").is_file():
-        model_type = read_json(folder / "config.json").get("model_type")
-        if model_type not in _OF_MODEL_TYPE:
+        config = read_json(folder / "config.json")
+        if (kind := _kind_of_config(config)) is None:
             raise ValueError(
-                f"{folder}: config.json has model_type {model_type!r}, not one of {', '.join(_OF_MODEL_TYPE)}"
+                f"{folder}: config.json has model_type {config.get('model_type')!r}, not one of "
+                f"{', '.join(_OF_MODEL_TYPE)}, and is of no image classifier of transformers"
             )
-        return _OF_MODEL_TYPE[model_type]
+        return kind
     if (folder / "make_pairs.json").is_file():
         if not any((folder / "data").glob("*.parquet")):
             raise ValueError(f"{folder}: its pairs are not complete; run train/make_pairs.py again to go on")
@@ -74,6 +79,31 @@ def kind_of(folder: str | os.PathLike) -> Kind:
     )
 
 
+def kind_of_model(model: Any) -> Kind:
+    """The kind of the folder that a model's `save_pretrained` makes.
+
+    Raises:
+        ValueError: none that can be pushed.
+    """
+    config = getattr(model, "config", None)
+    described = config.to_dict() if hasattr(config, "to_dict") else {}
+    kind = _kind_of_config(described | {"architectures": [type(model).__name__]})
+    if kind is None:
+        raise ValueError(
+            f"push_to_hub: a {type(model).__name__} is neither a purifier of this package nor an image classifier of "
+            "transformers, and has no page on the Hub; leave out --push_to_hub"
+        )
+    return kind
+
+
+def _kind_of_config(config: Mapping[str, Any]) -> Kind | None:
+    if config.get("model_type") in _OF_MODEL_TYPE:
+        return _OF_MODEL_TYPE[config["model_type"]]
+    classifies = any("ForImageClassification" in str(name) for name in config.get("architectures") or ())
+    # code of its own (auto_map) would not be on the Hub
+    return PLAIN_CLASSIFIER if classifies and not config.get("auto_map") else None
+
+
 def files_of(folder: Path, kind: Kind) -> list[Path]:
     """The folder's files that may be pushed, in order of their names."""
     found = {path for pattern in kind.files for path in folder.glob(pattern) if path.is_file()}
@@ -83,7 +113,7 @@ def files_of(folder: Path, kind: Kind) -> list[Path]:
 def run_record(folder: Path) -> dict[str, Any]:
     """The run's `run.json`; of an adapter also the one of the run that it lies in."""
     for path in (folder / "run.json", folder.resolve().parent / "run.json"):
-        if path.is_file() and (path.parent == folder or (folder / "adapter_config.json").is_file()):
+        if path.is_file() and (path.parent == folder or (folder / ADAPTER_CONFIG).is_file()):
             return read_json(path)
     return {}
 

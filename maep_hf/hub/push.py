@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HTTPError,
@@ -25,11 +26,28 @@ from huggingface_hub.repocard import RepoCard
 from huggingface_hub.utils import validate_repo_id
 
 from ..evaluation.results import read_results
-from .cards import base_of_adapter, own_records, render_card
+from .cards import base_of_adapter, own_records, picture_captions, render_card
 from .contents import check_for_leaks, operations_of
-from .folders import ADAPTER, EVALUATION, IMAGE_PROCESSOR, PURIFIER, RESULT_FILES, RESULTS, Kind, kind_of, read_json
-from .records import merge_records
+from .folders import (
+    ADAPTER,
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    BASE_RECORD,
+    EVALUATION,
+    IMAGE_PROCESSOR,
+    PURIFIER,
+    RESULT_FILES,
+    RESULTS,
+    Kind,
+    kind_of,
+    read_json,
+)
+from .outdated import README, outdated_operations, same_adapter
+from .records import drop_outdated, merge_records
+from .results import records_of
 from .seal import renewed
+
+logger = logging.getLogger(__name__)
 
 _REFS = "refs/"
 
@@ -47,8 +65,8 @@ class Pushed:
         url: its page, or that of the pull request.
         revision: hash of the last commit.
         branch: the branch or `refs/pr/N` that the commit is on.
-        card: `"written"`, `"merged"` (an edited README got the results), `"kept"` (an edited README, no results) or
-            `"none"` (an image processor has none).
+        card: `"written"`, `"merged"` (an edited README got the results into its metadata, or lost those of other
+            weights there), `"kept"` (an edited README, no results) or `"none"` (an image processor has none).
     """
 
     repo_id: str
@@ -75,15 +93,20 @@ def push_to_hub(
 ) -> Pushed:
     """Push a model, image processor, adapter, evaluation records or stored pairs, and their card as the last step.
 
-    A purifier pushed without its records keeps those on the Hub that are of its weights; those of other weights go.
+    A purifier or adapter pushed without its records keeps those on the Hub that are of its weights. Those of other
+    weights go, and with them their tables, the pictures of the card, and their results in an edited README's metadata;
+    a warning says so, and no other file is deleted. An adapter's weights are compared with those on the Hub, since the
+    fingerprints in its records, of merged weights, differ between processors. For the same reason records pushed to an
+    adapter replace all that are there when the fingerprint is another: a table never mixes the two.
 
     Only listed files go (`folders.py`), without paths of this machine (`contents.py`). Whatever fails half-way can be
     repeated: files that are there already are not sent again. A README that a person edited keeps its text and only
     gets the results into its metadata (`seal.py`).
 
     Args:
-        source: folder of a purifier, classifier, adapter, evaluation or pairs, or an object: a `MAEPModel`, a
-            `CifarResNetForImageClassification`, a `PeftModel` around a purifier, a `MAEPImageProcessor`, a pipeline.
+        source: folder of a purifier, classifier, adapter, evaluation or pairs, or an object: a `MAEPModel`, an
+            image classifier of transformers or of this package, a `PeftModel` around a purifier (its active adapter
+            goes), a `MAEPImageProcessor`, a pipeline.
         repo_id: OWNER/NAME, or NAME under the account of the token. Made when missing.
         private: make it private; one that exists must be so. By default the account's own setting.
         revision: branch, made when missing, or `refs/pr/N`; `main` by default.
@@ -117,17 +140,20 @@ def push_to_hub(
             raise ValueError(f"repo_type={repo_type!r}: a {kind.name} goes to a {kind_type} repository")
         push = _Push(api, repo_id, kind_type, revision, create_pr, token)
         what = kind
+        cleared: list = []  # what takes figures of other weights off the Hub
         if kind is ADAPTER:
             base_model = _base(api, folder, base_model)
         elif kind is EVALUATION:
             staged = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="maep-push-")))
             if kind_type == "model":
                 push.download_model(staged)
-            folder, kind = staged, _with_records(staged, folder, repo_id)
+            kind, dropped = _with_records(staged, folder, repo_id)
+            folder = staged
+            if dropped:
+                cleared = push.without(dropped, "with another fingerprint of the adapter")
         there: list[dict] | None = None  # records on the Hub, which the page goes on to show
-        outdated: list[str] = []  # files with figures of other weights
-        if what is PURIFIER and not (folder / RESULTS).is_file():
-            there, outdated = push.records_of(folder)
+        if what in (PURIFIER, ADAPTER) and not (folder / RESULTS).is_file():
+            there, cleared = push.records_of(folder, what)
         # all that can be wrong is known before anything is sent
         card = None
         if kind is not IMAGE_PROCESSOR:
@@ -138,10 +164,14 @@ def push_to_hub(
         if what is EVALUATION:  # the model that they are merged with is there already
             operations = [each for each in operations if _is_result(each.path_in_repo)]
         new = {each.path_in_repo for each in operations}
-        operations += [CommitOperationDelete(name) for name in outdated if name not in new]
+        operations += [each for each in cleared if each.path_in_repo not in new]
+        if push.going:
+            logger.warning("%s: %s go, with their tables and pictures", repo_id, push.going)
         push.prepare(private)
         push.commit(operations, commit_message or f"Upload {what.name} with maep", parent=push.read_at)
         how = push.card(card, folder, merge=there is None) if card is not None else "none"
+        if how == "kept" and any(each.path_in_repo == README for each in cleared):
+            how = "merged"
         push.tag(tag)
         return Pushed(repo_id, kind_type, push.url, push.oid, push.branch, how)
 
@@ -192,7 +222,8 @@ class _Push:
         self.branch, self.create_pr = revision or "main", create_pr
         self.repo = {"repo_id": repo_id, "repo_type": repo_type}
         self.url, self.oid = "", ""
-        self.read_at: str | None = None  # commit that records are merged with
+        self.read_at: str | None = None  # commit that records are merged with or taken from
+        self.going = ""  # what is taken from it, in words
 
     def download_model(self, folder: Path) -> None:
         """The files of the model that records are of, which has to be there."""
@@ -209,25 +240,53 @@ class _Push:
             if path.is_file():
                 shutil.copy(path, folder / path.name)
 
-    def records_of(self, folder: Path) -> tuple[list[dict], list[str]]:
-        """Records on the Hub that are of a purifier's weights; and, where all are of others, the files that hold them.
+    def records_of(self, folder: Path, kind: Kind) -> tuple[list[dict], list]:
+        """Records on the Hub that are of a model's weights; and, where all are of others, what takes them off it.
 
         A model that is pushed again without its records keeps those of an earlier push, unless its weights changed.
         """
         try:
-            path = self.api.hf_hub_download(**self.repo, filename=RESULTS, revision=self.branch)
-        except (RemoteEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError):
+            at = self.api.repo_info(**self.repo, revision=self.branch).sha
+        except (RepositoryNotFoundError, RevisionNotFoundError):
+            return [], []
+        path = self.file(RESULTS, at)
+        if path is None:
             return [], []
         try:
             found = read_results(path)
+            if kind is ADAPTER:
+                records_of(found, None)
         except ValueError:  # not in our form: somebody's own file
             return [], []
+        if kind is ADAPTER:
+            known = same_adapter(folder, {n: self.file(n, at) for n in (ADAPTER_WEIGHTS, ADAPTER_CONFIG, BASE_RECORD)})
+        else:
+            known = _are_of(folder, found)
+        if known:
+            return found, []
+        self.read_at = at
+        return [], self.without(found, "of other weights")
+
+    def without(self, records: Sequence[Mapping[str, Any]], which: str) -> list:
+        """What takes outdated records off the commit that was read."""
+        names = self.api.list_repo_files(**self.repo, revision=self.read_at)
+        self.going = f"{len(records)} records {which}"
+        return outdated_operations(names, self.page(self.read_at), records)
+
+    def file(self, name: str, revision: str | None) -> Path | None:
+        """A file of the repository, or nothing where there is none."""
         try:
-            own_records(folder, found)
-        except ValueError:
-            names = self.api.list_repo_files(**self.repo, revision=self.branch)
-            return [], [name for name in names if _is_result(name)]
-        return found, []
+            return Path(self.api.hf_hub_download(**self.repo, filename=name, revision=revision))
+        except RemoteEntryNotFoundError:  # and only then: one that could not be read may be a person's
+            return None
+
+    def page(self, revision: str | None) -> str | None:
+        """The README with its line endings, if there is one."""
+        path = self.file(README, revision)
+        if path is None:
+            return None
+        with path.open(encoding="utf-8-sig", newline="") as stream:
+            return stream.read()
 
     def prepare(self, private: bool | None) -> None:
         """Make the repository and the branch where they are missing."""
@@ -256,21 +315,16 @@ class _Push:
 
         Without `merge`, an edited one is left as it is: the records are those that it was given before.
         """
-        try:
-            path = self.api.hf_hub_download(**self.repo, filename="README.md", revision=self.oid)
-            with open(path, encoding="utf-8-sig", newline="") as stream:
-                existing = stream.read()
-        except RemoteEntryNotFoundError:  # and only then: one that could not be read may be a person's
-            existing = None
+        existing = self.page(self.oid)
         card, how = renewed(existing, fresh)
         if how == "merged" and not merge:
             return "kept"
         content = str(card)
         if how != "kept" and content != existing:
             if how == "written":
-                check_for_leaks("README.md", content.encode(), folder, self.token)
+                check_for_leaks(README, content.encode(), folder, self.token)
             card.validate()
-            operation = CommitOperationAdd("README.md", content.encode())
+            operation = CommitOperationAdd(README, content.encode())
             message = "Add results to the model card" if how == "merged" else "Write the model card from the records"
             self.commit([operation], message, parent=None if self.create_pr else self.oid)
         return how
@@ -291,8 +345,12 @@ class _Push:
                 ) from error
 
 
-def _with_records(folder: Path, records: Path, repo_id: str) -> Kind:
-    """Bring records into a folder, perhaps beside a model, with the tables and charts of all that are then there."""
+def _with_records(folder: Path, records: Path, repo_id: str) -> tuple[Kind, list[Mapping[str, Any]]]:
+    """Bring records into a folder, perhaps beside a model, with the tables and charts of all that are then there.
+
+    Returns:
+        What the folder then holds, and the records of an adapter's other weights that gave way.
+    """
     from rich.console import Console
 
     from ..evaluation.report import report
@@ -302,12 +360,24 @@ def _with_records(folder: Path, records: Path, repo_id: str) -> Kind:
         raise ValueError(f"{repo_id} is the repository of a {kind.name}, not of what these records measured")
     if kind is PURIFIER:
         own_records(folder, read_results(records / RESULTS))  # of other weights, they are refused
+    dropped = drop_outdated(folder / RESULTS, records / RESULTS) if kind is ADAPTER else []
+    for name in picture_captions(dropped) if dropped else ():
+        (folder / name).unlink(missing_ok=True)
     merge_records(folder / RESULTS, records / RESULTS)
     for picture in records.glob("*.png"):
         shutil.copy(picture, folder / picture.name)
     with open(os.devnull, "w") as silent:
         report(folder / RESULTS, folder, Console(file=silent))
-    return kind
+    return kind, dropped
+
+
+def _are_of(folder: Path, records: list[dict]) -> bool:
+    """Whether any of the records is of a purifier's weights, or of a bare classifier alone."""
+    try:
+        own_records(folder, records)
+    except ValueError:
+        return False
+    return True
 
 
 def _is_shown(name: str, page: str) -> bool:
@@ -315,7 +385,7 @@ def _is_shown(name: str, page: str) -> bool:
 
 
 def _is_result(name: str) -> bool:
-    return any(Path(name).match(pattern) for pattern in RESULT_FILES)
+    return "/" not in name and any(Path(name).match(pattern) for pattern in RESULT_FILES)
 
 
 def _base(api: HfApi, folder: Path, base_model: str | None) -> str:
@@ -339,8 +409,15 @@ def _folder_of(source: Any, image_processor: Any) -> Iterator[Path]:
         return
     if not callable(getattr(source, "save_pretrained", None)):
         raise ValueError(f"source: {type(source).__name__} is neither a folder nor has it save_pretrained")
+    from peft import PeftModel
+
+    from ..adaptation import save_adapter
+
     with tempfile.TemporaryDirectory(prefix="maep-push-") as temporary:
-        source.save_pretrained(temporary)
+        if isinstance(source, PeftModel):
+            save_adapter(source, temporary)
+        else:
+            source.save_pretrained(temporary)
         if image_processor is not None:
             image_processor.save_pretrained(temporary)
         yield Path(temporary)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..evaluation.results import read_results
 from ..records import append_jsonl
 from .folders import RESULTS
+from .outdated import outdated_records
 
 
 def load_records(
@@ -37,6 +40,15 @@ def load_records(
 
     path = hf_hub_download(os.fspath(name_or_path), RESULTS, revision=revision, repo_type=repo_type, token=token)
     return read_results(path)
+
+
+def drop_outdated(into: Path, new: Path) -> list[Mapping[str, Any]]:
+    """Take the records that those of `new` outdate out of `into`, if it is there; returns what was taken out."""
+    there = read_results(into) if into.is_file() else []
+    dropped = outdated_records(there, read_results(new))
+    if dropped:
+        into.write_text("".join(json.dumps(record) + "\n" for record in there if record not in dropped))
+    return dropped
 
 
 def merge_records(into: Path, new: Path) -> None:

@@ -78,6 +78,13 @@ def records_of(records: Iterable[Mapping[str, Any]], fingerprints: set[str] | No
     return [record for record in found if record in own or record in own_random]
 
 
+def fingerprints_of(records: Iterable[Mapping[str, Any]]) -> set[str]:
+    """Fingerprints of the weights that records were measured on; that of a rescaled or randomised purifier is none."""
+    purifiers = [record["protocol"]["purifier"] or {"randomised": True} for record in records]
+    plain = [each for each in purifiers if not each.get("randomised") and "scale" not in (each.get("options") or {})]
+    return {each.get("fingerprint") or "not recorded" for each in plain}
+
+
 def _fingerprint(record: Mapping[str, Any]) -> str:
     return record["protocol"]["purifier"].get("fingerprint") or "not recorded"
 

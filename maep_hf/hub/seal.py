@@ -58,11 +58,7 @@ def renewed(existing: str | None, fresh: RepoCard) -> tuple[RepoCard, str]:
     """
     if existing is None or not existing.strip():
         return fresh, "written"
-    try:
-        card = type(fresh)(existing)
-    except (ValueError, TypeError, yaml.YAMLError) as error:  # a TypeError: names that are no text
-        reason = " ".join(str(error).split())
-        raise ValueError(f"README.md: its metadata cannot be read, mend it or remove the file ({reason})") from error
+    card = _parsed(existing, type(fresh))
     if not card.text.strip():  # a repository made on the website with a licence and nothing else: that choice stays
         for name, value in card.data.to_dict().items():
             if name != "model-index" and value:
@@ -80,10 +76,45 @@ def renewed(existing: str | None, fresh: RepoCard) -> tuple[RepoCard, str]:
     results = getattr(fresh.data, "eval_results", None)
     if not results:
         return card, "kept"
-    others = [each for each in card.data.eval_results or [] if RECORD not in (each.metric_args or {})]
-    card.data.eval_results = others + results
+    card.data.eval_results = _others(card) + results
     card.data.model_name = card.data.model_name or fresh.data.model_name
     return type(fresh)(str(card)), "merged"
+
+
+def edited_card(existing: str | None) -> ModelCard | None:
+    """The model card that is there, if a person wrote or changed it; one that a push writes anew is none.
+
+    Raises:
+        ValueError: its metadata cannot be read.
+    """
+    if existing is None or not existing.strip():
+        return None
+    card = _parsed(existing, ModelCard)
+    return card if card.text.strip() and edited(card) else None
+
+
+def without_results(card: ModelCard) -> ModelCard | None:
+    """The card without the results that this package put into its metadata; `None` if it has none."""
+    others = _others(card)
+    if len(others) == len(card.data.eval_results or []):
+        return None
+    card.data.eval_results = others or None
+    if not others:  # it is the name of the list of results
+        card.data.model_name = None
+    return type(card)(str(card))
+
+
+def _others(card: RepoCard) -> list:
+    """The results in a card's metadata that are not from evaluation records."""
+    return [each for each in card.data.eval_results or [] if RECORD not in (each.metric_args or {})]
+
+
+def _parsed(text: str, kind: type[RepoCard]) -> RepoCard:
+    try:
+        return kind(text)
+    except (ValueError, TypeError, yaml.YAMLError) as error:  # a TypeError: names that are no text
+        reason = " ".join(str(error).split())
+        raise ValueError(f"README.md: its metadata cannot be read, mend it or remove the file ({reason})") from error
 
 
 def _hash(card: RepoCard) -> str:

@@ -176,6 +176,7 @@ class _Loop:
             base_model=args.hub_base_model,
             trains_adapter=bool(adapters),
             base_path=next(iter(adapters.values())).base_model_name_or_path if adapters else None,
+            model=self.task.model,
         )
 
     def _train(self) -> None:

@@ -1,0 +1,232 @@
+"""What goes from the Hub with older weights: the figures of this package, and nobody's own files."""
+
+import contextlib
+import json
+import logging
+from pathlib import Path
+
+import pytest
+from hub_helpers import failure, overwrite_readme, purifier, push, write_records
+from local_hub import Blob, Commit
+from made_up_records import record
+
+from maep_hf.hub.outdated import outdated_operations, outdated_records, same_adapter
+
+pytest_plugins = ["hub_client"]
+OWN = ("banner.png", "assets/logo.png", "previews/attacks.png", "old/results.csv")  # a person's
+OWN_RESULT = """\
+  - task:
+      type: x
+    dataset:
+      type: y
+      name: z
+    metrics:
+    - type: accuracy
+      value: 12.5
+"""
+ADAPTER = {"r": 2, "lora_alpha": 4, "base_model_name_or_path": "someone/base", "peft_version": "0.21"}
+
+
+# In the process of the client
+
+
+def push_purifier(folder: Path, repo: str, seed: int, results: tuple = ()) -> dict:
+    """Push weights, by default without records; with them, two pictures go as well."""
+    from PIL import Image
+
+    from maep_hf.evaluation.fingerprint import fingerprint
+
+    model = purifier(seed)
+    model.save_pretrained(folder)
+    if results:
+        write_records(folder, fingerprint(model), results)
+        for name in ("attacks.png", "resnet56.png"):
+            Image.new("RGB", (8, 8)).save(folder / name)
+    return push(folder, repo)
+
+
+def save_adapter_folder(folder: Path, seed: int) -> Path:
+    import torch
+
+    from maep_hf.adaptation import add_lora, default_lora_config, save_adapter
+
+    model = add_lora(purifier(), default_lora_config(purifier(), rank=2))
+    torch.manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    save_adapter(model, folder)
+    return folder
+
+
+def push_adapter(folder: Path, repo: str, seed: int) -> dict:
+    push(purifier(), f"{repo}-base")
+    return push(save_adapter_folder(folder, seed), repo, base_model=f"{repo}-base")
+
+
+def push_evaluation(folder: Path, repo: str, fingerprint: str, *results) -> list[str]:
+    """Push records of merged weights, and the picture in front of their classifier; returns the warnings."""
+    from PIL import Image
+
+    write_records(folder, fingerprint, results)
+    if fingerprint.startswith("a"):
+        Image.new("RGB", (8, 8)).save(folder / "resnet56.png")
+    with warnings() as found:
+        push(folder, repo)
+    return found
+
+
+@contextlib.contextmanager
+def warnings():
+    found: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda entry: found.append(entry.getMessage())
+    logging.getLogger("maep_hf.hub.push").addHandler(handler)
+    yield found
+    logging.getLogger("maep_hf.hub.push").removeHandler(handler)
+
+
+# Tests
+
+
+def add_files(hub, repo: str, names) -> None:
+    """Files that a person puts there."""
+    repository = hub.repositories["model", repo]
+    files = repository.commits[repository.sha("main")].files | {name: Blob(b"theirs", False) for name in names}
+    repository.add("refs/heads/main", Commit(files, "by hand", repository.sha("main")))
+
+
+def test_new_weights_take_the_old_figures_along_and_no_file_of_a_person(client, hub, tmp_path):
+    repo = "someone/own-files"
+    client(push_purifier, tmp_path / "old", repo, 0, (("gray-box", 82.3),))
+    add_files(hub, repo, (*OWN, "results.csv", "results.md"))
+    before = set(hub.files(repo))
+    assert client(push_purifier, tmp_path / "new", repo, 1)["card"] == "written"
+    files = hub.files(repo)
+    assert before - set(files) == {"results.jsonl", "results.csv", "results.md", "attacks.png", "resnet56.png"}
+    assert all(files[name] == b"theirs" for name in OWN) and b"82.3" not in files["README.md"]
+
+
+@pytest.mark.parametrize("own_result", [True, False])
+def test_an_edited_page_loses_the_results_of_older_weights_and_nothing_else(client, hub, tmp_path, own_result):
+    repo = f"someone/edited-{own_result}"
+    client(push_purifier, tmp_path / "old", repo, 0, (("gray-box", 82.3), ("white-box", 1.5)))
+    metadata = hub.files(repo)["README.md"].decode().split("\n---\n", 1)[0]
+    assert metadata.count("record:") == 3
+    if own_result:
+        metadata = metadata.replace("  results:\n", f"  results:\n{OWN_RESULT}", 1)
+    text = "\r\n# My page\n\n![Attacks](attacks.png) of 82.3 %, and my <img src='banner.png'>\n"
+    client(overwrite_readme, repo, f"{metadata}\n---\n{text}")
+    add_files(hub, repo, OWN)
+    before = set(hub.files(repo))
+    assert client(push_purifier, tmp_path / "new", repo, 1)["card"] == "merged"
+    files = hub.files(repo)
+    assert before - set(files) == {"results.jsonl", "resnet56.png"}  # the page shows the other picture
+    new_metadata, new_text = files["README.md"].decode().split("\n---\n", 1)
+    assert new_text == text and "record:" not in new_metadata and "82.3" not in new_metadata
+    assert ("value: 12.5" in new_metadata, "model-index" in new_metadata) == (own_result, own_result)
+    assert "pipeline_tag: image-to-image" in new_metadata and "model_name" not in new_metadata
+    for commit in hub.repositories["model", repo].commits.values():  # in one commit: half of it cannot be left over
+        if "results.jsonl" not in commit.files and "README.md" in commit.files:
+            assert b"record:" not in commit.files["README.md"].data
+    assert client(push_purifier, tmp_path / "new", repo, 1)["card"] == "kept"
+    assert hub.files(repo)["README.md"] == files["README.md"]
+
+
+def test_a_page_that_cannot_be_read_stops_the_push_before_anything_is_sent(client, hub, tmp_path):
+    repo = "someone/unreadable"
+    client(push_purifier, tmp_path / "old", repo, 0, (("gray-box", 82.3),))
+    repository = hub.repositories["model", repo]
+    files = repository.commits[repository.sha("main")].files | {"README.md": Blob(b"---\nlicense: [\n---\n# x", False)}
+    sha = repository.add("refs/heads/main", Commit(files, "by hand", repository.sha("main")))
+    assert "README.md: its metadata cannot be read" in client(failure, push_purifier, tmp_path / "new", repo, 1)
+    assert repository.sha("main") == sha
+
+
+def test_an_adapter_pushed_again_keeps_its_results_until_it_is_trained_further(client, hub, tmp_path):
+    repo = "someone/again-adapter"
+    client(push_adapter, tmp_path / "adapter", repo, 0)
+    assert client(push_evaluation, tmp_path / "records", repo, "a" * 16, ("gray-box", 82.3)) == []
+    add_files(hub, repo, OWN)
+    with_results = hub.files(repo)
+    client(push_adapter, tmp_path / "adapter", repo, 0)
+    again = hub.files(repo)
+    assert b"82.3 (" in again["README.md"] and b"Nothing was measured" not in again["README.md"]
+    assert set(again) == set(with_results) and again["results.jsonl"] == with_results["results.jsonl"]
+    client(push_adapter, tmp_path / "further", repo, 1)
+    further = hub.files(repo)
+    assert b"82.3" not in further["README.md"] and b"Nothing was measured" in further["README.md"]
+    assert set(again) - set(further) == {"results.jsonl", "results.csv", "results.md", "resnet56.png"}
+    client(push_evaluation, tmp_path / "records-further", repo, "b" * 16, ("gray-box", 77.7))
+    assert b"77.7 (" in hub.files(repo)["README.md"]
+
+
+def test_records_of_an_adapter_from_another_machine_replace_those_there(client, hub, tmp_path):
+    repo = "someone/two-machines"
+    client(push_adapter, tmp_path / "adapter", repo, 0)
+    client(push_evaluation, tmp_path / "one", repo, "a" * 16, ("gray-box", 82.3), ("bpda", 60.5))
+    assert "resnet56.png" in hub.files(repo)
+    warned = client(push_evaluation, tmp_path / "two", repo, "b" * 16, ("gray-box", 81.1))
+    assert len(warned) == 1 and warned[0].startswith(f"{repo}: 2 records with another fingerprint")
+    files = hub.files(repo)
+    assert "resnet56.png" not in files and [json.loads(line)["protocol"]["purifier"]["fingerprint"]
+                                            for line in files["results.jsonl"].splitlines()] == ["b" * 16]  # fmt: skip
+    for name in ("README.md", "results.csv", "results.md"):
+        assert b"81.1" in files[name] and b"82.3" not in files[name] and b"60.5" not in files[name], name
+    more = client(push_evaluation, tmp_path / "more", repo, "b" * 16, ("bpda", 50.2))  # of the same: merged
+    assert more == [] and b"81.1 (" in hub.files(repo)["README.md"] and b"50.2 (" in hub.files(repo)["README.md"]
+
+
+def test_files_go_by_their_exact_names():
+    names = ["README.md", "results.jsonl", "x/results.jsonl", "my_attacks.png", "attacks.png", "resnet56.png", "x.png"]
+    gone = {each.path_in_repo for each in outdated_operations(names, None, [record()])}
+    assert gone == {"results.jsonl", "attacks.png", "resnet56.png"}
+    shown = outdated_operations(names, "# By hand\n\n![x](https://hub/x/resolve/main/resnet56.png)", [record()])
+    assert {each.path_in_repo for each in shown} == {"results.jsonl", "attacks.png"}
+
+
+def of(fingerprint: str, **options) -> dict:
+    made = record(**options)
+    made["protocol"]["purifier"] |= {"fingerprint": fingerprint * 16}
+    return made
+
+
+def test_records_outdate_those_of_other_weights_alone():
+    bare, scaled = record(purifier=None), of("c", purifier_options={"scale": 0.5})
+    randomised = of("d")
+    randomised["protocol"]["purifier"]["randomised"] = True
+    assert outdated_records([of("a"), bare, scaled, randomised], [of("b")]) == [of("a"), scaled, randomised]
+    assert outdated_records([of("a"), of("a", purifier_options={"overlap": 0})], [of("a", figure=1)]) == []
+    for newer in ([bare], [scaled], [randomised], []):  # these do not tell the weights
+        assert outdated_records([of("a"), bare], newer) == [], newer
+    assert outdated_records([bare, scaled, randomised], [of("a")]) == []
+
+
+@pytest.mark.parametrize(
+    ("changed", "same"),
+    [
+        ({}, True),
+        ({"adapter_model.safetensors": b"other weights"}, False),
+        ({"adapter_model.safetensors": None}, False),
+        ({"adapter_config.json": None}, False),
+        ({"adapter_config.json": ADAPTER | {"lora_alpha": 8}}, False),
+        ({"adapter_config.json": ADAPTER | {"base_model_name_or_path": "a/b", "peft_version": "0.22"}}, True),
+        ({"base_model.json": None}, True),  # pushed by PEFT alone
+        ({"base_model.json": {"fingerprint": "2", "dtype": "float32"}}, False),
+        ({"base_model.json": {"fingerprint": "2", "dtype": "bfloat16"}}, True),  # cannot be compared
+    ],
+)
+def test_an_adapter_is_known_by_weights_scale_and_base(tmp_path, changed, same):
+    files = {
+        "adapter_model.safetensors": b"weights",
+        "adapter_config.json": ADAPTER,
+        "base_model.json": {"fingerprint": "1", "dtype": "float32"},
+    }
+    for folder, contents in (("here", files), ("there", files | changed)):
+        (tmp_path / folder).mkdir()
+        for name, content in contents.items():
+            if content is not None:
+                data = content if isinstance(content, bytes) else json.dumps(content).encode()
+                (tmp_path / folder / name).write_bytes(data)
+    there = {name: path if (path := tmp_path / "there" / name).is_file() else None for name in files}
+    assert same_adapter(tmp_path / "here", there) is same
