@@ -105,7 +105,7 @@ def test_readme_states_the_measured_throughput():
 RELEASED = [PURIFIER, f"{PURIFIER}-lora-imagenet", f"{PURIFIER}-lora-tiny-imagenet"]
 
 
-@pytest.mark.parametrize("name", [*RELEASED, "ablation/finetune8", "ablation/divergence"])
+@pytest.mark.parametrize("name", [*RELEASED, "ablation/finetune8", "ablation/divergence", "ablation/again"])
 def test_white_box_is_published_for_all_weights(name):
     found = [result for result in results(read_results(ROOT / "checkpoints" / name / "results.jsonl"))
              if result.column == "white-box" and result.attack.startswith("AutoAttack (standard), Linf")]  # fmt: skip
@@ -192,6 +192,8 @@ LONG_RUNS = [
     ("finetune8", "finetune8", UNSEEN | {"densenet-bc-100", "efficientnet_lite0"}),
     ("divergence", "finetune9", UNSEEN | {"densenet-bc-100", "efficientnet_lite0"}),
 ]
+AGAIN = ("again", "finetune9", UNSEEN | {"densenet-bc-100", "efficientnet_lite0"})
+CHAIN = ("pretrain", "finetune", *(f"finetune{number}" for number in (2, 3, 4, 6, 7, 8, 9)))
 
 
 def test_released_purifier_was_made_by_its_recipe():
@@ -201,10 +203,11 @@ def test_released_purifier_was_made_by_its_recipe():
     assert names == {"resnet20-cifar10", "resnet20", "resnet32", "regnet-cifar10", "mobilenet-v2-cifar10"}
 
 
-@pytest.mark.parametrize(("name", "recipe", "unseen"), LONG_RUNS)
+@pytest.mark.parametrize(("name", "recipe", "unseen"), [*LONG_RUNS, AGAIN])
 def test_long_runs_are_tabled_from_their_records(name, recipe, unseen):
     folder = ROOT / "checkpoints" / "ablation" / name
-    recipe = read_recipe(f"{recipe}_tiny_cifar10")
+    elsewhere = {"output_dir": f"runs/again-{recipe}"} if name == "again" else {}
+    recipe = read_recipe(f"{recipe}_tiny_cifar10") | elsewhere
     records, readme = read_results(folder / "results.jsonl"), (folder.parent / "README.md").read_text().splitlines()
     table = [line for line in markdown_table(records).splitlines() if line.startswith("|")]
     assert all(line in (folder / "results.md").read_text().splitlines() for line in table), "maep report FOLDER"
@@ -221,8 +224,30 @@ def test_long_runs_are_tabled_from_their_records(name, recipe, unseen):
         assert (folder / "README.md").read_text() == str(render_card(folder, f"checkpoints/ablation/{name}"))
 
 
+def test_the_recipes_again_took_less_than_five_hours():
+    folder, seconds, images = ROOT / "checkpoints" / "ablation" / "again", 0.0, 0
+    readme = (folder.parent / "README.md").read_text()
+    # what two processes share, what shows the run and what keeps it
+    shown = {"per_device_train_batch_size", "validation_images", "eval_steps", "save_steps", "output_dir"}
+    for name in CHAIN:
+        prefix = "" if name == CHAIN[-1] else f"{name}_"
+        recipe, path = read_recipe(f"{name}_tiny_cifar10"), folder / f"{prefix}run.json"
+        assert follows(path, {key: value for key, value in recipe.items() if key not in shown})
+        run = json.loads(path.read_text())
+        shared = run["num_processes"] * run["arguments"]["loop"]["per_device_train_batch_size"]
+        assert shared == recipe["per_device_train_batch_size"] * (2 if name == CHAIN[-1] else 1)
+        assert not MACHINE_PATH.search(path.read_text())
+        lines = [line for line in read_jsonl(folder / f"{prefix}metrics.jsonl") if "attack_seconds" in line]
+        took, made = sum(line["attack_seconds"] + line["model_seconds"] for line in lines), recipe["max_steps"] * 64
+        assert f"| `{name}` | {took / 60:.1f} | {recipe['max_steps']:,} | {made:,} |" in readme
+        seconds, images = seconds + took, images + made
+    assert seconds < 5 * 3600 and f"{images:,} images, {seconds / 3600:.1f} hours" in readme
+    assert f"[{seconds / 3600:.1f} hours](checkpoints/ablation/README.md)" in (ROOT / "README.md").read_text()
+
+
 def test_long_runs_stand_beside_each_other():
     folders = {f"`{recipe}`": ROOT / "checkpoints" / "ablation" / name for name, recipe, _ in LONG_RUNS}
+    folders["the same recipes again"] = ROOT / "checkpoints" / "ablation" / "again"
     folders["the released purifier"] = released_checkpoint(PURIFIER)
     readme = (ROOT / "checkpoints" / "ablation" / "README.md").read_text().splitlines()
     for name, folder in folders.items():
