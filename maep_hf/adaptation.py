@@ -18,6 +18,7 @@ from peft.utils import AuxiliaryTrainingWrapper, load_peft_weights
 from torch import Tensor, nn
 from transformers.utils import cached_file
 
+from .checkpoints import BASE_RECORD
 from .modeling_maep import MAEPModel
 
 logger = logging.getLogger(__name__)
@@ -27,7 +28,6 @@ LINEAR_LAYERS = r"(q_proj|k_proj|v_proj|o_proj|fc1|fc2)"
 DEFAULT_RANK = 4
 EVERY_LAYER = "all"
 ADAPTER_FOLDER = "adapter"
-BASE_RECORD = "base_model.json"  # beside an adapter: which weights it was trained on
 
 
 def default_lora_config(

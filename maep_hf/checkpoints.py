@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
+    from peft import PeftConfig
 
     from .modeling_maep import MAEPModel
 
 PURIFIER = "maep-tiny-cifar10"
 CLASSIFIER = "resnet20-cifar10"
 ADAPTER_CONFIG = "adapter_config.json"
+BASE_RECORD = "base_model.json"  # beside an adapter: which weights it was trained on
 
 
 class CheckpointError(ValueError):
@@ -61,31 +64,30 @@ def load_purifier(
     """
     source = os.fspath(released_checkpoint(PURIFIER) if name_or_path is None else name_or_path)
     if (Path(source) / ADAPTER_CONFIG).is_file():
-        return _load_adapted(source, revision).to(device=device, dtype=dtype)
+        return _load_adapted(source, _adapter_config(source, revision), revision).to(device=device, dtype=dtype)
     try:
         return _load_whole(source, dtype, revision).to(device)
     except CheckpointError:
-        if Path(source).exists() or not _is_hub_adapter(source, revision):
+        if Path(source).exists():
             raise
-    return _load_adapted(source, revision).to(device=device, dtype=dtype)
+        config = None
+        with suppress(ValueError, OSError):  # a Hub repository may hold an adapter instead
+            config = _adapter_config(source, revision)
+        if config is None:
+            raise
+    return _load_adapted(source, config, revision).to(device=device, dtype=dtype)
 
 
-def _is_hub_adapter(source: str, revision: str | None) -> bool:
+def _adapter_config(source: str, revision: str | None) -> PeftConfig:
     from peft import PeftConfig
 
-    try:
-        PeftConfig.from_pretrained(source, **({"revision": revision} if revision else {}))
-    except (ValueError, OSError):
-        return False
-    return True
+    return PeftConfig.from_pretrained(source, **({"revision": revision} if revision else {}))
 
 
-def _load_adapted(source: str, revision: str | None) -> MAEPModel:
-    from peft import PeftConfig
-
+def _load_adapted(source: str, config: PeftConfig, revision: str | None) -> MAEPModel:
     from .adaptation import load_adapter, merge_adapter
 
-    base = PeftConfig.from_pretrained(source, **({"revision": revision} if revision else {})).base_model_name_or_path
+    base = config.base_model_name_or_path
     if not base:
         raise ValueError(f"purifier: the adapter in {source} does not say its base model (base_model_name_or_path)")
     beside, released = Path(source) / base, Path(__file__).resolve().parent.parent / base

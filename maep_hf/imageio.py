@@ -266,17 +266,19 @@ def _expand(entry: str, exclude: Path | None) -> list[ImagePath]:
     if path.is_file():
         return [ImagePath(path, Path(path.name))]
     if path.is_dir():
+        exclude = _within(path, exclude)
         return [
             ImagePath(file, file.relative_to(path))
             for file in sorted(path.rglob("*"))
-            if _is_image_name(file) and file.is_file() and not _inside(file, exclude, path)
+            if _is_image_name(file) and file.is_file() and not _inside(file, exclude)
         ]
     if not glob.has_magic(entry):
         raise ImagePathError(f"{entry}: no such file or folder")
     root = _fixed_part(path)
+    exclude = _within(root, exclude)
     items = []
     for match in map(Path, sorted(glob.glob(str(path), recursive=True))):
-        if match.is_file() and _is_image_name(match) and not _inside(match, exclude, root):
+        if match.is_file() and _is_image_name(match) and not _inside(match, exclude):
             items.append(ImagePath(match, match.relative_to(root)))
     if not items:
         raise ImagePathError(f"{entry}: the pattern matches no image file")
@@ -298,11 +300,13 @@ def _is_image_name(path: Path) -> bool:
     return format_name in Image.OPEN and format_name in Image.SAVE and format_name != "EPS"
 
 
-def _inside(path: Path, folder: Path | None, searched: Path) -> bool:
-    """Whether a file lies in a folder of what is searched; one that holds all of that is no reason to leave it out."""
-    if folder is None or searched.resolve().is_relative_to(folder):
-        return False
-    return path.resolve().is_relative_to(folder)
+def _inside(path: Path, folder: Path | None) -> bool:
+    return folder is not None and path.resolve().is_relative_to(folder)
+
+
+def _within(root: Path, exclude: Path | None) -> Path | None:
+    """The folder to leave out of a search; none where it holds all that is searched."""
+    return None if _inside(root, exclude) else exclude
 
 
 def _without_collisions(images: list[ImagePath]) -> list[ImagePath]:

@@ -15,6 +15,8 @@ from typing import Any
 
 from filelock import FileLock
 
+from .paths import without_paths
+
 PACKAGES = ("maep-hf", "torch", "transformers", "accelerate", "datasets", "peft", "numpy", "pillow")
 
 
@@ -73,23 +75,13 @@ def describe_environment() -> dict[str, Any]:
         except metadata.PackageNotFoundError:
             versions[name] = None
     return {
-        "command": [Path(sys.argv[0]).name, *map(_without_folder, sys.argv[1:])],
+        "command": [Path(sys.argv[0]).name, *without_paths(sys.argv[1:])],
         "versions": versions,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "git_revision": _git("rev-parse", "HEAD"),
         "git_dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
     }
-
-
-def _without_folder(word: str) -> str:
-    """Absolute paths say nothing elsewhere, and perhaps too much of this machine: their last part is kept, in
-    `--option=PATH` and `python:MODULE:FUNCTION:PATH` too."""
-    for mark in "=:":
-        start, found, path = word.rpartition(mark)
-        if found and Path(path).is_absolute() and "://" not in word:
-            return start + found + Path(path).name
-    return Path(word).name if Path(word).is_absolute() else word
 
 
 def _git(*arguments: str) -> str | None:

@@ -1,6 +1,9 @@
 """What the functions that run in the client's process build on; see `hub_client.py`."""
 
 import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from made_up_records import PASSED, record
@@ -80,6 +83,17 @@ def write_records(folder: Path, fingerprint: str, results) -> None:
         lines.append(json.dumps(made) + "\n")
     folder.mkdir(exist_ok=True)
     (folder / "results.jsonl").write_text("".join(lines))
+
+
+@contextmanager
+def warnings_of(logger: str) -> Iterator[list[str]]:
+    """The warnings that a logger gives meanwhile."""
+    found: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda entry: found.append(entry.getMessage())
+    logging.getLogger(logger).addHandler(handler)
+    yield found
+    logging.getLogger(logger).removeHandler(handler)
 
 
 def python_blocks(text: str) -> list[str]:

@@ -13,9 +13,10 @@ from PIL import Image
 
 from maep_hf.evaluation.fingerprint import fingerprint
 from maep_hf.hub import render_card, render_model_card, write_card
-from maep_hf.hub.names import dataset_id, hub_id, without_paths
+from maep_hf.hub.names import dataset_id, hub_id
 from maep_hf.hub.recipe import Recipe
 from maep_hf.hub.seal import edited, renewed, sealed
+from maep_hf.paths import without_paths
 
 THREATS = ("gray-box", "bpda", "white-box", "black-box", "transfer", "no attack")
 UNRENDERED = (

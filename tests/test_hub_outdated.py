@@ -1,12 +1,10 @@
 """What goes from the Hub with older weights: the figures of this package, and nobody's own files."""
 
-import contextlib
 import json
-import logging
 from pathlib import Path
 
 import pytest
-from hub_helpers import failure, overwrite_readme, purifier, push, write_records
+from hub_helpers import failure, overwrite_readme, purifier, push, warnings_of, write_records
 from local_hub import Blob, Commit
 from made_up_records import record
 
@@ -71,19 +69,9 @@ def push_evaluation(folder: Path, repo: str, fingerprint: str, *results) -> list
     write_records(folder, fingerprint, results)
     if fingerprint.startswith("a"):
         Image.new("RGB", (8, 8)).save(folder / "resnet56.png")
-    with warnings() as found:
+    with warnings_of("maep_hf.hub.push") as found:
         push(folder, repo)
     return found
-
-
-@contextlib.contextmanager
-def warnings():
-    found: list[str] = []
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda entry: found.append(entry.getMessage())
-    logging.getLogger("maep_hf.hub.push").addHandler(handler)
-    yield found
-    logging.getLogger("maep_hf.hub.push").removeHandler(handler)
 
 
 # Tests

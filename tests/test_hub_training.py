@@ -2,21 +2,20 @@
 
 import importlib.util
 import json
-import logging
 import sys
 import time
-from contextlib import contextmanager
 from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
-from hub_helpers import OTHER_TOKEN, classifier, failure, purifier, same, transformers_classifier
+from hub_helpers import OTHER_TOKEN, classifier, failure, purifier, same, transformers_classifier, warnings_of
 from transformers import ViTConfig, ViTModel
 
 from maep_hf.hub.folders import kind_of_model
 
 pytest_plugins = ["hub_client"]
+BACKGROUND = "maep_hf.hub.background"
 TINY_VIT = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -66,17 +65,6 @@ def train(folder: Path, name: str, script: str = "finetune", **options) -> Path:
     return module.main([word for key, value in (usual | options).items() for word in (f"--{key}", str(value))])
 
 
-@contextmanager
-def warnings():
-    """The warnings of background pushes."""
-    found: list[str] = []
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda entry: found.append(entry.getMessage())
-    logging.getLogger("maep_hf.hub.background").addHandler(handler)
-    yield found
-    logging.getLogger("maep_hf.hub.background").removeHandler(handler)
-
-
 def train_and_push(folder: Path, name: str, fails: int = 0, **options) -> dict:
     """Train; the first so many pushes fail. The order in which checkpoints were written and pushes ended is noted."""
     from maep_hf.hub import background
@@ -90,7 +78,7 @@ def train_and_push(folder: Path, name: str, fails: int = 0, **options) -> dict:
         return push(*args, **kwargs)
 
     with (
-        warnings() as warned,
+        warnings_of(BACKGROUND) as warned,
         mock.patch.object(background, "push_to_hub", failing),
         mock.patch.object(time, "sleep"),
     ):
@@ -140,7 +128,7 @@ def push_what_cannot_be_copied(folder: Path, repo: str) -> tuple[list[str], list
     from maep_hf.hub.background import BackgroundPush
 
     push = BackgroundPush(folder, repo)
-    with warnings() as warned:
+    with warnings_of(BACKGROUND) as warned:
         push.start(1)  # there is no config.json
         purifier().save_pretrained(folder)
         with mock.patch("shutil.copy", side_effect=OSError("no space left")):

@@ -59,8 +59,8 @@ def main(argv: list[str] | None = None) -> Path:
         FinetuneArguments, LoraArguments, DataArguments, AttackArguments, PurificationArguments, LoopArguments,
         default_recipe=RECIPE, argv=argv,
     )  # fmt: skip
-    if finetune.trainable == "all" and (given := [name for name, value in vars(LoraArguments()).items()
-                                                  if getattr(lora, name) != value]):  # fmt: skip
+    given = [name for name, value in vars(LoraArguments()).items() if getattr(lora, name) != value]
+    if given and finetune.trainable == "all":
         raise ValueError(f"{given[0]}: all weights are trained; give trainable=decoder_lora, or leave it out")
     set_seed(loop.seed)
     model = load_trainable(

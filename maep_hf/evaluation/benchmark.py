@@ -142,9 +142,10 @@ def benchmark(
     if purifier is None and threat_model in ("gray-box", "bpda"):
         threat_model = "white-box"
     if isinstance(dataset, str):
-        columns = {"image_column": image_column, "label_column": label_column}
-        rows_of = load_image_dataset(dataset, split, config_name=dataset_config, **columns)
-        images = read_images(rows_of, max_images, image_size, Path(dataset).name, split)
+        loaded = load_image_dataset(
+            dataset, split, config_name=dataset_config, image_column=image_column, label_column=label_column
+        )
+        images = read_images(loaded, max_images, image_size, Path(dataset).name, split)
     else:
         images = _images(dataset, max_images)
     images = images.in_order_of(list((classifier.id2label or {}).values()))
@@ -208,8 +209,10 @@ def benchmark(
     rows = gather_object(rows) if state.num_processes > 1 else rows
     report = None
     if checked:
-        options = {"threat_model": threat_model, "seed": seed, "randomised": randomised, "source": source}
-        options["batch_size"] = batch_size
+        options = {
+            "threat_model": threat_model, "seed": seed, "randomised": randomised, "source": source,
+            "batch_size": batch_size,
+        }  # fmt: skip
         report = _checks(defended, images.batch(0, checked, device), attack, rows, options, folder, progress)
     record = protocol.record() | summarise(rows, purified=purifier is not None, passes=passes)
     record["checks"] = report

@@ -116,7 +116,7 @@ def _plain(value: Any) -> str | None:
 def _code(function: Any, seen: Seen) -> str:
     """A function by its code, constants, defaults and what it closes over."""
     if isinstance(function, nn.Module):
-        return "itself" if id(function) in seen else _fingerprint(function, seen)
+        return _fingerprint(function, seen)
     if isinstance(function, functools.partial):
         parts = [function.func, *function.args, *(function.keywords[name] for name in sorted(function.keywords))]
         return f"partial({', '.join(_value(part, seen) for part in parts)}, {sorted(function.keywords)})"
@@ -141,11 +141,11 @@ def _value(value: Any, seen: Seen) -> str:
     """Anything that a model or a function may hold; an object by its kind and its attributes."""
     if isinstance(value, torch.Tensor):
         return hashlib.sha256(_bytes(value)).hexdigest()
-    if isinstance(value, np.ndarray | np.generic) and not np.asarray(value).dtype.hasobject:
-        return hashlib.sha256(f"{value.dtype}{value.shape}".encode() + value.tobytes()).hexdigest()
     plain = _plain(value)
     if plain is not None:
         return plain
+    if isinstance(value, np.ndarray | np.generic) and not value.dtype.hasobject:
+        return hashlib.sha256(f"{value.dtype}{value.shape}".encode() + value.tobytes()).hexdigest()
     if isinstance(value, ModuleType | type):
         return value.__name__
     if id(value) in seen:
@@ -163,7 +163,7 @@ def _value(value: Any, seen: Seen) -> str:
     slots = {field.name: getattr(value, field.name) for field in fields(value)} if is_dataclass(value) else None
     attributes = getattr(value, "__dict__", slots)
     if callable(value) or attributes is None:
-        return _code(value, seen)
+        return _code(value, inside)
     return f"{type(value).__qualname__} {_value(attributes, inside)}"
 
 

@@ -110,8 +110,13 @@ def run_evaluation(args: EvaluationArguments, console: Console | None = None) ->
     shared = args.device == "auto" and state.num_processes > 1
     device = state.device if shared else pick_device(args.device)
     measured = _combinations(args, console if state.is_main_process else None)
-    columns = {"image_column": args.image_column, "label_column": args.label_column}
-    dataset = load_image_dataset(args.dataset, args.split, config_name=args.dataset_config, **columns)
+    dataset = load_image_dataset(
+        args.dataset,
+        args.split,
+        config_name=args.dataset_config,
+        image_column=args.image_column,
+        label_column=args.label_column,
+    )
     images = read_images(dataset, args.max_images, args.image_size, _short(args.dataset), args.split)
     source = None
     if args.source_classifier:

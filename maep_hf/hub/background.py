@@ -13,8 +13,9 @@ from typing import Any
 
 from huggingface_hub import HfApi
 
+from ..paths import short
 from .folders import ADAPTER, Kind, files_of, kind_of, kind_of_model
-from .names import hub_id, short
+from .names import hub_id
 from .push import PushError, as_push_errors, check_login, check_visibility, push_to_hub, with_owner
 
 logger = logging.getLogger(__name__)

@@ -13,9 +13,11 @@ from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard,
 from huggingface_hub.repocard import RepoCard
 
 from ..evaluation.results import check_record
+from ..paths import short, without_paths
 from ..records import read_jsonl
 from .folders import (
     ADAPTER,
+    ADAPTER_CONFIG,
     CLASSIFIER,
     EVALUATION,
     PAIRS,
@@ -26,7 +28,7 @@ from .folders import (
     kind_of,
     read_json,
 )
-from .names import hub_id, short, without_paths
+from .names import hub_id
 from .recipe import Recipe
 from .results import ATTACKERS, CardResults, records_of, validation_results
 from .seal import renewed, sealed
@@ -156,7 +158,7 @@ def own_records(folder: Path, records: Sequence[Mapping[str, Any]]) -> list[Mapp
 
 
 def _adapter(folder: Path, repo_id: str, base_model: str | None, records: list) -> dict[str, Any]:
-    adapter = read_json(folder / "adapter_config.json")
+    adapter = read_json(folder / ADAPTER_CONFIG)
     base = base_of_adapter(adapter, base_model)
     context = _trained(folder, records_of(records, None))
     card_data = _model_data(

@@ -11,8 +11,8 @@ from typing import Any
 
 from huggingface_hub import CommitOperationAdd, get_token
 
-from .folders import ADAPTER, IMAGE_PROCESSOR, PAIRS, PURIFIER, Kind, files_of, read_json, run_record
-from .names import without_paths
+from ..paths import without_paths
+from .folders import ADAPTER, ADAPTER_CONFIG, IMAGE_PROCESSOR, PAIRS, PURIFIER, Kind, files_of, read_json, run_record
 
 _TEXT = (".json", ".jsonl", ".md", ".csv", ".py", "")
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -56,8 +56,8 @@ def operations_of(
     if kind is PURIFIER:
         contents["config.json"] = _json(_with_pipeline(json.loads(contents["config.json"])))
     if kind is ADAPTER:
-        adapter = json.loads(contents["adapter_config.json"]) | {"base_model_name_or_path": base_model}
-        contents["adapter_config.json"] = _json(adapter)
+        adapter = json.loads(contents[ADAPTER_CONFIG]) | {"base_model_name_or_path": base_model}
+        contents[ADAPTER_CONFIG] = _json(adapter)
     if kind is PAIRS:
         for name, content in contents.items():
             if name.endswith(".parquet"):

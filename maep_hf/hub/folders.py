@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..checkpoints import ADAPTER_CONFIG, BASE_RECORD
+
 _WEIGHTS = ("config.json", "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
 _RUN = ("run.json", "*_run.json", "metrics.jsonl", "*_metrics.jsonl", "LICENSE")
 RESULTS = "results.jsonl"
 RESULT_TEXTS = (RESULTS, "results.md", "results.csv")
 RESULT_FILES = (*RESULT_TEXTS, "*.png")
-ADAPTER_WEIGHTS, ADAPTER_CONFIG, BASE_RECORD = "adapter_model.safetensors", "adapter_config.json", "base_model.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PURIFIER_CODE = ("configuration_maep.py", "modeling_maep.py", "image_processing_maep.py", "pipeline_maep.py")
 CLASSIFIER_CODE = ("configuration_cifar_resnet.py", "modeling_cifar_resnet.py")
 

@@ -390,7 +390,7 @@ def _is_result(name: str) -> bool:
 
 def _base(api: HfApi, folder: Path, base_model: str | None) -> str:
     """The adapter's base on the Hub, which must be there: nobody could load the adapter without it."""
-    base = base_of_adapter(read_json(folder / "adapter_config.json"), base_model)
+    base = base_of_adapter(read_json(folder / ADAPTER_CONFIG), base_model)
     if not api.repo_exists(base):
         raise ValueError(
             f"base_model: {base} is not on the Hub (or not visible with this token); push the base first, or name it "

@@ -8,8 +8,9 @@ from typing import Any
 
 import yaml
 
+from ..paths import short, without_paths
 from .folders import read_json, run_record
-from .names import dataset_id, hub_id, short, without_paths
+from .names import dataset_id, hub_id
 
 # Where things lay, and where they were pushed to: neither changes what was computed.
 _NOT_SHOWN = ("output_dir", "overwrite_output_dir", "push_to_hub", "hub_model_id", "hub_private", "hub_strategy",

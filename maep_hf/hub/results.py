@@ -11,8 +11,9 @@ from huggingface_hub import EvalResult
 from ..evaluation.results import UNRELIABLE, Result, attack_name, check_record, results
 from ..evaluation.statistics import wilson_interval
 from ..evaluation.tables import markdown_table, percent
+from ..paths import short
 from ..records import read_jsonl
-from .names import dataset_id, short
+from .names import dataset_id
 from .recipe import Recipe
 from .seal import RECORD
 
