@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import sys
 import textwrap
 from pathlib import Path
@@ -83,6 +84,23 @@ def test_the_adapter_on_its_base_is_the_merged_purifier(whole_run, purifier_fold
             torch.testing.assert_close(output, expected, atol=1e-4, rtol=0)
     with pytest.raises(ValueError, match="other weights"):
         load_adapter(MAEPModel.from_pretrained(whole_run), whole_run / "adapter")
+
+
+def test_an_adapter_in_16_bits_goes_on_the_same_base(whole_run, options, purifier_folder, tmp_path):
+    folder = shutil.copytree(whole_run, tmp_path / "run")
+    run("adapt_lora", options(folder, export_dtype="float16"))
+    for name in ("adapter/adapter_model.safetensors", "model.safetensors"):
+        exact, stored = load_file(whole_run / name), load_file(folder / name)
+        assert all(torch.equal(value, exact[key].half()) for key, value in stored.items())
+    assert (folder / "adapter" / "base_model.json").read_text() == (
+        whole_run / "adapter" / "base_model.json"
+    ).read_text()
+    adapted = load_adapter(MAEPModel.from_pretrained(purifier_folder), folder / "adapter")
+    assert {value.dtype for value in adapted.state_dict().values()} == {torch.float32}
+    pixels = torch.rand(2, 3, 30, 50)
+    with torch.no_grad():
+        expected = MAEPModel.from_pretrained(whole_run).eval().purify(pixels)
+        torch.testing.assert_close(adapted.eval().get_base_model().purify(pixels), expected, atol=2e-3, rtol=0)
 
 
 def test_the_record_tells_all_of_the_run(whole_run, purifier_folder, caplog):

@@ -304,6 +304,19 @@ def test_what_changes_no_result_may_change(options, tmp_path):
     assert checkpoints(tmp_path / "run") == ["step-0000002", "step-0000003", "step-0000004"]
 
 
+def test_a_finished_run_is_stored_in_16_bits(whole_run, tmp_path, options):
+    folder = shutil.copytree(whole_run, tmp_path / "run")
+    run("finetune", options(folder, export_dtype="float16"))
+    exact, stored = load_file(whole_run / "model.safetensors"), load_file(folder / "model.safetensors")
+    assert all(torch.equal(value, exact[name].half()) for name, value in stored.items())
+    assert {value.dtype for value in MAEPModel.from_pretrained(folder).state_dict().values()} == {torch.float32}
+    assert all(value.dtype == torch.float32 for value in checkpoint_model(folder).values())
+    run("finetune", options(folder))
+    assert (folder / "model.safetensors").read_bytes() == (whole_run / "model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="export_dtype='int8': must be one of float32, float16, bfloat16"):
+        LoopArguments(export_dtype="int8")
+
+
 def test_overwriting_starts_over(whole_run, options, tmp_path):
     folder = tmp_path / "run"
     run("finetune", options(folder, max_steps=3, seed=5))

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 
 from ..data import DataError, ImageDataset, load_image_dataset
+from ..storage import STORED_DTYPES
 
 
 @dataclass
@@ -57,6 +58,10 @@ class LoopArguments:
     hub_base_model: str | None = field(
         default=None, metadata={"help": "Hub id of an adapter's base that was loaded from a folder"}
     )
+    export_dtype: str = field(
+        default="float32",
+        metadata={"help": "number type of the stored model: float32, float16 or bfloat16; checkpoints are exact"},
+    )
 
     def __post_init__(self) -> None:
         for name in ("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps",
@@ -69,7 +74,8 @@ class LoopArguments:
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay={self.ema_decay}: must be in [0, 1)")
         choices = {"optimizer": ("adamw", "sgd"), "mixed_precision": ("no", "bf16", "fp16", "auto"),
-                   "report_to": ("none", "tensorboard", "trackio"), "hub_strategy": ("end", "every_save")}  # fmt: skip
+                   "report_to": ("none", "tensorboard", "trackio"), "hub_strategy": ("end", "every_save"),
+                   "export_dtype": STORED_DTYPES}  # fmt: skip
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r}: must be one of {', '.join(allowed)}")
@@ -92,6 +98,7 @@ FREE_ARGUMENTS = frozenset(
         "hub_private",
         "hub_strategy",
         "hub_base_model",
+        "export_dtype",
     }
 )
 

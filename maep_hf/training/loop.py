@@ -21,6 +21,7 @@ from transformers.utils import logging as transformers_logging
 
 from ..devices import pick_precision, synchronize
 from ..records import describe_environment, write_json
+from ..storage import store_weights
 from .arguments import LoopArguments
 from .run_folder import RunFolder, RunFolderError
 from .samples import collate
@@ -346,8 +347,14 @@ class _Loop:
     def _export(self) -> None:
         if self.main:
             with self.folder.writing("the model"):
-                self.folder.export(lambda folder: self.task.export(self.best_model, folder))
+                self.folder.export(self._save_model)
         self.accelerator.wait_for_everyone()
+
+    def _save_model(self, folder: Path) -> None:
+        self.task.export(self.best_model, folder)
+        if self.args.export_dtype != "float32":
+            for saved in {path.parent for path in folder.rglob("*.safetensors")}:  # an adapter's lie below
+                store_weights(saved, self.args.export_dtype)
 
 
 def build_optimizer(model: nn.Module, args: LoopArguments) -> torch.optim.Optimizer:
