@@ -28,7 +28,7 @@ ADAPTER = {"r": 2, "lora_alpha": 4, "base_model_name_or_path": "someone/base", "
 # In the process of the client
 
 
-def push_purifier(folder: Path, repo: str, seed: int, results: tuple = ()) -> dict:
+def push_purifier(folder: Path, repo: str, seed: int, results: tuple = (), branch: str = "main") -> dict:
     """Push weights, by default without records; with them, two pictures go as well."""
     from PIL import Image
 
@@ -40,7 +40,7 @@ def push_purifier(folder: Path, repo: str, seed: int, results: tuple = ()) -> di
         write_records(folder, fingerprint(model), results)
         for name in ("attacks.png", "resnet56.png"):
             Image.new("RGB", (8, 8)).save(folder / name)
-    return push(folder, repo)
+    return push(folder, repo, revision=branch)
 
 
 def save_adapter_folder(folder: Path, seed: int) -> Path:
@@ -93,6 +93,16 @@ def test_new_weights_take_the_old_figures_along_and_no_file_of_a_person(client, 
     files = hub.files(repo)
     assert before - set(files) == {"results.jsonl", "results.csv", "results.md", "attacks.png", "resnet56.png"}
     assert all(files[name] == b"theirs" for name in OWN) and b"82.3" not in files["README.md"]
+
+
+@pytest.mark.parametrize("branch", ["main", "trial"])
+def test_the_same_weights_without_records_leave_the_page_and_its_pictures(client, hub, tmp_path, branch):
+    repo = f"someone/again-on-{branch}"
+    client(push_purifier, tmp_path / "old", repo, 0, (("gray-box", 82.3),), branch)
+    before = hub.files(repo, branch)
+    assert b"(attacks.png)" in before["README.md"] and b"(resnet56.png)" in before["README.md"]
+    client(push_purifier, tmp_path / "again", repo, 0, (), branch)
+    assert hub.files(repo, branch) == before
 
 
 @pytest.mark.parametrize("own_result", [True, False])

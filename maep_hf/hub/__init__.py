@@ -1,8 +1,9 @@
 """The Hub: cards from records, pushes of everything this package makes, pushes while a run trains."""
 
 from .cards import render_card, write_card
+from .connection import PushError
 from .contents import LeakError
-from .push import Pushed, PushError, push_to_hub
+from .push import Pushed, push_to_hub
 from .records import load_records
 
 render_model_card = render_card

@@ -14,9 +14,10 @@ from typing import Any
 from huggingface_hub import HfApi
 
 from ..paths import short
+from .connection import PushError, as_push_errors, check_login, check_visibility, with_owner
 from .folders import ADAPTER, Kind, files_of, kind_of, kind_of_model
 from .names import hub_id
-from .push import PushError, as_push_errors, check_login, check_visibility, push_to_hub, with_owner
+from .push import push_to_hub
 
 logger = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import site
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,7 @@ def render_card(
     results: Sequence[Mapping[str, Any]] | None = None,
     template: str | os.PathLike | None = None,
     kind: Kind | None = None,
+    pictures: Collection[str] = (),
 ) -> RepoCard:
     """Render the card of a folder: purifier, LoRA adapter, classifier, stored pairs or evaluation records.
 
@@ -60,6 +61,7 @@ def render_card(
         results: records of `benchmark`; by default those of `results.jsonl`, if it is there.
         template: Jinja template in place of the kind's own (`model_card.md` for a purifier).
         kind: by default what the folder holds.
+        pictures: files beside the page that are not in the folder; the card shows those of its records.
 
     Returns:
         A `ModelCard`, or a `DatasetCard` for pairs and evaluation records, that carries its seal (see `seal.py`).
@@ -77,6 +79,9 @@ def render_card(
     repo_id = repo_id or folder.resolve().name
     describe, file_name = _CARDS[kind]
     context = describe(folder, repo_id, base_model, records)
+    if "pictures" in context:
+        beside = {path.name for path in folder.iterdir()} | set(pictures)
+        context["pictures"] = [(name, caption) for name, caption in context["pictures"].items() if name in beside]
     path = Path(template) if template else _template(file_name)
     fields = context | {"name": short(repo_id), "repo_id": repo_id, "card_data": context["card_data"].to_yaml()}
     content = _rendered(path, fields)
@@ -155,6 +160,15 @@ def own_records(folder: Path, records: Sequence[Mapping[str, Any]]) -> list[Mapp
     if vars(purifier.config).pop("custom_pipelines", None):  # a push adds it, and changes no output
         fingerprints.add(fingerprint(purifier))
     return records_of(records, fingerprints)
+
+
+def are_of(folder: Path, records: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether any of the records is of a purifier's weights, or of a bare classifier alone."""
+    try:
+        own_records(folder, records)
+    except ValueError:
+        return False
+    return True
 
 
 def _adapter(folder: Path, repo_id: str, base_model: str | None, records: list) -> dict[str, Any]:
@@ -271,7 +285,7 @@ def _evaluation(folder: Path, repo_id: str, base_model: str | None, records: lis
     )
     return {"card_data": card_data, "table": markdown_table(records).rstrip(), "count": len(records),
             "purifiers": purifiers, "missing": [name for name in ATTACKERS if name not in measured],
-            "pictures": _pictures(folder, records)}  # fmt: skip
+            "pictures": picture_captions(records)}  # fmt: skip
 
 
 def _trained(folder: Path, records: list) -> dict[str, Any]:
@@ -279,7 +293,7 @@ def _trained(folder: Path, records: list) -> dict[str, Any]:
     return {
         "results": CardResults(records),
         "recipe": recipe,
-        "pictures": _pictures(folder, records),
+        "pictures": picture_captions(records),
     }
 
 
@@ -292,11 +306,6 @@ def _model_data(repo_id: str, *, metadata: list[EvalResult], datasets: list[str]
         eval_results=metadata or None,
         **{name: value for name, value in fields.items() if value},
     )
-
-
-def _pictures(folder: Path, records: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
-    """(file, caption) of the pictures of these records that are there."""
-    return [(name, caption) for name, caption in picture_captions(records).items() if (folder / name).is_file()]
 
 
 def picture_captions(records: Sequence[Mapping[str, Any]]) -> dict[str, str]:

@@ -1,0 +1,75 @@
+"""The connection to the Hub: who is logged in, which repository is meant, and errors that say what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError, LocalTokenNotFoundError
+from huggingface_hub.utils import validate_repo_id
+
+
+class PushError(OSError):
+    """A push that the Hub refused or that was cut off; the message says why. The same call can be made again."""
+
+
+@contextmanager
+def as_push_errors(repo_id: str) -> Iterator[None]:
+    """The client's errors, of the Hub and of the connection, with what to do."""
+    try:
+        yield
+    except PushError:
+        raise
+    # an upload that ends midway is a RuntimeError because of the other, a download a LocalEntryNotFoundError
+    except (HTTPError, RuntimeError, LocalEntryNotFoundError) as error:
+        if isinstance(error, RuntimeError) and not isinstance(error.__cause__, HTTPError):
+            raise
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        what = f"the Hub answered {status}" if status else "the connection failed"
+        raise PushError(
+            f"{repo_id}: {what} ({_reason(error)}); what arrived stays, the same push can be repeated"
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    message = getattr(error, "server_message", None) or str(error).strip() or type(error).__name__
+    return message.splitlines()[0]
+
+
+def check_login(api: HfApi) -> str:
+    """The account's name.
+
+    Raises:
+        PushError: there is no token, or it is not valid.
+    """
+    try:
+        return api.whoami()["name"]
+    except (LocalTokenNotFoundError, HfHubHTTPError) as error:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if status not in (None, 401, 403):
+            raise
+        why = "is not valid" if status else "is missing"
+        said = f" ({status} {_reason(error)})" if status else ""
+        raise PushError(f"the token of the Hub {why}{said}: log in with `hf auth login`, or set HF_TOKEN") from error
+
+
+def with_owner(repo_id: str, user: str) -> str:
+    """OWNER/NAME; a name alone is the user's.
+
+    Raises:
+        ValueError: it cannot be the name of a repository.
+    """
+    validate_repo_id(repo_id)
+    return repo_id if "/" in repo_id else f"{user}/{repo_id}"
+
+
+def check_visibility(api: HfApi, repo_id: str, private: bool | None, repo_type: str = "model") -> None:
+    """Refuse a repository that exists and is public where it should be private, or the other way round.
+
+    Raises:
+        ValueError: it is.
+    """
+    if private is not None and api.repo_info(repo_id, repo_type=repo_type).private != private:
+        is_now, wish = ("public", "private") if private else ("private", "public")
+        raise ValueError(f"private={private}: {repo_id} exists and is {is_now}; make it {wish} in its settings")

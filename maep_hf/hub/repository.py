@@ -1,0 +1,162 @@
+"""The steps of a push to one repository of the Hub."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.repocard import RepoCard
+
+from ..evaluation.results import read_results
+from .cards import are_of
+from .connection import check_visibility
+from .contents import check_for_leaks
+from .folders import ADAPTER, ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE_RECORD, PURIFIER, RESULTS, Kind
+from .outdated import README, outdated_operations, same_adapter
+from .results import records_of
+from .seal import renewed
+
+PULL_REQUESTS = "refs/"
+
+
+class Repository:
+    """One repository of a Hub: what is read of it before a push, and the commits of the push itself."""
+
+    def __init__(self, api: HfApi, repo_id: str, repo_type: str, revision: str | None, create_pr: bool, token: Any):
+        self.api, self.repo_id, self.repo_type, self.token = api, repo_id, repo_type, token
+        self.branch, self.create_pr = revision or "main", create_pr
+        self.repo = {"repo_id": repo_id, "repo_type": repo_type}
+        self.url, self.oid = "", ""
+        self.read_at: str | None = None  # commit that records are merged with or taken from
+        self.going = ""  # what is taken from it, in words
+
+    def download_model(self, folder: Path) -> None:
+        """The files of the model that records are of, which has to be there."""
+        wanted = [*PURIFIER.files, *ADAPTER.files]
+        try:
+            downloaded = self.api.snapshot_download(**self.repo, revision=self.branch, allow_patterns=wanted)
+        except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+            raise ValueError(
+                f"{self.repo_id}: no such repository or revision ({self.branch}) for these records; push the purifier "
+                "or adapter first, or give the records a repository of their own with repo_type='dataset'"
+            ) from error
+        self.read_at = Path(downloaded).name  # a stale copy, or a commit since, is then refused and not undone
+        for path in Path(downloaded).iterdir():
+            if path.is_file():
+                shutil.copy(path, folder / path.name)
+
+    def records_of(self, folder: Path, kind: Kind) -> tuple[list[dict], list]:
+        """Records on the Hub that are of a model's weights; and, where all are of others, what takes them off it.
+
+        A model that is pushed again without its records keeps those of an earlier push, unless its weights changed.
+        """
+        try:
+            at = self.api.repo_info(**self.repo, revision=self.branch).sha
+        except (RepositoryNotFoundError, RevisionNotFoundError):
+            return [], []
+        path = self.file(RESULTS, at)
+        if path is None:
+            return [], []
+        try:
+            found = read_results(path)
+            if kind is ADAPTER:
+                records_of(found, None)
+        except ValueError:  # not in our form: somebody's own file
+            return [], []
+        if kind is ADAPTER:
+            known = same_adapter(folder, {n: self.file(n, at) for n in (ADAPTER_WEIGHTS, ADAPTER_CONFIG, BASE_RECORD)})
+        else:
+            known = are_of(folder, found)
+        if known:
+            return found, []
+        self.read_at = at
+        return [], self.without(found, "of other weights")
+
+    def without(self, records: Sequence[Mapping[str, Any]], which: str) -> list:
+        """What takes outdated records off the commit that was read."""
+        self.going = f"{len(records)} records {which}"
+        return outdated_operations(self.names(self.read_at), self.page(self.read_at), records)
+
+    def names(self, revision: str | None) -> list[str]:
+        """Paths of the repository's files."""
+        return self.api.list_repo_files(**self.repo, revision=revision)
+
+    def file(self, name: str, revision: str | None) -> Path | None:
+        """A file of the repository, or nothing where there is none."""
+        try:
+            return Path(self.api.hf_hub_download(**self.repo, filename=name, revision=revision))
+        except RemoteEntryNotFoundError:  # and only then: one that could not be read may be a person's
+            return None
+
+    def page(self, revision: str | None) -> str | None:
+        """The README with its line endings, if there is one."""
+        path = self.file(README, revision)
+        if path is None:
+            return None
+        with path.open(encoding="utf-8-sig", newline="") as stream:
+            return stream.read()
+
+    def prepare(self, private: bool | None) -> None:
+        """Make the repository and the branch where they are missing."""
+        url = self.api.create_repo(**self.repo, private=private, exist_ok=True)
+        self.url = str(url)
+        check_visibility(self.api, self.repo_id, private, self.repo_type)
+        if self.branch != "main" and not self.branch.startswith(PULL_REQUESTS):
+            self.api.create_branch(**self.repo, branch=self.branch, exist_ok=True)
+
+    def commit(self, operations: list, message: str, parent: str | None = None) -> None:
+        """One commit on the branch, or the first on a pull request, where the next ones follow."""
+        info: CommitInfo = self.api.create_commit(
+            **self.repo,
+            operations=operations,
+            commit_message=message,
+            revision=self.branch,
+            create_pr=self.create_pr,
+            parent_commit=parent,
+        )
+        self.oid = info.oid
+        if self.create_pr and info.pr_revision:
+            self.branch, self.create_pr, self.url = info.pr_revision, False, info.pr_url
+
+    def card(self, fresh: RepoCard, folder: Path, merge: bool = True) -> str:
+        """The README, last: it is read at the commit just made, and is refused if somebody changed it since.
+
+        Without `merge`, an edited one is left as it is: the records are those that it was given before.
+        """
+        existing = self.page(self.oid)
+        card, how = renewed(existing, fresh)
+        if how == "merged" and not merge:
+            return "kept"
+        content = str(card)
+        if how != "kept" and content != existing:
+            if how == "written":
+                check_for_leaks(README, content.encode(), folder, self.token)
+            card.validate()
+            operation = CommitOperationAdd(README, content.encode())
+            message = "Add results to the model card" if how == "merged" else "Write the model card from the records"
+            self.commit([operation], message, parent=None if self.create_pr else self.oid)
+        return how
+
+    def tag(self, tag: str | None) -> None:
+        """Name the last commit; a repeated push finds its own tag."""
+        if not tag:
+            return
+        try:
+            self.api.create_tag(**self.repo, tag=tag, revision=self.oid)
+        except HfHubHTTPError as error:
+            if error.response.status_code != 409:
+                raise
+            tags = {ref.name: ref.target_commit for ref in self.api.list_repo_refs(**self.repo).tags}
+            if tags.get(tag) != self.oid:
+                raise ValueError(
+                    f"tag={tag!r} exists and marks another commit; the files are on {self.branch}, choose another tag"
+                ) from error
