@@ -7,7 +7,6 @@ Both are plain callables `tensor -> tensor`, as foolbox, RobustBench and AutoAtt
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -99,16 +98,12 @@ class PixelClassifier(nn.Module):
                 "normalisation. Pass `image_processor`, or `image_mean` and `image_std`.",
                 stacklevel=2,
             )
-        spec = explicit_preprocessing(spec, **explicit)
-        if spec.num_channels is None:
-            spec = replace(spec, num_channels=self._channels())
+        spec = explicit_preprocessing(spec, **explicit, num_channels=self._channels())
         self.preprocessing = PixelPreprocessing(spec, always_resize=always_resize)
 
         if callable(source) and all(value is None for value in explicit.values()):
             check_against_processor(self.preprocessing, source)
-        parameter = self._parameter()
-        if parameter is not None:
-            self.preprocessing.to(parameter.device)
+        self.preprocessing.to(placement(classifier)[0])
         self.eval()
 
     def forward(self, pixel_values: Tensor) -> Tensor:
@@ -125,14 +120,13 @@ class PixelClassifier(nn.Module):
             TypeError: not a floating-point tensor, or the classifier returns no logits.
             ValueError: another shape, or number of channels, than the classifier takes.
         """
-        parameter = self._parameter()
-        if parameter is not None and isinstance(pixel_values, Tensor):
-            pixel_values = pixel_values.to(parameter.device)
-        inputs = self.preprocessing(pixel_values)
-        if parameter is not None and parameter.is_floating_point():
-            inputs = inputs.to(parameter.dtype)
-        if isinstance(self.classifier, PreTrainedModel):
-            output = self.classifier(**{self.classifier.main_input_name: inputs})
+        device, dtype = placement(self.classifier)
+        if isinstance(pixel_values, Tensor):
+            pixel_values = pixel_values.to(device)
+        inputs = self.preprocessing(pixel_values).to(dtype)
+        inner = unwrapped(self.classifier)
+        if isinstance(inner, PreTrainedModel):
+            output = self.classifier(**{inner.main_input_name: inputs})
         else:
             output = self.classifier(inputs)
         logits = _logits(output)
@@ -146,12 +140,12 @@ class PixelClassifier(nn.Module):
     @property
     def config(self) -> Any:
         """The classifier's configuration, or None."""
-        return getattr(self.classifier, "config", None)
+        return getattr(unwrapped(self.classifier), "config", None)
 
     @property
     def num_labels(self) -> int | None:
         """The number of classes K, where the classifier says."""
-        for owner, name in ((self.config, "num_labels"), (self.classifier, "num_classes")):
+        for owner, name in ((self.config, "num_labels"), (unwrapped(self.classifier), "num_classes")):
             if isinstance(getattr(owner, name, None), int):
                 return getattr(owner, name)
         return None
@@ -161,14 +155,8 @@ class PixelClassifier(nn.Module):
         """Class names by index, where the classifier has them."""
         return getattr(self.config, "id2label", None)
 
-    def _parameter(self) -> Tensor | None:
-        """The tensor whose device and dtype the input follows."""
-        if not isinstance(self.classifier, nn.Module):
-            return None
-        return next((p for p in self.classifier.parameters() if p.is_floating_point()), None)
-
     def _channels(self) -> int | None:
-        for owner, name in ((self.config, "num_channels"), (self.classifier, "in_chans")):
+        for owner, name in ((self.config, "num_channels"), (unwrapped(self.classifier), "in_chans")):
             if isinstance(getattr(owner, name, None), int):
                 return getattr(owner, name)
         return None
@@ -314,8 +302,31 @@ def load_classifier(
     )
 
 
+def unwrapped(module: Any) -> Any:
+    """What a `DataParallel` or `DistributedDataParallel` holds; anything else as it is."""
+    while isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        module = module.module
+    return module
+
+
+def placement(module: Any) -> tuple[torch.device | None, torch.dtype | None]:
+    """Device and dtype that a module's input follows, those of its first weights; `None` where it has none.
+
+    Weights that accelerate keeps elsewhere until they are used (`device_map`, offloading) say no device: its hooks move
+    the input themselves.
+    """
+    dtype = None
+    for parameter in module.parameters() if isinstance(module, nn.Module) else ():
+        if parameter.is_floating_point():
+            dtype = dtype or parameter.dtype
+            if parameter.device.type != "meta":
+                return parameter.device, dtype
+    return None, dtype
+
+
 def find_preprocessing(classifier: Any) -> Any:
     """The image processor or timm configuration that belongs to a classifier, or None (see `PixelClassifier`)."""
+    classifier = unwrapped(classifier)
     config = getattr(classifier, "config", None)
     for owner, name in (
         (classifier, "image_processor"),
@@ -372,8 +383,7 @@ def call_purifier(purifier: Any, pixel_values: Tensor, **kwargs: Any) -> Tensor:
         ValueError: another shape, or the purifier does not keep the shape.
     """
     check_pixels(pixel_values)
-    parameter = next(purifier.parameters(), None) if isinstance(purifier, nn.Module) else None
-    pixel_values = pixel_values if parameter is None else pixel_values.to(parameter.device)
+    pixel_values = pixel_values.to(placement(purifier)[0])
     output = (_find_purify(purifier) or purifier)(pixel_values, **kwargs)
     output = getattr(output, "purified_pixel_values", output)
     if not isinstance(output, Tensor):

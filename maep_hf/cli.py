@@ -231,12 +231,18 @@ def _purify_file(
     """Purify one file; returns what the user should know about it, if anything."""
     import torch
 
-    from .imageio import load_image, restore_image, save_image
+    from .imageio import ImageReadError, load_image, restore_image, save_image
 
     image = load_image(source)
+    pixels = image.pixels
+    if purifier.config.num_channels == 1:
+        if not image.grey:
+            raise ImageReadError(f"{source}: it has colours, and this purifier takes grey pictures; convert it first")
+        pixels = pixels[:1]
     try:
         with torch.inference_mode():
-            purified = purifier.purify(image.pixels[None].to(device), **options)[0].float().cpu()
+            purified = purifier.purify(pixels[None].to(device), **options)[0].float().cpu()
+            purified = purified.expand_as(image.pixels)
     except RuntimeError as error:
         if "memory" not in str(error):  # torch has one error class for it on a GPU and none on a CPU
             raise

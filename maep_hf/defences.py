@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from .classifier import _find_purify, call_purifier
-from .preprocessing import check_pixels
+from .preprocessing import check_pixels, check_range
 
 SUBSAMPLINGS = ("4:4:4", "4:2:2", "4:2:0")
 BLUR_TRUNCATE = 4.0  # standard deviations, as scipy.ndimage.gaussian_filter cuts its kernel
@@ -66,12 +66,7 @@ class Defence(nn.Module):
         check_pixels(pixel_values)
         if not pixel_values.numel():
             return pixel_values.clone()
-        low, high = (bound.item() for bound in pixel_values.detach().aminmax())
-        if not (low >= -0.01 and high <= 1.01):  # also false for NaN
-            raise ValueError(
-                f"`pixel_values` must be in [0, 1], got values from {low:.4g} to {high:.4g}: divide 8-bit images by "
-                "255, leave out mean and standard deviation, and look for NaN before this."
-            )
+        check_range(pixel_values)
         pixels = pixel_values if self.differentiable else pixel_values.detach()
         return self.transform(pixels.clamp(0, 1)).clamp(0, 1).to(pixel_values)
 

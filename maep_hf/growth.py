@@ -36,7 +36,9 @@ def grow_local_branch(model: MAEPModel, channels: int | None = None, layers: int
     for name, value in wanted.items():
         if value < getattr(config, name):
             raise ValueError(f"{name}={value}: the purifier to start from has {getattr(config, name)}; name no fewer")
-    grown = MAEPModel(MAEPConfig.from_dict(config.to_dict() | wanted))
+    grown = MAEPModel._from_config(
+        MAEPConfig.from_dict(config.to_dict() | wanted), attn_implementation=config._attn_implementation
+    )
     larger = ("decoder.head.", "local_branch.")
     kept = {name: value for name, value in model.state_dict().items() if not name.startswith(larger)}
     grown.load_state_dict(kept, strict=False)
@@ -49,6 +51,7 @@ def grow_local_branch(model: MAEPModel, channels: int | None = None, layers: int
     for block in grown.local_branch.layers[config.local_branch_layers :]:
         nn.init.zeros_(block.conv2.weight)
     weight = model.local_branch.stem.weight
+    grown.config.dtype = weight.dtype
     return grown.to(device=weight.device, dtype=weight.dtype).train(model.training)
 
 

@@ -72,6 +72,11 @@ class LoadedImage:
     metadata: dict = field(default_factory=dict)
     frames: int = 1
 
+    @property
+    def grey(self) -> bool:
+        """Whether the file has no colours."""
+        return self.mode in _GREY_MODES
+
 
 def load_image(path: str | os.PathLike) -> LoadedImage:
     """Read an image file of any mode (1, L, LA, P, PA, I;16, F, RGB, RGBA, CMYK, ...) into [0, 1] RGB.
@@ -106,7 +111,7 @@ def restore_image(pixels: Tensor, like: LoadedImage) -> Image.Image:
     if pixels.shape != like.pixels.shape:
         raise ValueError(f"pixels: shape {tuple(pixels.shape)}, but the image has {tuple(like.pixels.shape)}")
     array = pixels.detach().to("cpu", torch.float32).clamp(0, 1).permute(1, 2, 0).numpy()
-    if like.mode in _GREY_MODES:
+    if like.grey:
         picture = _grey_picture(array.mean(axis=2), like)
     else:
         picture = _colour_picture(Image.fromarray(np.rint(array * 255).astype(np.uint8)), like)
@@ -257,6 +262,8 @@ def _palette_picture(rgb: Image.Image, alpha: Image.Image | None) -> Image.Image
         return rgb
     picture = rgb.quantize(255, dither=Image.Dither.NONE)
     picture.paste(255, mask=Image.fromarray(np.where(opacity == 0, 255, 0).astype(np.uint8)))
+    colours = picture.getpalette()[: 3 * 255]
+    picture.putpalette(colours + [0] * (3 * 256 - len(colours)))  # PNG has transparency for colours of the palette only
     picture.info["transparency"] = 255
     return picture
 

@@ -195,6 +195,20 @@ def check_pixels(pixel_values: Any, num_channels: int | None = None) -> None:
         )
 
 
+def check_range(pixel_values: Tensor) -> None:
+    """Refuse pixels that are not in [0, 1], but for rounding.
+
+    Raises:
+        ValueError: values outside, or NaN.
+    """
+    low, high = (bound.item() for bound in pixel_values.detach().aminmax())
+    if not (low >= -0.01 and high <= 1.01):  # also false for NaN
+        raise ValueError(
+            f"`pixel_values` must be in [0, 1], got values from {low:.4g} to {high:.4g}: divide 8-bit images by "
+            "255, leave out mean and standard deviation, and look for NaN before this."
+        )
+
+
 def read_preprocessing(source: Any, *, geometry: bool = True, interpolation: Any = None) -> PreprocessingSpec:
     """Read what an image processor or a timm configuration says.
 
@@ -228,11 +242,15 @@ def explicit_preprocessing(
     image_mean: float | Sequence[float] | None = None,
     image_std: float | Sequence[float] | None = None,
     interpolation: str | int | None = None,
+    num_channels: int | None = None,
 ) -> PreprocessingSpec:
     """`spec` with what is given explicitly in place of what was read; see `PixelClassifier` for the arguments.
 
+    Args:
+        num_channels: of the classifier's input, where it says.
+
     Raises:
-        ValueError: a size, filter or statistic that is not understood.
+        ValueError: a size, filter or statistic that is not understood, or statistics of other channels.
     """
     if interpolation is not None:
         interpolation = _filter_name(interpolation)
@@ -254,7 +272,14 @@ def explicit_preprocessing(
     if len(spec.mean) > 1 and len(spec.std) > 1 and len(spec.mean) != len(spec.std):
         raise ValueError(f"`image_mean` has {len(spec.mean)} channels, `image_std` has {len(spec.std)}.")
     channels = max(len(spec.mean), len(spec.std))
-    return replace(spec, num_channels=channels) if channels > 1 else spec
+    if num_channels is None:
+        return replace(spec, num_channels=channels) if channels > 1 else spec
+    if channels not in (1, num_channels):
+        raise ValueError(
+            f"The classifier takes {num_channels} channels, its mean and standard deviation are of {channels}: pass "
+            f"`image_mean` and `image_std`, each one number or {num_channels}."
+        )
+    return replace(spec, num_channels=num_channels)
 
 
 @torch.no_grad()

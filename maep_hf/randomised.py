@@ -20,8 +20,9 @@ class RandomisedPurifier(nn.Module):
     """Purify under `draws` random masks and take the mean of the results.
 
     Every image of every draw has a mask of its own. One call takes one number from PyTorch's global CPU generator,
-    which seeds all its masks: `torch.manual_seed` repeats them, on any device. Differentiable through all draws. The
-    purifier is put into eval mode here and nothing else of it is changed.
+    which seeds all its masks: `torch.manual_seed` repeats them, on any device; of images in windows with the same
+    `window_batch_size`, whose default is another on another device. Differentiable through all draws. The purifier is
+    put into eval mode here and nothing else of it is changed.
 
     An attack on it must average its gradient over calls (EOT), and its accuracy is that of repeated final passes.
 
@@ -64,7 +65,7 @@ class RandomisedPurifier(nn.Module):
             raise ValueError(f"mask_ratio={mask_ratio} must be at least 0 and less than 1.")
         _check_integer("draws", draws, 1)
         if seed is not None:
-            _check_integer("seed", seed, 0)
+            _check_integer("seed", seed, 0, 2**63 - 1)
         set_twice = sorted({"mask_ratio", "generator"} & set(purify_kwargs or {}))
         if set_twice:
             raise TypeError(f"`purify_kwargs` must not have {', '.join(set_twice)}: use `mask_ratio` and `seed`.")

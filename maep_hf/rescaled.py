@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .defences import call_purifier, check_purifier
+from .classifier import call_purifier, placement
+from .defences import check_purifier
+from .preprocessing import check_pixels, check_range
 
 
 class RescaledPurifier(nn.Module):
@@ -51,6 +53,11 @@ class RescaledPurifier(nn.Module):
         """
         if self.scale == 1:
             return call_purifier(self.purifier, pixel_values, **purify_kwargs)
+        check_pixels(pixel_values)
+        if not pixel_values.numel():
+            return pixel_values.clone()
+        check_range(pixel_values)  # the resized image is clamped
+        pixel_values = pixel_values.to(placement(self.purifier)[0])
         size = tuple(pixel_values.shape[2:])
         resized = _resize(pixel_values, tuple(max(1, round(side * self.scale)) for side in size)).clamp(0, 1)
         correction = call_purifier(self.purifier, resized, **purify_kwargs) - resized

@@ -1,6 +1,7 @@
 """A second device in software, for machines without an accelerator: its tensors compute on the CPU, and an operation
-that mixes them with the CPU's own is an error, as it is on a GPU. Unlike a GPU it draws the CPU's random numbers
-(though it refuses the CPU's generators), has the CPU's kernels and precision, and is done when a call returns.
+that mixes them with the CPU's own is an error, as it is on a GPU, and so is float64, as on Apple's. Unlike a GPU it
+draws the CPU's random numbers (though it refuses the CPU's generators), has the CPU's kernels and precision, and is
+done when a call returns.
 
 PyTorch lets a program bring such a device (`PrivateUse1`) once in a process and for good: importing this does, so
 whoever does is a process of its own.
@@ -29,6 +30,10 @@ OF_THE_MEMORY = (torch.Tensor.untyped_storage, torch.Tensor.data_ptr, torch.Tens
 
 class MixedDevicesError(RuntimeError):
     """An operation was given tensors of both devices."""
+
+
+class NoFloat64Error(TypeError):
+    """An operation would have made a tensor that Apple's GPUs cannot hold."""
 
 
 class DeviceTensor(torch.Tensor):
@@ -86,6 +91,8 @@ def _call(function, args: tuple, kwargs: dict) -> Any:
     result = function(*args, **kwargs)
     if not result_there:
         return result
+    if any(isinstance(each, torch.Tensor) and each.dtype == torch.float64 for each in tree_leaves(result)):
+        raise NoFloat64Error(f"{function}: {NAME} has no float64")
     known = {id(each.inner): each for each in there}  # what an operation in place gives back
 
     def there_again(each: torch.Tensor) -> torch.Tensor:

@@ -12,6 +12,7 @@ from running import run, words
 from safetensors.torch import load_file
 
 from maep_hf import MAEPModel, PurifiedClassifier, load_classifier
+from maep_hf.attacks import base as attacks_base
 from maep_hf.attacks import make_attack
 from maep_hf.evaluation import EvaluationImages, benchmark, checks
 from maep_hf.growth import grow_local_branch
@@ -92,6 +93,7 @@ def refused(device: torch.device) -> list[bool]:
         lambda: number.add_(there[0]),
         lambda: torch.rand(2, device=device, generator=torch.Generator()),
         lambda: there.uniform_(generator=torch.Generator()),
+        lambda: there.double(),
     ]
     return [_is_refused(mistake) for mistake in mistakes]
 
@@ -99,12 +101,13 @@ def refused(device: torch.device) -> list[bool]:
 def _is_refused(mistake) -> bool:
     try:
         mistake()
-    except second_device.MixedDevicesError:
+    except (second_device.MixedDevicesError, second_device.NoFloat64Error):
         return True
     return False
 
 
 if __name__ == "__main__":
+    attacks_base.NO_FLOAT64.add(second_device.NAME)
     with second_device.second_device() as there:
         result = {"there": both(there), "refused": refused(there)}
     torch.save(result | {"here": both(torch.device("cpu"))}, Path(sys.argv[1]))

@@ -228,6 +228,14 @@ def released():
 # --- every attack
 
 
+@pytest.mark.parametrize(("name", "norm"), [("apgd-ce", "L2"), ("apgd-dlr", "Linf"), ("square", "L2"), ("pgd", "Linf")])
+def test_the_order_of_pixels_in_memory_does_not_matter(name, norm, model, images, labels):
+    attack = make_attack(name, norm=norm, eps=SMALL_EPS.get(norm), **quick(name))
+    turned = images.contiguous(memory_format=torch.channels_last)
+    assert not turned.is_contiguous()
+    assert torch.equal(attack(model, turned, labels, seed=0), attack(model, images, labels, seed=0))
+
+
 @pytest.mark.parametrize(("name", "norm"), EVERY)
 def test_every_attack_stays_in_its_ball_and_repeats(name, norm, model, images, labels):
     eps = SMALL_EPS.get(norm)

@@ -47,6 +47,15 @@ def test_mixture_stays_in_ball_and_leaves_clean_samples_alone(classifier):
     assert set(batch["attack_kind"].tolist()) == set(range(len(KINDS)))
 
 
+def test_labels_of_any_integers_and_no_images(classifier, images):
+    expected = pgd(classifier, images, LABELS, steps=3)
+    assert torch.equal(pgd(classifier, images, LABELS.to(torch.int32), steps=3), expected)
+    assert pgd(classifier, images[:0], LABELS[:0]).shape == (0, 3, 8, 8)
+    for dtype in (torch.float16, torch.bfloat16):  # 8/255 rounded in them is more
+        with pytest.raises(ValueError, match="float32 is needed"):
+            pgd(classifier, images.to(dtype), LABELS)
+
+
 def test_a_sample_does_not_depend_on_its_batch(classifier):
     batch = mixed_batch(12, AttackMixture(num_surrogates=2, input_diversity=0.5, smoothed_gradient=0.5))
     parameters = AttackParameters.from_batch(batch)

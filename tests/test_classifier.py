@@ -2,11 +2,13 @@
 
 import types
 
+import accelerate
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from conftest import tiny_purifier
 from PIL import Image
 from torch import nn
 from transformers.modeling_outputs import ImageClassifierOutput
@@ -314,6 +316,41 @@ def test_grey_classifier():
     assert classifier(torch.rand(2, 1, 28, 28)).shape == (2, 10)
     with pytest.raises(ValueError, match="takes 1"):
         classifier(torch.rand(2, 3, 28, 28))
+
+
+def test_grey_timm_classifier():
+    model = nn.Sequential(nn.Conv2d(1, 3, 1), Flat())
+    model.in_chans = 1
+    for channels in (1, 3):  # as timm says, or as the weights of the colour network did
+        model.pretrained_cfg = {"input_size": (channels, 28, 28), "crop_pct": 1.0, "mean": MEAN, "std": STD}
+        with pytest.raises(ValueError, match="takes 1 channels.*of 3: pass `image_mean` and `image_std`"):
+            PixelClassifier(model)
+        assert PixelClassifier(model, image_mean=0.5, image_std=[0.25])(torch.rand(2, 1, 28, 28)).shape == (2, 5)
+
+
+def test_parallel_wrappers_keep_the_preprocessing(tmp_path):
+    cifar_resnet(num_labels=10).save_pretrained(tmp_path)
+    image_processor().save_pretrained(tmp_path)
+    plain, pixels = load_classifier(str(tmp_path)), torch.rand(2, 3, 32, 32)
+    wrapped = PixelClassifier(nn.DataParallel(plain.classifier))
+    assert wrapped.preprocessing.spec == plain.preprocessing.spec != PreprocessingSpec()
+    assert wrapped.num_labels == 10 and wrapped.id2label == plain.id2label
+    assert torch.equal(wrapped(pixels), plain(pixels))
+
+
+def test_offloaded_models_are_fed_where_they_compute(tmp_path):
+    torch.manual_seed(0)
+    config = transformers.ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8,
+                                    image_size=16, patch_size=8, num_labels=4)  # fmt: skip
+    transformers.ViTForImageClassification(config).save_pretrained(tmp_path / "vit")
+    transformers.ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(tmp_path / "vit")
+    pixels, purifier = torch.rand(2, 3, 16, 16), tiny_purifier().eval()
+    expected = PurifiedClassifier(purifier, load_classifier(str(tmp_path / "vit")))(pixels)
+    places = {"device_map": {"vit": "disk", "classifier": "cpu"}, "offload_folder": str(tmp_path / "disk")}
+    classifier = load_classifier(str(tmp_path / "vit"), **places)
+    assert any(parameter.device.type == "meta" for parameter in classifier.parameters())
+    offloaded = PurifiedClassifier(accelerate.cpu_offload(purifier, torch.device("cpu")), classifier)
+    torch.testing.assert_close(offloaded(pixels), expected)
 
 
 def test_construction_errors():

@@ -76,6 +76,16 @@ def test_purify_writes_what_the_purifier_returns(purifier, photos, tmp_path, mon
     assert Image.open(tmp_path / "o" / "colour.png.compare.png").width > 3 * 34
 
 
+def test_a_purifier_of_one_channel_takes_grey_files(photos, tmp_path):
+    MAEPModel(MAEPConfig.tiny(num_channels=1, image_mean=[0.5], image_std=[0.5])).save_pretrained(tmp_path / "model")
+    code, output, errors = run("purify", photos, "--out", tmp_path / "o", "--model", tmp_path / "model", "--compare")
+    assert code == 1 and "1 of 3 images" in output
+    assert "colour.png: it has colours, and this purifier takes grey pictures" in " ".join(errors.split())
+    before, after = (np.asarray(Image.open(path), int) for path in (photos / "grey.png", tmp_path / "o" / "grey.png"))
+    assert after.shape == before.shape and np.abs(before - after).max() <= 1
+    assert (tmp_path / "o" / "grey.png.compare.png").exists()
+
+
 @pytest.mark.parametrize("options", [["--mode", "interpolate"], ["--dtype", "bfloat16"], ["--overlap", "0"]])
 def test_purify_options_run(purifier, photos, tmp_path, options):
     assert run("purify", photos / "colour.png", "--out", tmp_path / "o", "--model", purifier, *options)[0] == 0

@@ -56,6 +56,9 @@ def test_mode_precision_and_a_saved_copy(tmp_path):
     model = tiny_purifier().to(torch.bfloat16).eval()
     grown = grow_local_branch(model, 16)
     assert grown.dtype == torch.bfloat16 and not grown.training and grow_local_branch(model.train(), 16).training
+    assert grown.config.dtype == torch.bfloat16
+    model.set_attn_implementation("eager")
+    assert grow_local_branch(model, 16).config._attn_implementation == "eager"
     grown.save_pretrained(tmp_path)
     again = MAEPModel.from_pretrained(tmp_path)
     assert again.config.local_branch_channels == 16

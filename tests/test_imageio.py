@@ -87,13 +87,15 @@ def test_alpha_is_carried_over_and_colour_is_replaced(tmp_path, mode):
     assert np.asarray(changed)[..., :-1].min() == np.asarray(changed)[..., :-1].max() == 51
 
 
-def test_transparent_palette_keeps_its_holes(tmp_path):
-    image = picture("P").convert("RGB").quantize(64)
-    image.paste(63, (0, 0, 5, 5))
-    image.save(tmp_path / "in.gif", transparency=63)
-    holes = np.asarray(Image.open(tmp_path / "in.gif").convert("RGBA"))[..., 3] == 0
+@pytest.mark.parametrize("colours", [2, 64])
+@pytest.mark.parametrize("kind", ["gif", "png"])
+def test_transparent_palette_keeps_its_holes(tmp_path, kind, colours):
+    image = picture("P").convert("RGB").quantize(colours)
+    image.paste(colours - 1, (0, 0, 5, 5))
+    image.save(tmp_path / f"in.{kind}", transparency=colours - 1)
+    holes = np.asarray(Image.open(tmp_path / f"in.{kind}").convert("RGBA"))[..., 3] == 0
     assert holes.any() and not holes.all()
-    after = round_trip(tmp_path / "in.gif", tmp_path / "out.gif")
+    after = round_trip(tmp_path / f"in.{kind}", tmp_path / f"out.{kind}")
     assert after.mode == "P"
     np.testing.assert_array_equal(np.asarray(after.convert("RGBA"))[..., 3] == 0, holes)
 

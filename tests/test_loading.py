@@ -169,6 +169,18 @@ def test_normalised_patch_weights_are_refused(folder):
             loader.from_pretrained(folder)
 
 
+@pytest.mark.parametrize("share", [0.3, 0.7, 1.5])
+def test_a_model_is_split_over_devices(folder, tmp_path, share):
+    model, pixels = MAEPModel.from_pretrained(folder).eval(), torch.rand(1, 3, 20, 40)
+    most = {"cpu": int(share * sum(value.nbytes for value in model.state_dict().values()))}
+    split = MAEPModel.from_pretrained(
+        folder, device_map="auto", max_memory=most, offload_folder=tmp_path / "disk", offload_buffers=False
+    )
+    assert ("disk" in getattr(split, "hf_device_map", {}).values()) == (share < 1)
+    with torch.no_grad():
+        assert torch.equal(split.purify(pixels), model.purify(pixels))
+
+
 def test_another_model_is_refused(tmp_path):
     sizes = {k: v for k, v in SMALL.items() if not k.startswith("local")}
     ViTMAEModel(ViTMAEConfig(**sizes, patch_size=4)).save_pretrained(tmp_path)

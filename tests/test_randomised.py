@@ -141,7 +141,8 @@ def test_it_stands_before_a_classifier_and_around_an_adapter(model):
         ({"mask_ratio": 0.01}, ValueError, "mask_ratio=0.01 hides none of 16 patches: raise it, or give 0"),
         ({"draws": 0}, ValueError, "draws=0 must be at least 1"),
         ({"draws": 2.0}, TypeError, "draws=2.0 must be an integer"),
-        ({"seed": -1}, ValueError, "seed=-1 must be at least 0"),
+        ({"seed": -1}, ValueError, "seed=-1 must be from 0 to"),
+        ({"seed": 2**63}, ValueError, "seed=9223372036854775808 must be from 0 to 9223372036854775807"),
         ({"purify_kwargs": {"generator": None}}, TypeError, "purify_kwargs.*generator: use `mask_ratio` and `seed`"),
     ],
 )

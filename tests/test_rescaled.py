@@ -43,6 +43,21 @@ def test_scale_one_is_the_purifier_and_gradients_pass():
     assert images.grad.abs().min() > 0
 
 
+@pytest.mark.parametrize(
+    ("pixels", "error", "message"),
+    [
+        (torch.rand(2, 3, 8, 8) * 255, ValueError, r"must be in \[0, 1\], got values from .* divide 8-bit images"),
+        (torch.randn(2, 3, 8, 8), ValueError, r"must be in \[0, 1\]"),
+        (torch.rand(3, 8, 8), ValueError, "shape"),
+        (torch.ones(2, 3, 8, 8, dtype=torch.uint8), TypeError, "floating point"),
+    ],
+)
+def test_what_are_no_pixels_is_refused(pixels, error, message):
+    with pytest.raises(error, match=message):
+        RescaledPurifier(darken, 0.5)(pixels)
+    assert RescaledPurifier(darken, 0.5)(torch.rand(0, 3, 8, 8)).shape == (0, 3, 8, 8)
+
+
 @pytest.mark.parametrize("scale", [0, -1, float("inf"), float("nan")])
 def test_a_wrong_scale_is_named(scale):
     with pytest.raises(ValueError, match="scale="):

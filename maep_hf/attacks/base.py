@@ -28,6 +28,8 @@ TOLERANCE = 1e-5
 """Relative overshoot of a ball that is a library's float error; it is projected back, more is an error."""
 FLOAT_NOISE = 1e-6
 """Relative overshoot that is left alone, as is that of rounding, so that a library's images come out as they are."""
+NO_FLOAT64 = {"mps"}
+"""Devices without it."""
 
 
 @dataclass(frozen=True)
@@ -209,7 +211,9 @@ class Attack(ABC):
         if len(pixels) == 0:
             return pixels.detach().clone()
         with isolated(model, seed):
-            source, labels = pixels.detach().clone(), labels.clone()  # also of tensors made in inference mode
+            # also of tensors made in inference mode; attack libraries take views of pixels that lie in order
+            source = pixels.detach().clone(memory_format=torch.contiguous_format)
+            labels = labels.clone()
             attacked = self.run(Watched(model, labels), source, labels, seed)
         return check_attacked(self, pixels.detach(), attacked)
 
@@ -283,14 +287,20 @@ def check_attacked(attack: Attack, pixels: Tensor, attacked: Tensor, tolerance: 
         raise ValueError(f"{attack.name} left its {attack.norm} ball of {attack.radius:.6g} (in pixels): {worst:.6g}")
     over = sizes > attack.radius * (1 + FLOAT_NOISE) + typical
     if over.any():
-        shrink = torch.where(over, attack.radius / sizes, torch.ones_like(sizes))
+        shrink = torch.where(over, attack.radius / sizes, torch.ones_like(sizes)).to(pixels.device)
+        over = over.to(pixels.device)
         shrunk = pixels + (attacked - pixels) * shrink.to(pixels.dtype).view(-1, 1, 1, 1)
         attacked = torch.where(over.view(-1, 1, 1, 1), shrunk, attacked)
     return attacked
 
 
 def perturbation_size(pixels: Tensor, attacked: Tensor, norm: str) -> Tensor:
-    """Norm of each image's perturbation in pixel units (`L0`: values changed), (B,) in float64."""
+    """Norm of each image's perturbation in pixel units (`L0`: values changed), (B,) in float64.
+
+    On the device of the images, or on the CPU where that has no float64 (Apple's).
+    """
+    if pixels.device.type in NO_FLOAT64:
+        attacked, pixels = attacked.cpu(), pixels.cpu()
     difference = (attacked.double() - pixels.double()).flatten(1)
     order = {"Linf": math.inf, "L2": 2, "L1": 1, "L0": 0}[norm]
     return torch.linalg.vector_norm(difference, order, dim=1)

@@ -106,7 +106,7 @@ class MinimumNormAttack(FoolboxAttack):
             found, clipped, _ = attack(model, pixels, labels, epsilons=None)
             lost = torch.zeros(len(pixels), dtype=torch.bool, device=pixels.device)
             if self.eps is not None:
-                lost = perturbation_size(pixels, found, "L0") > self.eps
+                lost = (perturbation_size(pixels, found, "L0") > self.eps).to(pixels.device)
         else:
             found, clipped, _ = attack(model, pixels, labels, epsilons=self.radius)
             lost = (found == 0).flatten(1).all(1)  # CW and EAD return a black image where they find nothing

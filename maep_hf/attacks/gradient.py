@@ -60,14 +60,23 @@ def perturb(
 
     Args:
         classifiers: frozen surrogates from [0, 1] pixels to logits.
-        pixel_values: (B, C, H, W) in [0, 1].
-        labels: (B,); `None` or negative entries stand for the surrogate's own prediction on the clean image.
+        pixel_values: (B, C, H, W) in [0, 1], float32 (in 16 bits rounding passes the radius).
+        labels: (B,) integers; `None` or negative entries stand for the surrogate's own prediction on the clean image.
         parameters: see [`AttackParameters`].
 
     Returns:
         Attacked images, same shape, detached; `|x_a - x| <= eps` holds for every pixel, or for the image's length.
+
+    Raises:
+        ValueError: pixels in 16 bits.
     """
     x = pixel_values.detach()
+    if x.dtype in (torch.float16, torch.bfloat16):
+        raise ValueError(
+            f"pixel_values: float32 is needed to keep a radius of a few 255ths, got {x.dtype}; use .float()"
+        )
+    if not len(x):
+        return x.clone()
     eps, step_size, momentum = (
         value.to(x).view(-1, 1, 1, 1) for value in (parameters.eps, parameters.step_size, parameters.momentum)
     )
@@ -183,9 +192,9 @@ def _smooth(gradient: Tensor, deviation: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _complete_labels(classifiers, pixel_values, labels, surrogate) -> Tensor:
-    labels = torch.full_like(surrogate, -1) if labels is None else labels.clone()
+    labels = torch.full_like(surrogate, -1) if labels is None else labels.to(surrogate.device, torch.long)
     for index, classifier in enumerate(classifiers):
         rows = ((labels < 0) & (surrogate == index)).nonzero().squeeze(1)
         if len(rows):
-            labels[rows] = classifier(pixel_values[rows]).argmax(dim=-1)
+            labels = labels.index_put((rows,), classifier(pixel_values[rows]).argmax(dim=-1))
     return labels
