@@ -26,12 +26,15 @@ class CheckpointError(ValueError):
 def released_checkpoint(name: str) -> Path:
     """The folder of a checkpoint that the repository carries under `checkpoints/`.
 
+    Of the repository that this package lies in, or else, as for an installed package, of the working directory.
+
     Raises:
         CheckpointError: there is none of that name, as in an installation without the repository.
     """
     folder = Path(__file__).resolve().parent.parent / "checkpoints"
-    path = folder / name
-    if not (path / "config.json").is_file():
+    found = (place / name for place in (folder, Path.cwd() / "checkpoints") if (place / name / "config.json").is_file())
+    path = next(found, None)
+    if path is None:
         others = sorted(entry.parent.name for entry in folder.glob("*/config.json"))
         has = f"it has {', '.join(others)}" if others else "it is not part of this installation"
         raise CheckpointError(
@@ -39,6 +42,11 @@ def released_checkpoint(name: str) -> Path:
             "or name a model folder or Hub id"
         )
     return path
+
+
+def expanded(name_or_path: str | os.PathLike) -> str:
+    """A folder in the user's home by its whole path: no shell expands the `~` of `--model=~/purifier`."""
+    return os.path.expanduser(os.fspath(name_or_path))
 
 
 def load_purifier(
@@ -62,7 +70,7 @@ def load_purifier(
         CheckpointError: no such model, or it is not a purifier; of an adapter, its base.
         ValueError: an adapter that does not say its base, or does not fit it.
     """
-    source = os.fspath(released_checkpoint(PURIFIER) if name_or_path is None else name_or_path)
+    source = expanded(released_checkpoint(PURIFIER) if name_or_path is None else name_or_path)
     if (Path(source) / ADAPTER_CONFIG).is_file():
         return _load_adapted(source, _adapter_config(source, revision), revision).to(device=device, dtype=dtype)
     try:
@@ -118,9 +126,9 @@ def check_model(
     """
     from transformers import PreTrainedConfig
 
-    source = os.fspath(name_or_path)
-    path = Path(source).expanduser()
-    looks_local = path.is_absolute() or source.startswith((".", "~")) or source.count("/") != 1
+    source = expanded(name_or_path)
+    path = Path(source)
+    looks_local = path.is_absolute() or source.startswith(".") or source.count("/") != 1
     if path.is_file():
         raise CheckpointError(f"{source} is a file; name the folder that holds config.json and model.safetensors")
     if path.is_dir() and not (path / "config.json").is_file():

@@ -104,6 +104,7 @@ class PixelClassifier(nn.Module):
         if callable(source) and all(value is None for value in explicit.values()):
             check_against_processor(self.preprocessing, source)
         self.preprocessing.to(placement(classifier)[0])
+        self.register_buffer("class_order", None, persistent=False)
         self.eval()
 
     def forward(self, pixel_values: Tensor) -> Tensor:
@@ -135,7 +136,27 @@ class PixelClassifier(nn.Module):
                 f"The classifier must return logits of the shape (B, K), got {tuple(logits.shape)} "
                 f"for {pixel_values.shape[0]} images."
             )
+        logits = logits if self.class_order is None else logits[:, self.class_order.to(logits.device)]
         return logits if logits.dtype == torch.float64 else logits.float()
+
+    def match_classes(self, names: Sequence[str] | None) -> bool:
+        """Put the logits into the order of a dataset's class names, where those are the classifier's in another order.
+
+        A folder of images has its classes in the order of the alphabet, which need not be the classifier's; where the
+        names are not the same, nothing is known and nothing changed.
+
+        Args:
+            names: in the order of the dataset's labels; `None` where it has none.
+
+        Returns:
+            Whether the order is another one now.
+        """
+        own, wanted = list((self.id2label or {}).values()), list(names or [])
+        if own == wanted or len(set(own)) != len(own) or sorted(own) != sorted(wanted):
+            return False
+        order = torch.tensor([own.index(name) for name in wanted])
+        self.class_order = order if self.class_order is None else self.class_order.cpu()[order]
+        return True
 
     @property
     def config(self) -> Any:
@@ -153,7 +174,10 @@ class PixelClassifier(nn.Module):
     @property
     def id2label(self) -> dict[int, str] | None:
         """Class names by index, where the classifier has them."""
-        return getattr(self.config, "id2label", None)
+        names = getattr(self.config, "id2label", None)
+        if names is None or self.class_order is None:
+            return names
+        return {index: names[own] for index, own in enumerate(self.class_order.tolist())}
 
     def _channels(self) -> int | None:
         for owner, name in ((self.config, "num_channels"), (unwrapped(self.classifier), "in_chans")):

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from .checkpoints import CheckpointError, released_checkpoint
+from .checkpoints import CheckpointError, expanded, released_checkpoint
 from .folding import fold_batch_norm
 
 if TYPE_CHECKING:
     from .classifier import PixelClassifier
+
+logger = logging.getLogger(__name__)
 
 TIMM, PYTHON = "timm:", "python:"
 # Model types that declare each convolution's normalisation right after it and call it there.
@@ -43,9 +47,17 @@ def load_frozen_classifier(name: str | os.PathLike) -> PixelClassifier:
     elif name.startswith(PYTHON):
         loaded = _from_python(name)
     else:
-        loaded = _from_folder_or_hub(name)
+        loaded = _from_folder_or_hub(expanded(name))
     # On a processor convolutions are a sixth to a fourth faster with the channels last.
     return loaded.requires_grad_(False).eval().to(memory_format=torch.channels_last)
+
+
+def match_classes(classifiers: Sequence[PixelClassifier], names: Sequence[str] | None) -> None:
+    """Put the logits of each into the order of a dataset's class names, where it has the same in another order."""
+    if sum([classifier.match_classes(names) for classifier in classifiers]):
+        logger.warning(
+            "the dataset's classes stand in another order than those of the surrogates: they are matched by name"
+        )
 
 
 def call_named(name: str, kind: str) -> Any:

@@ -14,6 +14,8 @@ import numpy as np
 from PIL import Image as PILImage
 from PIL import ImageOps
 
+from .imageio import wide_grey
+
 logger = logging.getLogger(__name__)
 
 EMBEDDED_DATASETS = {"embedded:cifar10": "cifar10", "embedded:imagenet": "imagenet"}
@@ -191,13 +193,15 @@ def decode_image(value: Any) -> PILImage.Image:
 
 
 def to_rgb(image: PILImage.Image) -> PILImage.Image:
-    """RGB version of a picture of any mode; transparent pixels show over white, 16-bit grey keeps its scale."""
+    """RGB version of a picture of any mode; transparent pixels show over white, wide grey keeps its scale.
+
+    Raises:
+        ValueError: a grey picture of 32 bits or of floats, whose values say no scale.
+    """
     if image.mode == "RGB":
         return image
-    if image.mode.startswith("I"):  # PIL clips 16-bit grey when it converts; scale it instead
-        return PILImage.fromarray((np.asarray(image, dtype=np.float64) / 257).clip(0, 255).astype(np.uint8)).convert(
-            "RGB"
-        )
+    if image.mode == "F" or image.mode.startswith("I"):  # PIL clips these when it converts; scale them instead
+        return PILImage.fromarray(np.rint(wide_grey(image) * 255).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         background = PILImage.new("RGBA", rgba.size, "white")
@@ -221,9 +225,18 @@ def _load_rows(source: str, split: str, config_name: str | None, streaming: bool
                 if split not in saved:
                     raise DataError(f"split={split!r} is not in {source!r}; it has {', '.join(saved)}")
                 saved = saved[split]
+            elif saved.split is not None and str(saved.split) != split:
+                logger.warning(
+                    "dataset=%r: it was saved as one split, %r by its record, and is taken for %r", source,
+                    str(saved.split), split,
+                )  # fmt: skip
             return saved.to_iterable_dataset() if streaming else saved
         name = str(path.resolve()) if path.is_dir() else source
-        return datasets.load_dataset(name, config_name, split=split, streaming=streaming)
+        rows = datasets.load_dataset(name, config_name, split=split, streaming=streaming)
+        if path.is_dir() and not any(map(_is_image, (rows.features or {"": None}).values())) and _has_pictures(path):
+            # the most frequent kind of file was taken, such as texts beside the pictures
+            return datasets.load_dataset("imagefolder", data_dir=name, split=split, streaming=streaming)
+        return rows
     except DataError:
         raise
     except (DatasetsError, OSError, ValueError, LookupError, RuntimeError) as error:
@@ -234,6 +247,12 @@ def _load_rows(source: str, split: str, config_name: str | None, streaming: bool
             "Without the Hub, give local data: --dataset FOLDER with train/test images or parquet files, "
             "--dataset FILE.parquet, or --dataset embedded:cifar10 for the 20 images that come with foolbox."
         ) from error
+
+
+def _has_pictures(folder: Path) -> bool:
+    """Whether there are image files, and none of a table that says what the dataset is."""
+    kinds = {path.suffix.lower() for path in folder.rglob("*") if path.is_file()}
+    return bool(kinds & PILImage.registered_extensions().keys()) and not kinds & {".parquet", ".arrow", ".csv"}
 
 
 def _with_columns(rows, source, image_column, label_column, adversarial_column, streaming) -> ImageDataset:

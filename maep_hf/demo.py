@@ -18,11 +18,11 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from .attacks import Attack, make_attack
-from .data import CIFAR10_CLASSES, decode_image, load_image_dataset
+from .data import CIFAR10_CLASSES, EMBEDDED_DATASETS, decode_image, load_image_dataset
 from .evaluation import BenchmarkResult, EvaluationImages, benchmark
 from .evaluation.statistics import PSNR_LIMIT
 from .figures import RIGHT, WRONG, difference_image, image_grid
-from .records import append_jsonl
+from .records import append_jsonl, read_jsonl
 
 if TYPE_CHECKING:
     from .modeling_maep import MAEPModel
@@ -74,13 +74,15 @@ def run_demo(
         The records that `results.jsonl` holds, one for each part.
 
     Raises:
-        DemoError: foolbox is missing, or a classifier has the wrong number of classes.
+        DemoError: foolbox is missing, a classifier has the wrong number of classes, or `out` holds other records.
         OSError: `out` cannot be written.
     """
     console = console or Console()
     attack = attack or make_attack("pgd")
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
+    results, records = out / "results.jsonl", []
+    _refuse_other_results(results)
     device = next(purifier.parameters()).device
     classifier.eval()
     parameters = sum(parameter.numel() for parameter in purifier.parameters())
@@ -97,16 +99,17 @@ def run_demo(
         options = {"attack": attack, "seed": seed, "batch_size": batch, "device": device, "progress": False}
         result = benchmark(judge, purifier, images, classifier_name=name, purifier_name=purifier_name, **options)
         result.record["counted"] = counted
-        append_jsonl(out / "results.jsonl", result.record)
+        if not records:  # those of the demo before stay until then
+            results.unlink(missing_ok=True)
+        append_jsonl(results, result.record)
+        records.append(result.record)
         return result
 
-    (out / "results.jsonl").unlink(missing_ok=True)
     pixels, labels = embedded_images("cifar10", device=device)
     _expect_classes(classifier, pixels, len(CIFAR10_CLASSES), classifier_name)
     with console.status("CIFAR-10: attacking and purifying ..."):
         images = EvaluationImages(pixels, labels, "embedded:cifar10")
         part = measure(classifier, classifier_name, images, RIGHT_LABEL, 20)
-    records = [part.record]
     print_table(console, part.record, "CIFAR-10", "accuracy")
     heading = f"{title} on the classifier alone (gray-box), then one pass of the purifier"
     names = [CIFAR10_CLASSES[index] for index in range(len(CIFAR10_CLASSES))]
@@ -128,7 +131,6 @@ def run_demo(
         with console.status("ImageNet: attacking and purifying ..."):
             images = EvaluationImages(pixels, labels, "embedded:imagenet")
             part = measure(judge, judge_name, images, counted, 5)  # as many as are pictured
-        records.append(part.record)
         measured = "accuracy" if imagenet_classifier is not None else "prediction kept"
         print_table(console, part.record, f"ImageNet, {IMAGENET_SIZE} pixels, the same purifier as it is", measured)
         if imagenet_classifier is None:
@@ -145,7 +147,7 @@ def run_demo(
         )
 
     console.print("\nwritten:")
-    for path in (*pictures, out / "results.jsonl"):
+    for path in (*pictures, results):
         console.print(f"  {path}", highlight=False, soft_wrap=True)
     return records
 
@@ -246,6 +248,16 @@ def _picture(
 @torch.no_grad()
 def _predict(judge: nn.Module, pixels: Tensor, batch_size: int = 4) -> Tensor:
     return torch.cat([judge(batch).argmax(-1) for batch in pixels.split(batch_size)])
+
+
+def _refuse_other_results(path: Path) -> None:
+    """A demo replaces the records of the demo before it, and nobody else's."""
+    try:
+        names = {record["protocol"]["dataset"]["name"] for record in read_jsonl(path)}
+    except (ValueError, KeyError, TypeError):
+        names = {"another form"}
+    if others := sorted(names - EMBEDDED_DATASETS.keys()):
+        raise DemoError(f"out: {path} holds records of {', '.join(others)}, not of a demo; give another folder")
 
 
 def _expect_classes(classifier: nn.Module, pixels: Tensor, expected: int, name: str) -> None:

@@ -208,7 +208,7 @@ def _decode(image: Image.Image) -> LoadedImage:
     frames = getattr(image, "n_frames", 1)
     upright = ImageOps.exif_transpose(image) if orientation in _STORED_FROM_UPRIGHT else image
     if mode in _GREY_MODES and not mode.startswith("L"):
-        grey, alpha = _wide_grey(upright), None
+        grey, alpha = wide_grey(upright), None
         array = np.repeat(grey[:, :, None], 3, axis=2)
     else:
         transparent = mode.endswith(("A", "a")) or "transparency" in upright.info
@@ -219,7 +219,7 @@ def _decode(image: Image.Image) -> LoadedImage:
     return LoadedImage(pixels, mode, format_name, alpha, orientation, metadata, frames)
 
 
-def _wide_grey(image: Image.Image) -> np.ndarray:
+def wide_grey(image: Image.Image) -> np.ndarray:
     """(H, W) in [0, 1] of a grey picture of one, sixteen or thirty-two bits."""
     array = np.asarray(image).astype(np.float32)
     if image.mode == "1":

@@ -14,7 +14,7 @@ import logging
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import count, islice
 from pathlib import Path
@@ -32,6 +32,7 @@ from transformers.utils import logging as transformers_logging
 
 from .attacks import KINDS, AttackMixture, AttackParameters, perturb
 from .classifier import PixelClassifier
+from .classifier_sources import match_classes
 from .data import DataError, ImageDataset, decode_image, expect_classes, load_image_dataset
 from .records import describe_environment, write_json
 from .training.run_folder import RunFolder, RunFolderError
@@ -43,7 +44,7 @@ logger = logging.getLogger(__name__)
 RECORD = "make_pairs.json"
 UNFINISHED = ".unfinished"  # hidden: nothing loads a folder that is not complete
 ROW_GROUP = 100  # images that a reader of the parquet files holds at once
-PIXELS_AT_ONCE = 2**22  # bounds the memory of a batch of large pictures
+PIXELS_AT_ONCE = 2**22  # of large pictures so many are decoded and attacked together, or one
 
 
 @dataclass
@@ -99,11 +100,11 @@ def make_pairs(args: PairsArguments, attack: AttackArguments) -> Path:
     """Attack every image of a dataset once per copy and store the pairs, or go on where an interrupted run stopped.
 
     The folder holds `data/train-00000-of-000NN.parquet` with the columns `image` and `adversarial_image` (PNG, equal
-    size), `label` (where the dataset has one), `eps` (units of 1/255, the radius in effect; 0 for clean), `attack` (one
-    of [`maep_hf.attacks.KINDS`]), `surrogate` (the classifier attacked; null where none was) and `index` (row of the
-    source dataset), and the record `make_pairs.json`. `datasets.load_dataset(folder)` reads it, and so does training
-    (`--dataset FOLDER`, with `--validation_dataset` for held-out images). Until all is done, the files lie in
-    a hidden folder.
+    size), `label` (where the dataset has one), `eps` (units of 1/255, the radius drawn, of which 8 bits show the
+    whole levels; 0 for clean), `attack` (one of [`maep_hf.attacks.KINDS`]), `surrogate` (the classifier attacked;
+    null where none was) and `index` (row of the source dataset), and the record `make_pairs.json`.
+    `datasets.load_dataset(folder)` reads it, and so does training (`--dataset FOLDER`, with `--validation_dataset`
+    for held-out images). Until all is done, the files lie in a hidden folder.
 
     Images keep their size unless `image_size` is given, for a surrogate's own resize is part of what is attacked; one
     without an image processor must take the images as they are.
@@ -195,6 +196,7 @@ class _Attacker:
                     "the dataset has no labels: name them with label_column, or use attack_labels=predicted"
                 )
             self._expect_classes(len(dataset.class_names or []))
+            match_classes(self.surrogates, dataset.class_names)
 
     def _expect_classes(self, found: int, named: bool = True) -> None:
         hint = "give a surrogate of this dataset, or attack_labels=predicted"
@@ -204,7 +206,15 @@ class _Attacker:
 
     def __call__(self, batch: list[tuple[int, int, dict]]) -> tuple[list[dict[str, Any]], list[int]]:
         """The batch's (copy, index, row) as rows of pairs in the same order, and the indices of broken images."""
-        samples, broken = [], []
+        rows: list[dict[str, Any]] = []  # filled as the images of one size are enough for a batch of their own
+        waiting: dict[tuple[int, ...], list[tuple[int, dict]]] = {}
+        broken: list[int] = []
+
+        def attack(size: tuple[int, ...]) -> None:
+            chosen = waiting.pop(size)
+            for (slot, _), row in zip(chosen, self._attack([sample for _, sample in chosen]), strict=True):
+                rows[slot] = row
+
         for copy, index, row in batch:
             rng = np.random.default_rng((self.args.seed, copy, index))
             try:
@@ -215,18 +225,17 @@ class _Attacker:
             label = self.dataset.label(row)
             if self.true_labels:
                 self._expect_classes(label + 1, named=False)
-            sample = {"pixel_values": pixels, "labels": label, "index": index}
-            samples.append(sample | self.mixture.draw(rng, tuple(pixels.shape)))
-        rows: list[dict[str, Any]] = [{}] * len(samples)
-        by_size: dict[tuple[int, ...], list[int]] = {}
-        for slot, sample in enumerate(samples):
-            by_size.setdefault(tuple(sample["pixel_values"].shape), []).append(slot)
-        for (_, height, width), slots in by_size.items():
-            at_once = max(1, PIXELS_AT_ONCE // (height * width))
-            for first in range(0, len(slots), at_once):
-                chosen = slots[first : first + at_once]
-                for slot, row in zip(chosen, self._attack([samples[slot] for slot in chosen]), strict=True):
-                    rows[slot] = row
+            size = tuple(pixels.shape)
+            sample = {"pixel_values": pixels, "labels": label, "index": index} | self.mixture.draw(rng, size)
+            waiting.setdefault(size, []).append((len(rows), sample))
+            rows.append({})
+            if (len(waiting[size]) + 1) * size[1] * size[2] > PIXELS_AT_ONCE:
+                attack(size)
+            elif sum(len(each) * h * w for (_, h, w), each in waiting.items()) > PIXELS_AT_ONCE:
+                for each in list(waiting):
+                    attack(each)
+        for each in list(waiting):
+            attack(each)
         return rows, broken
 
     def _pixels(self, image: PILImage.Image, rng: np.random.Generator) -> Tensor:
@@ -288,22 +297,37 @@ class _Shards:
     def _summary(self, shard: int) -> Path:
         return self.unfinished / f"shard-{shard:05d}.json"
 
-    def write(self, rows: list[dict[str, Any]], broken: list[int]) -> None:
-        """Write the next file, whole or not at all."""
+    def write(self, batches: Iterable[tuple[list[dict[str, Any]], list[int]]]) -> int:
+        """Write the next file, whole or not at all, of batches of rows and of indices of broken images.
+
+        Returns:
+            How many images came, the broken ones among them; without any there is no file.
+        """
         path = self._path(self.done)
-        temporary = path.with_name(path.name + ".tmp")
-        summary = {"rows": len(rows), "attacks": Counter(row["attack"] for row in rows), "broken": broken}
+        temporary = self.unfinished / f"{path.name}.tmp"
+        attacks: Counter[str] = Counter()
+        broken: list[int] = []
         try:
-            write_json(self._summary(self.done), summary)
-            table = pa.Table.from_pylist(rows, schema=self.features.arrow_schema)
-            pq.write_table(table, temporary, row_group_size=ROW_GROUP)
-            os.replace(temporary, path)
+            with pq.ParquetWriter(temporary, self.features.arrow_schema) as file:
+                for rows, failed in batches:
+                    if rows:
+                        table = pa.Table.from_pylist(rows, self.features.arrow_schema)
+                        file.write_table(table, row_group_size=ROW_GROUP)
+                    attacks.update(row["attack"] for row in rows)
+                    broken += failed
+            seen = attacks.total() + len(broken)
+            if seen:
+                write_json(self._summary(self.done), {"rows": attacks.total(), "attacks": attacks, "broken": broken})
+                os.replace(temporary, path)
+            else:
+                temporary.unlink()
         except OSError as error:
             raise RunFolderError(
                 f"output_dir={str(self.target.parent)!r} cannot be written any more: {error}. Free some space and "
                 f"start the same command again: it goes on after the {self.done} files that are whole."
             ) from error
-        self.done += 1
+        self.done += bool(seen)
+        return seen
 
     def finish(self, record: Path) -> None:
         """Give the files their final names and place, and complete the record."""
@@ -333,22 +357,19 @@ def _attack_all(args: PairsArguments, dataset: ImageDataset, attacker: _Attacker
     if shards.done:
         logger.info("going on after %d whole files", shards.done)
     broken_images: set[int] = set()
-    while True:
-        rows, broken, seen = [], [], 0
-        while seen < args.shard_images:
-            batch = list(islice(source, min(args.batch_size, args.shard_images - seen)))
-            if not batch:
-                break
+
+    def batches() -> Iterator[tuple[list[dict[str, Any]], list[int]]]:
+        images = islice(source, args.shard_images)
+        while batch := list(islice(images, args.batch_size)):
             made, failed = attacker(batch)
-            rows, broken, seen = rows + made, broken + failed, seen + len(batch)
+            yield made, failed
             progress.update(len(batch))
             if failed:
                 broken_images.update(failed)
                 progress.set_postfix(broken=len(broken_images))
-        if seen:
-            shards.write(rows, broken)
-        if seen < args.shard_images:
-            break
+
+    while shards.write(batches()) == args.shard_images:
+        pass
     progress.close()
 
 

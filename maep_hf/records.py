@@ -79,9 +79,17 @@ def describe_environment() -> dict[str, Any]:
         "versions": versions,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "git_revision": _git("rev-parse", "HEAD"),
-        "git_dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        **_revision(),
     }
+
+
+def _revision() -> dict[str, Any]:
+    """Of the repository that this package is of, and not of one that it happens to be installed inside."""
+    top = _git("rev-parse", "--show-toplevel")
+    if top is None or Path(top).resolve() != Path(__file__).resolve().parents[1]:
+        return {"git_revision": None, "git_dirty": False}
+    changed = _git("status", "--porcelain", "--untracked-files=no")
+    return {"git_revision": _git("rev-parse", "HEAD"), "git_dirty": bool(changed)}
 
 
 def _git(*arguments: str) -> str | None:

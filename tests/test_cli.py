@@ -9,10 +9,11 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from maep_hf import MAEPConfig, MAEPModel, cli, imageio
+from maep_hf import MAEPConfig, MAEPModel, checkpoints, cli, imageio
 from maep_hf.checkpoints import CheckpointError, check_model, load_purifier, released_checkpoint
 from maep_hf.configuration_cifar_resnet import CifarResNetConfig
 from maep_hf.modeling_cifar_resnet import CifarResNetForImageClassification
+from maep_hf.training.stages import load_trainable
 
 
 def run(*arguments) -> tuple[int, str, str]:
@@ -193,6 +194,24 @@ def test_wrong_arguments_are_one_line(purifier, photos, tmp_path, arguments, mes
 def test_eps_must_be_positive_and_names_its_unit(purifier, tmp_path):
     code, _, errors = run("demo", "--eps", "0", "--out", tmp_path, "--model", purifier)
     assert code == 1 and "units of 1/255" in errors
+
+
+def test_an_installed_package_finds_the_release_of_the_clone_it_is_run_from(purifier, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoints, "__file__", str(tmp_path / "site-packages" / "maep_hf" / "checkpoints.py"))
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "maep-tiny-cifar10").symlink_to(purifier)
+    monkeypatch.chdir(tmp_path / "checkpoints")
+    with pytest.raises(CheckpointError, match="not part of this installation"):
+        released_checkpoint("maep-tiny-cifar10")
+    monkeypatch.chdir(tmp_path)
+    assert released_checkpoint("maep-tiny-cifar10").samefile(purifier) and load_purifier().num_parameters() > 0
+
+
+def test_a_home_folder_that_no_shell_expanded(purifier, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(purifier.parent))
+    name = f"~/{purifier.name}"
+    check_model(name, model_type="maep")
+    assert load_purifier(name).num_parameters() == load_trainable(name).num_parameters()
 
 
 def test_missing_release_names_the_folder_and_the_fix():

@@ -1,6 +1,7 @@
 """Images in: every kind of source, columns found or named, every mode of picture, and errors that name the argument."""
 
 import io
+import shutil
 
 import datasets
 import numpy as np
@@ -62,6 +63,33 @@ def test_image_folder(sources, streaming):
     assert dataset.class_names == sorted(CLASSES)
     found = {(dataset.class_names[dataset.label(row)], decode_image(row["image"]).tobytes()) for row in dataset.rows}
     assert found == {(CLASSES[i % 3], picture(i).tobytes()) for i in range(24)}
+
+
+def test_a_saved_split_that_goes_by_another_name_is_said(sources, tmp_path, caplog):
+    load_image_dataset(str(sources["saved"]), "test")
+    assert not caplog.text  # of a dataset made by hand no split is known
+    datasets.load_dataset(str(sources["folder"]), split="train").save_to_disk(tmp_path)
+    load_image_dataset(str(tmp_path), "train")
+    assert not caplog.text
+    load_image_dataset(str(tmp_path), "test")
+    assert "it was saved as one split, 'train' by its record, and is taken for 'test'" in caplog.text
+
+
+def test_validation_on_training_images_is_warned_of(sources, caplog):
+    DataArguments(dataset=str(sources["folder"])).load()
+    DataArguments(dataset="embedded:cifar10").load()  # a demonstration
+    assert not caplog.text
+    DataArguments(dataset=str(sources["parquet"])).load()
+    assert "training and validation images are the same: name others with validation_dataset" in caplog.text
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_texts_beside_pictures(sources, tmp_path, streaming):
+    folder = shutil.copytree(sources["imagefolder"], tmp_path / "captioned")
+    for path in list(folder.rglob("*.png")):
+        path.with_suffix(".txt").write_text("a picture")
+    found = load_image_dataset(str(folder), streaming=streaming)
+    assert found.class_names == sorted(CLASSES) and len(pixels(found)) == 24
 
 
 def test_max_images(sources):
@@ -229,14 +257,21 @@ GREY = np.arange(64, dtype="u1").reshape(8, 8) * 4
         Image.fromarray(GREY).convert("P"),
         Image.fromarray(GREY.astype("u2") * 257),
         Image.fromarray(GREY.astype("i4") * 257),
+        Image.fromarray(GREY.astype("f4") / 255),
     ],
     ids=lambda image: image.mode,
 )
 def test_every_mode_becomes_the_same_rgb(image):
     expected = np.stack([GREY] * 3, axis=-1)
-    for value in (image, encoded(image, "TIFF" if image.mode == "I" else "PNG")):
+    for value in (image, encoded(image, "TIFF" if image.mode in "IF" else "PNG")):
         decoded = decode_image(value)
         assert decoded.mode == "RGB" and np.array_equal(np.asarray(decoded), expected)
+
+
+@pytest.mark.parametrize("array", [GREY.astype("f4"), GREY.astype("i4") * 2**20, -GREY.astype("i4")])
+def test_grey_of_no_known_scale_is_not_read(array):
+    with pytest.raises(OSError, match="not a readable image"):
+        decode_image(Image.fromarray(array))
 
 
 def test_transparent_pixels_show_white():

@@ -132,6 +132,20 @@ def test_run_with_an_imagenet_classifier_counts_its_labels(classifier, purifier,
         run_demo(tmp_path, **options)
 
 
+def test_records_of_an_evaluation_are_never_replaced(classifier, purifier, tmp_path):
+    options = {"purifier": purifier, "classifier": classifier, "purifier_name": "own", "classifier_name": "own"}
+    options |= {"attack": make_attack("fgsm"), "imagenet_images": 0, "console": Console(file=io.StringIO())}
+    run_demo(tmp_path, **options)
+    before = (tmp_path / "results.jsonl").read_text()
+    run_demo(tmp_path, **options)  # its own are
+    assert len(read_jsonl(tmp_path / "results.jsonl")) == 1
+    for other in (before.replace("embedded:cifar10", "cifar10"), '{"accuracy": 1}\n'):
+        (tmp_path / "results.jsonl").write_text(other)
+        with pytest.raises(DemoError, match="results.jsonl holds records of .*give another folder"):
+            run_demo(tmp_path, **options)
+        assert (tmp_path / "results.jsonl").read_text() == other
+
+
 def test_command_runs_on_folders(network, purifier, tmp_path):
     network.save_pretrained(tmp_path / "classifier")
     ViTImageProcessor(**PROCESSOR).save_pretrained(tmp_path / "classifier")

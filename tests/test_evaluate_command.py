@@ -1,5 +1,6 @@
 """`maep evaluate`, `maep report` and `maep attacks`: what is combined, what is written, what is refused."""
 
+import subprocess
 import sys
 from threading import Thread
 
@@ -8,7 +9,7 @@ import pytest
 from conftest import SIZE, image_rows
 from typer.testing import CliRunner
 
-from maep_hf import cli
+from maep_hf import cli, records
 from maep_hf.checkpoints import CheckpointError
 from maep_hf.evaluation import run
 from maep_hf.evaluation.run import EvaluationArguments, make_attacks, parse_options
@@ -238,3 +239,16 @@ def test_a_recorded_command_says_nothing_of_the_machine(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["/home/me/bin/maep", *words, "http://host/x"])
     said = ["--out=out", "python:own:make:weights.pth", "x", "uoft-cs/cifar10", "a=b/c", "http://host/x"]
     assert describe_environment()["command"] == ["maep", *said]
+
+
+def test_a_revision_is_that_of_the_packages_own_repository(tmp_path, monkeypatch):
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-C", str(tmp_path)]
+    inside = tmp_path / ".venv" / "site-packages" / "maep_hf"
+    inside.mkdir(parents=True)
+    for words in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "theirs"]):
+        subprocess.run([*git, *words], check=True)
+    monkeypatch.setattr(records, "__file__", str(inside / "records.py"))
+    assert describe_environment()["git_revision"] is None
+    monkeypatch.setattr(records, "__file__", str(tmp_path / "maep_hf" / "records.py"))
+    (tmp_path / "maep_hf").mkdir()
+    assert len(describe_environment()["git_revision"]) == 40

@@ -176,6 +176,51 @@ def test_large_batches_are_split_by_pixels(source, surrogate, tmp_path, monkeypa
     assert max(sizes) == 2 and sum(sizes) == IMAGES
 
 
+def test_images_are_attacked_before_too_many_are_read(surrogate, tmp_path, monkeypatch):
+    source = write_source(tmp_path / "source", sizes=((8, 8), (12, 9), (20, 31)))
+    whole = read(make_pairs(arguments(source, surrogate, tmp_path / "whole", batch_size=IMAGES), ATTACK))
+    waiting, most, attack, decode = 0, 0, pairs.perturb, pairs.decode_image
+
+    def decoded(cell):
+        nonlocal waiting, most
+        waiting += 1
+        most = max(most, waiting)
+        return decode(cell)
+
+    def attacked(models, x, *rest):
+        nonlocal waiting
+        waiting -= len(x)
+        return attack(models, x, *rest)
+
+    monkeypatch.setattr(pairs, "PIXELS_AT_ONCE", 150)
+    monkeypatch.setattr(pairs, "decode_image", decoded)
+    monkeypatch.setattr(pairs, "perturb", attacked)
+    made = read(make_pairs(arguments(source, surrogate, tmp_path / "pairs", batch_size=IMAGES), ATTACK))
+    assert most == 2 and waiting == 0
+    assert made["index"] == whole["index"] and made["eps"] == whole["eps"]
+
+
+def test_classes_of_another_order_are_matched_by_name(tmp_path):
+    """The same images with the same labels by name: the same attacked images."""
+    torch.manual_seed(0)
+    config = CifarResNetConfig(depth=8, width=4, id2label=dict(enumerate("abcd")))
+    CifarResNetForImageClassification(config).save_pretrained(tmp_path / "surrogate")
+    size = {"height": 8, "width": 8}
+    ViTImageProcessor(size=size, image_mean=[0.5] * 3, image_std=[0.25] * 3).save_pretrained(tmp_path / "surrogate")
+    straight = datasets.load_from_disk(write_source(tmp_path / "source"))
+    turned = straight.map(lambda row: {"label": 3 - row["label"]}, load_from_cache_file=False)
+    turned.cast_column("label", datasets.ClassLabel(names=list("dcba"))).save_to_disk(tmp_path / "turned")
+    found = [
+        read(
+            make_pairs(arguments(str(tmp_path / name), str(tmp_path / "surrogate"), tmp_path / f"{name}-pairs"), ATTACK)
+        )
+        for name in ("source", "turned")
+    ]
+    assert found[0]["label"] == [3 - label for label in found[1]["label"]]
+    for one, other in zip(*found, strict=True):
+        assert np.array_equal(levels(one)[1], levels(other)[1])
+
+
 class Killed(BaseException):
     """Stands for SIGKILL: no handler of the package catches it."""
 
@@ -297,18 +342,20 @@ def test_folder_with_other_files_is_never_touched(source, surrogate, tmp_path):
 
 
 def test_full_disk_says_so_and_can_go_on(source, surrogate, tmp_path, monkeypatch):
-    write = pairs.pq.write_table
+    write, files = pairs.pq.ParquetWriter.write_table, []
 
-    def full(table, path, **kwargs):
-        if "00001-of" in str(path):
+    def full(self, table, **kwargs):
+        if self not in files:
+            files.append(self)
+        if len(files) == 2:
             raise OSError(28, "No space left on device")
-        write(table, path, **kwargs)
+        write(self, table, **kwargs)
 
     args = arguments(source, surrogate, tmp_path / "pairs")
-    monkeypatch.setattr(pairs.pq, "write_table", full)
+    monkeypatch.setattr(pairs.pq.ParquetWriter, "write_table", full)
     with pytest.raises(RunFolderError, match="No space left.*after the 1 files"):
         make_pairs(args, ATTACK)
-    monkeypatch.setattr(pairs.pq, "write_table", write)
+    monkeypatch.setattr(pairs.pq.ParquetWriter, "write_table", write)
     assert len(read(make_pairs(args, ATTACK))) == IMAGES
 
 

@@ -6,6 +6,7 @@ import logging
 import re
 import shutil
 from collections import namedtuple
+from dataclasses import fields
 
 import datasets
 import numpy as np
@@ -26,6 +27,7 @@ from running import (
 )
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from transformers import AutoImageProcessor
 
 from maep_hf import MAEPConfig, MAEPImageProcessor, MAEPModel, PixelClassifier, load_classifier
 from maep_hf.data import DataError, load_image_dataset
@@ -317,6 +319,38 @@ def test_a_finished_run_is_stored_in_16_bits(whole_run, tmp_path, options):
         LoopArguments(export_dtype="int8")
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"attack_steps": 1}, "attack_steps=1: at least 2"),
+        ({"validation_images": 0}, "validation_images=0: must be at least 1"),
+        ({"cpu_threads": -1}, "cpu_threads=-1: must not be negative"),
+    ],
+)
+def test_values_out_of_range_name_their_argument(options, message):
+    for arguments in (AttackArguments, DataArguments, LoopArguments):
+        if next(iter(options)) in {field.name for field in fields(arguments)}:
+            with pytest.raises(ValueError, match=message):
+                arguments(**options)
+            return
+    raise AssertionError(f"no arguments have {options}")
+
+
+def test_another_precision_than_the_runs_is_refused(options, tmp_path, monkeypatch):
+    argv = options(tmp_path / "run", max_steps=4, mixed_precision="auto")
+    monkeypatch.setattr(loop_module, "pick_precision", lambda name, device: "bf16")
+    run("finetune", argv, stop=("log", 3))
+    monkeypatch.setattr(loop_module, "pick_precision", lambda name, device: "no")
+    with pytest.raises(RunFolderError, match="mixed_precision on this machine: bf16 there, no now"):
+        run("finetune", argv)
+
+
+def test_an_overwritten_run_leaves_no_old_weights(whole_run, options, tmp_path):
+    folder = shutil.copytree(whole_run, tmp_path / "run")
+    run("finetune", options(folder, overwrite_output_dir=True, seed=7), stop=("log", 1))
+    assert not (folder / "model.safetensors").exists() and not (folder / "config.json").exists()
+
+
 def test_overwriting_starts_over(whole_run, options, tmp_path):
     folder = tmp_path / "run"
     run("finetune", options(folder, max_steps=3, seed=5))
@@ -506,6 +540,21 @@ def test_vision_transformers_take_the_size_of_the_images():
     assert model(pixel_values=torch.rand(2, 3, 32, 32)).logits.shape == (2, 3)
 
 
+def test_a_classifier_takes_pictures_of_any_mode(image_folder, tmp_path):
+    sizes = {"depth": 8, "width": 4, "max_steps": 1, "per_device_train_batch_size": 4, "validation_images": 4}
+    folder = run("train_classifier", words(dataset=image_folder, output_dir=tmp_path / "run", **sizes))
+    processor = AutoImageProcessor.from_pretrained(folder)
+    for mode in ("L", "RGBA", "P"):
+        assert processor(picture(0).convert(mode), return_tensors="pt").pixel_values.shape == (1, 3, 32, 32)
+    rows = image_rows(6).map(lambda row, index: {"label": -1 if index == 3 else row["label"]}, with_indices=True)
+    rows.save_to_disk(tmp_path / "data")
+    with pytest.raises(DataError, match="an image has no label"):
+        run(
+            "train_classifier",
+            words(dataset=tmp_path / "data", output_dir=tmp_path / "none", **sizes | {"max_steps": 3}),
+        )
+
+
 def test_a_classifier_needs_labels(tmp_path):
     image_rows(6, labelled=False).save_to_disk(tmp_path / "data")
     argv = words(dataset=tmp_path / "data", output_dir=tmp_path / "run")
@@ -524,10 +573,10 @@ def task_of(image_folder, classifier_folder):
         names = [str(folder) for folder in surrogates or [classifier_folder]]
         return purification_task(
             model or tiny_purifier(),
-            DataArguments(
-                dataset=str(dataset), validation_dataset=str(image_folder), validation_images=validation_images,
-                **data or {},
-            ),
+            DataArguments(**{
+                "dataset": str(dataset), "validation_dataset": str(image_folder),
+                "validation_images": validation_images,
+            } | (data or {})),
             AttackArguments(attack_steps=2),
             PurificationArguments(surrogates=names, **loss),
         )  # fmt: skip
@@ -719,6 +768,32 @@ def test_a_surrogate_of_more_classes_is_of_another_dataset(task_of, tmp_path, na
         task_of(dataset=tmp_path / "data", surrogates=[many], attack_labels="predicted")
     else:  # bare numbers may be some of the surrogate's classes
         task_of(dataset=tmp_path / "data", surrogates=[many])
+
+
+def test_classes_of_another_order_are_matched_by_name(task_of, tmp_path, caplog):
+    usual = load_classifier(str(save_classifier(tmp_path / "usual")))
+    turned, names = ["class2", "class0", "class1"], ["class0", "class1", "class2"]
+    rows = image_rows(24)
+    rows.cast_column("label", datasets.ClassLabel(names=names)).save_to_disk(tmp_path / "straight")
+    rows = rows.map(lambda row: {"label": turned.index(names[row["label"]])}, load_from_cache_file=False)
+    rows.cast_column("label", datasets.ClassLabel(names=turned)).save_to_disk(tmp_path / "turned")
+    options = {"surrogates": [tmp_path / "usual"], "guidance_weight": 0.1}
+    both = {}
+    for name in ("straight", "turned"):
+        caplog.clear()
+        task = task_of(dataset=tmp_path / name, data={"validation_dataset": str(tmp_path / name)}, **options)
+        assert ("another order" in caplog.text) == (name == "turned")
+        batch, surrogate = batch_of(task), task.surrogates[0]
+        both[name] = batch["attacked"], task.evaluate(task.model.eval())
+    torch.testing.assert_close(both["turned"][0], both["straight"][0])
+    assert both["turned"][1] == pytest.approx(both["straight"][1])
+    pixels = torch.rand(5, 3, 16, 16)
+    torch.testing.assert_close(surrogate(pixels), usual(pixels)[:, [2, 0, 1]], atol=1e-4, rtol=1e-4)
+    assert list(surrogate.id2label.values()) == turned and not surrogate.match_classes(turned)
+    assert surrogate.match_classes(names) and not surrogate.match_classes(["a", "b", "c"])
+    torch.testing.assert_close(surrogate(pixels), usual(pixels), atol=1e-4, rtol=1e-4)
+    with pytest.raises(DataError, match="the training dataset's classes in another order"):
+        task_of(dataset=tmp_path / "straight", data={"validation_dataset": str(tmp_path / "turned")}, **options)
 
 
 def test_labels_of_another_order_are_warned_of(task_of, caplog):

@@ -17,10 +17,10 @@ from transformers import (
     AutoModelForImageClassification,
     PreTrainedConfig,
     PreTrainedModel,
-    ViTImageProcessor,
 )
 
 from maep_hf.configuration_cifar_resnet import CifarResNetConfig
+from maep_hf.convert_cifar_resnet import image_processor
 from maep_hf.training import (
     Augmentation,
     ClassificationTask,
@@ -95,12 +95,9 @@ def main(argv: list[str] | None = None) -> Path:
     train_data, validation_data = data.load()
     size = data.image_size or 32
     model = make_classifier(classifier, train_data.find_class_names(), size)
-    processor = ViTImageProcessor(
-        size={"height": size, "width": size}, image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225]
-    )
     task = ClassificationTask(
         model,
-        processor,
+        image_processor(size),
         train_data,
         validation_data,
         Augmentation(size, data.crop, classifier.padding, data.flip, data.max_zoom, data.zoom_share, data.resize),

@@ -274,7 +274,8 @@ class MAEPPreTrainedModel(PreTrainedModel):
     input_modalities = ("image",)
     supports_gradient_checkpointing = True
     _supports_sdpa = True
-    _no_split_modules = ["MAEPLayer", "MAEPConvBlock"]
+    # The model reads the positions of encoder and decoder itself.
+    _no_split_modules = ["MAEPEncoder", "MAEPDecoder", "MAEPLocalBranch"]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -436,13 +437,13 @@ class MAEPModel(MAEPPreTrainedModel):
 
         mean, std = self.image_mean.to(pixel_values.dtype), self.image_std.to(pixel_values.dtype)
         normalised = ((pixel_values - mean) / std).to(self.decoder.mask_token.dtype)
-        patches = normalised.view(batch, -1, rows, patch, columns, patch).permute(0, 2, 4, 1, 3, 5)
+        patches = normalised.view(batch, config.num_channels, rows, patch, columns, patch).permute(0, 2, 4, 1, 3, 5)
         positions = [part.position_embeddings.to(normalised.dtype) for part in (self.encoder, self.decoder)]
         if interpolate_pos_encoding and (height, width) != (config.image_size, config.image_size):
             native = config.image_size // patch
             positions = [sincos_positions(rows, columns, p.shape[2], native, p.device).to(p.dtype) for p in positions]
         visible, states, attentions = self.encoder(
-            patches.reshape(batch, rows * columns, -1), positions[0], ids_keep, use_dropout
+            patches.flatten(3).flatten(1, 2), positions[0], ids_keep, use_dropout
         )
         decoded = self.decoder(visible, positions[1], ids_keep, use_dropout)
 
@@ -460,7 +461,7 @@ class MAEPModel(MAEPPreTrainedModel):
             base = pixel_values
         else:
             base = torch.where(pixel_mask.bool(), mean, pixel_values)
-        prediction = base + std * residual.to(pixel_values.dtype)
+        prediction = base + std * residual.to(pixel_values.device, pixel_values.dtype)
 
         output = MAEPOutput(
             purified_pixel_values=prediction.clamp(0, 1).contiguous(),
@@ -640,8 +641,9 @@ class MAEPModel(MAEPPreTrainedModel):
     def _unpatchify(self, decoded: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
         """`(batch, num_patches, patch**2 * channels)` to `(batch, channels, height, width)`, channels_last."""
         batch, patch = decoded.shape[0], self.config.patch_size
-        pixels = decoded.view(batch, rows, columns, patch, patch, -1).transpose(2, 3)
-        return pixels.reshape(batch, rows * patch, columns * patch, -1).permute(0, 3, 1, 2)
+        channels = decoded.shape[2] // patch**2
+        pixels = decoded.view(batch, rows, columns, patch, patch, channels).transpose(2, 3)
+        return pixels.reshape(batch, rows * patch, columns * patch, channels).permute(0, 3, 1, 2)
 
     def _losses(
         self, prediction: torch.Tensor, clean: torch.Tensor, pixel_mask: torch.Tensor | None, masked: float

@@ -85,8 +85,9 @@ def _settings(module: nn.Module, seen: Seen) -> str:
             parts.append(f"{name}={value}")
     if not isinstance(module, PreTrainedModel):
         for name in sorted(module._non_persistent_buffers_set):
-            if not isinstance(module, PixelPreprocessing):  # they follow from its spec
-                parts.append(f"{name}={_value(module._buffers[name], seen)}")
+            buffer = module._buffers[name]
+            if buffer is not None and not isinstance(module, PixelPreprocessing):  # whose follow from its spec
+                parts.append(f"{name}={_value(buffer, seen)}")
         for name, value in sorted(vars(module).items()):
             if name.startswith("_") or name in _NOT_SETTINGS:
                 continue

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 
-from ..data import DataError, ImageDataset, load_image_dataset
+from ..data import EMBEDDED_DATASETS, DataError, ImageDataset, load_image_dataset
 from ..storage import STORED_DTYPES
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -68,7 +71,8 @@ class LoopArguments:
                      "eval_steps", "save_steps", "save_total_limit"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
-        for name in ("learning_rate", "weight_decay", "warmup_steps", "max_grad_norm"):
+        for name in ("learning_rate", "weight_decay", "warmup_steps", "max_grad_norm", "cpu_threads",
+                     "dataloader_num_workers"):  # fmt: skip
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)}: must not be negative")
         if not 0 <= self.ema_decay < 1:
@@ -128,6 +132,7 @@ class DataArguments:
     """Which images, and how they are cut.
 
     Raises:
+        ValueError: a value out of its range; the message names it.
         maep_hf.data.DataError: on loading, when the dataset cannot be read or used.
     """
 
@@ -163,6 +168,10 @@ class DataArguments:
     )
     zoom_share: float = field(default=0.5, metadata={"help": "share of the images that are enlarged"})
 
+    def __post_init__(self) -> None:
+        if self.validation_images < 1:
+            raise ValueError(f"validation_images={self.validation_images}: must be at least 1")
+
     def load(self) -> tuple[ImageDataset, ImageDataset]:
         """The training and the validation images."""
         described = {"config_name": self.dataset_config, "image_column": self.image_column,
@@ -171,7 +180,19 @@ class DataArguments:
         try:
             if self.validation_dataset is not None:  # another dataset: its own columns, found by themselves
                 own = load_image_dataset(self.validation_dataset, self.validation_split, streaming=self.streaming)
-                return train_data, own
-            return train_data, load_image_dataset(self.dataset, self.validation_split, **described)
+            else:
+                own = load_image_dataset(self.dataset, self.validation_split, **described)
         except DataError as error:
             raise DataError(f"{error} (validation_dataset and validation_split say what to validate on)") from error
+        names, others = train_data.class_names, own.class_names
+        if names and others and names != others and sorted(names) == sorted(others):
+            raise DataError(
+                "the validation dataset has the training dataset's classes in another order; bring one into the order "
+                "of the other with datasets' align_labels_with_mapping"
+            )
+        embedded = self.dataset in EMBEDDED_DATASETS
+        if not (self.streaming or embedded) and train_data.fingerprint == own.fingerprint:
+            logger.warning(
+                "training and validation images are the same: name others with validation_dataset or validation_split"
+            )
+        return train_data, own

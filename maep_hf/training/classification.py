@@ -52,6 +52,7 @@ class ClassificationTask(Task):
         return (pixel_values - mean) / std
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        _expect_labels(batch["labels"])
         pixel_values = self._normalize(batch["pixel_values"]).contiguous(memory_format=torch.channels_last)
         logits = model(pixel_values=pixel_values).logits.float()
         loss = F.cross_entropy(logits, batch["labels"], label_smoothing=self.label_smoothing)
@@ -64,6 +65,7 @@ class ClassificationTask(Task):
         if self._validation is None:
             self._validation = self.validation_batch()
         pixel_values, labels = self._validation["pixel_values"], self._validation["labels"]
+        _expect_labels(labels)
         classifier = PixelClassifier(model, self.image_processor)
         logits = torch.cat([classifier(chunk) for chunk in pixel_values.split(250)])
         attacked = pgd(classifier, pixel_values[:128], labels[:128], eps=8, steps=10)
@@ -76,3 +78,8 @@ class ClassificationTask(Task):
     def export(self, model: nn.Module, folder: Path) -> None:
         model.save_pretrained(folder)
         self.image_processor.save_pretrained(folder)
+
+
+def _expect_labels(labels: Tensor) -> None:
+    if labels.min() < 0:
+        raise DataError("an image has no label: leave such images out of the dataset of a classifier")

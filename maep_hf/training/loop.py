@@ -95,13 +95,14 @@ class _Loop:
             data = task.describe_data()
             processes = self.accelerator.num_processes
             kept, overwrite = args.save_total_limit, args.overwrite_output_dir
-            self.folder.prepare(arguments, data, 4 * parameter_bytes, kept, overwrite, processes)
+            precision = self.accelerator.mixed_precision  # what `auto` is here
+            self.folder.prepare(arguments, data, 4 * parameter_bytes, kept, overwrite, processes, precision)
         self.accelerator.wait_for_everyone()
         self.resume_from = self.folder.last_checkpoint()
         if self.main and self.resume_from is None:
             record = {"task": task.name, "arguments": arguments, "data": data, **describe_environment()}
             record["num_processes"] = processes
-            record["mixed_precision"] = self.accelerator.mixed_precision  # what `auto` was here
+            record["mixed_precision"] = precision
             record["parameters"] = sum(p.numel() for p in task.model.parameters())
             write_json(self.folder.record, record)
             self.folder.truncate_metrics(-1)

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from ..attacks import AttackMixture, AttackParameters, perturb, pgd
 from ..classifier import PixelClassifier
+from ..classifier_sources import match_classes
 from ..data import DataError, ImageDataset, expect_classes
 from ..evaluation import psnr
 from ..figures import difference_image, image_grid
@@ -205,6 +206,7 @@ class PurificationTask(Task):
         hint = "give a surrogate of this dataset, or attack_labels=predicted"
         for classes in self.num_classes:
             expect_classes(found, classes, "a surrogate", hint, named)
+        match_classes(self.surrogates, self.train_data.class_names)
 
     def _check_size(self) -> None:
         config, size = self.model.config, self.augmentation.image_size

@@ -39,6 +39,7 @@ class RunFolder:
         kept: int,
         overwrite: bool,
         num_processes: int = 1,
+        precision: str | None = None,
     ) -> None:
         """Check that the run can be written here and is the same run as the one already here, if any.
 
@@ -49,6 +50,7 @@ class RunFolder:
             kept: checkpoints that exist side by side.
             overwrite: remove a run that is already here.
             num_processes: processes of the run, where their number is a part of what is computed.
+            precision: what `mixed_precision` means on this machine, likewise.
 
         Raises:
             RunFolderError: not writable, too little disk, or another run's folder.
@@ -73,7 +75,7 @@ class RunFolder:
         for stale in self.checkpoints.glob("*.tmp"):  # of a run that was killed while it wrote them
             shutil.rmtree(stale, ignore_errors=True)
         if self.record.is_file():
-            self._refuse_other_run(arguments, data, num_processes)
+            self._refuse_other_run(arguments, data, num_processes, precision)
 
     def _remove_run(self) -> None:
         # The record goes last: whatever an interruption leaves is still known as the old run's.
@@ -83,10 +85,13 @@ class RunFolder:
                 shutil.rmtree(doomed, ignore_errors=True)
                 os.replace(stale, doomed)
         shutil.rmtree(doomed, ignore_errors=True)
-        for stale in (self.metrics, self.record):
+        # the weights too: until the first save the folder would hold the old ones under the new record
+        for stale in (*self.path.glob("*.safetensors"), self.path / "config.json", self.metrics, self.record):
             stale.unlink(missing_ok=True)
 
-    def _refuse_other_run(self, arguments: dict[str, Any], data: dict[str, Any], num_processes: int) -> None:
+    def _refuse_other_run(
+        self, arguments: dict[str, Any], data: dict[str, Any], num_processes: int, precision: str | None
+    ) -> None:
         try:
             record = json.loads(self.record.read_text())
             stored = record["arguments"]
@@ -104,9 +109,10 @@ class RunFolder:
         ]
         if record.get("data", data) != json.loads(json.dumps(data, default=str)):
             different.append(f"the data: {record['data']} there, {data} now")
-        before = record.get("num_processes", num_processes)
-        if before != num_processes:
-            different.append(f"num_processes: {before} there, {num_processes} now")
+        for name, now in {"num_processes": num_processes, "mixed_precision on this machine": precision}.items():
+            before = record.get(name.split()[0], now)
+            if before != now and not any(text.startswith(f"loop.{name.split()[0]}") for text in different):
+                different.append(f"{name}: {before} there, {now} now")
         if different:
             raise RunFolderError(
                 f"output_dir={str(self.path)!r} holds a run with other arguments ({'; '.join(different)}). "

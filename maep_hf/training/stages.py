@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ..attacks import AttackMixture
-from ..checkpoints import check_model
+from ..checkpoints import check_model, expanded
 from ..classifier import PixelClassifier
 from ..classifier_sources import load_frozen_classifier
 from ..configuration_maep import MAEPConfig
@@ -50,6 +50,10 @@ class AttackArguments:
     smoothed_gradient: float = field(
         default=0.0, metadata={"help": "share of the attacks that smooth their gradient (TI-FGSM)"}
     )
+
+    def __post_init__(self) -> None:
+        if self.attack_steps < 2:
+            raise ValueError(f"attack_steps={self.attack_steps}: at least 2 are needed for the iterated attacks")
 
     def mixture(self, num_surrogates: int) -> AttackMixture:
         """The mixture over so many classifiers.
@@ -152,6 +156,7 @@ def load_trainable(name_or_path: str, **chosen: Any) -> MAEPModel:
     Raises:
         maep_hf.checkpoints.CheckpointError: no such model, or it is not a purifier.
     """
+    name_or_path = expanded(name_or_path)
     check_model(name_or_path, model_type="maep", kind="a purifier")
     return MAEPModel.from_pretrained(name_or_path, **{key: value for key, value in chosen.items() if value is not None})
 
