@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from transformers import AutoModel, Pipeline
 
 from .image_processing_maep import MAEPImageProcessor, read_image
@@ -130,6 +130,8 @@ class ImagePurificationPipeline(Pipeline):
             image = read_image(os.fspath(image), timeout)
         elif isinstance(image, (list, tuple)) or getattr(image, "ndim", 0) == 4:
             raise ValueError("Every entry of a list must be one image, not several: pass one flat list.")
+        elif isinstance(image, Image.Image):
+            image = ImageOps.exif_transpose(image)  # as a file is
         pixels = self.image_processor(image, return_tensors="pt").pixel_values[0]
         channels = self.model.config.num_channels
         if len(pixels) != channels:
