@@ -15,6 +15,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import count, islice
 from pathlib import Path
@@ -307,27 +308,39 @@ class _Shards:
         temporary = self.unfinished / f"{path.name}.tmp"
         attacks: Counter[str] = Counter()
         broken: list[int] = []
+        with self._writing():
+            file = pq.ParquetWriter(temporary, self.features.arrow_schema)
         try:
-            with pq.ParquetWriter(temporary, self.features.arrow_schema) as file:
-                for rows, failed in batches:
-                    if rows:
+            for rows, failed in batches:
+                attacks.update(row["attack"] for row in rows)
+                broken += failed
+                if rows:
+                    with self._writing():
                         table = pa.Table.from_pylist(rows, self.features.arrow_schema)
                         file.write_table(table, row_group_size=ROW_GROUP)
-                    attacks.update(row["attack"] for row in rows)
-                    broken += failed
-            seen = attacks.total() + len(broken)
+        finally:
+            with self._writing():
+                file.close()
+        seen = attacks.total() + len(broken)
+        with self._writing():
             if seen:
                 write_json(self._summary(self.done), {"rows": attacks.total(), "attacks": attacks, "broken": broken})
                 os.replace(temporary, path)
             else:
                 temporary.unlink()
+        self.done += bool(seen)
+        return seen
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """An error of the disk says what is safe; one of the source is its own."""
+        try:
+            yield
         except OSError as error:
             raise RunFolderError(
                 f"output_dir={str(self.target.parent)!r} cannot be written any more: {error}. Free some space and "
                 f"start the same command again: it goes on after the {self.done} files that are whole."
             ) from error
-        self.done += bool(seen)
-        return seen
 
     def finish(self, record: Path) -> None:
         """Give the files their final names and place, and complete the record."""

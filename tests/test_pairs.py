@@ -359,6 +359,16 @@ def test_full_disk_says_so_and_can_go_on(source, surrogate, tmp_path, monkeypatc
     assert len(read(make_pairs(args, ATTACK))) == IMAGES
 
 
+def test_a_source_that_breaks_off_is_not_taken_for_the_disk(source, surrogate, tmp_path, monkeypatch):
+    def torn(*args):
+        raise ConnectionError("the stream broke off")
+        yield
+
+    monkeypatch.setattr(pairs, "_rows", torn)
+    with pytest.raises(ConnectionError, match="the stream broke off"):
+        make_pairs(arguments(source, surrogate, tmp_path / "pairs"), ATTACK)
+
+
 def test_broken_images_are_skipped_and_counted(surrogate, tmp_path, caplog):
     source = write_source(tmp_path / "source", broken=(0, 6, 7, 8, 9))
     out = make_pairs(arguments(source, surrogate, tmp_path / "pairs", copies=2), ATTACK)
