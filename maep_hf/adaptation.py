@@ -267,7 +267,8 @@ def describe_base(model: nn.Module) -> dict[str, str]:
     digest = hashlib.sha256()
     for name, value in sorted(weights.items()):
         digest.update(f"{name}{tuple(value.shape)}".encode())
-        digest.update(value.detach().contiguous().cpu().flatten().view(torch.uint8).numpy().tobytes())
+        unsigned = value.detach().contiguous().cpu() + 0  # averaged weights lose the sign of a zero
+        digest.update(unsigned.flatten().view(torch.uint8).numpy().tobytes())
     dtypes = sorted({str(value.dtype).removeprefix("torch.") for value in weights.values()})
     return {"fingerprint": digest.hexdigest()[:16], "dtype": ",".join(dtypes)}
 

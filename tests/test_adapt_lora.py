@@ -15,12 +15,13 @@ from conftest import ROOT, load_script, picture, save_classifier, tiny_purifier
 from peft import PeftModel
 from PIL import Image
 from running import assert_close_weights, assert_same_run, checkpoints, launch, losses, records, run, words
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from maep_hf import MAEPModel
 from maep_hf.adaptation import load_adapter, trainable_share
 from maep_hf.checkpoints import CheckpointError
 from maep_hf.data import DataError
+from maep_hf.storage import store_weights
 from maep_hf.training import DataArguments, LoopArguments, parse_arguments
 from maep_hf.training import purification as purification_module
 from maep_hf.training.stages import AttackArguments, LoraArguments, load_trainable
@@ -101,6 +102,17 @@ def test_an_adapter_in_16_bits_goes_on_the_same_base(whole_run, options, purifie
     with torch.no_grad():
         expected = MAEPModel.from_pretrained(whole_run).eval().purify(pixels)
         torch.testing.assert_close(adapted.eval().get_base_model().purify(pixels), expected, atol=2e-3, rtol=0)
+
+
+def test_an_adapter_fits_a_base_that_was_rounded(options, purifier_folder, tmp_path):
+    base = shutil.copytree(purifier_folder, tmp_path / "base")
+    weights = load_file(base / "model.safetensors")
+    name = next(name for name in weights if name.startswith("encoder.layers") and name.endswith("weight"))
+    weights[name].view(-1)[:2] = torch.tensor([-1e-9, 1e-9])  # of 16 bits, -0 and 0; their mean is 0
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    store_weights(base, "float16")
+    folder = run("adapt_lora", options(tmp_path / "run", model=base))
+    load_adapter(MAEPModel.from_pretrained(base), folder / "adapter")
 
 
 def test_the_record_tells_all_of_the_run(whole_run, purifier_folder, caplog):
