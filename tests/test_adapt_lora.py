@@ -111,7 +111,7 @@ def test_an_adapter_fits_a_base_that_was_rounded(options, purifier_folder, tmp_p
     weights[name].view(-1)[:2] = torch.tensor([-1e-9, 1e-9])  # of 16 bits, -0 and 0; their mean is 0
     save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
     store_weights(base, "float16")
-    folder = run("adapt_lora", options(tmp_path / "run", model=base))
+    folder = run("adapt_lora", options(tmp_path / "run", model=base, ema_decay=0.9))
     load_adapter(MAEPModel.from_pretrained(base), folder / "adapter")
 
 
