@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from maep_hf import MAEPModel, load_classifier
 from maep_hf.adaptation import load_adapter, trainable_share
@@ -224,6 +225,55 @@ def test_long_runs_are_tabled_from_their_records(name, recipe, unseen):
         assert (folder / "README.md").read_text() == str(render_card(folder, f"checkpoints/ablation/{name}"))
 
 
+def test_the_whole_test_set_is_tabled_from_its_records():
+    folder, readme = ROOT / "checkpoints" / "whole-test-set", (ROOT / "README.md").read_text().splitlines()
+    records = read_results(folder / "results.jsonl")
+    for text in ((folder / "results.md").read_text().splitlines(), readme):
+        table = [line for line in markdown_table(records).splitlines() if line.startswith("|")]
+        assert all(line in text for line in table), "maep report checkpoints/whole-test-set; paste its table"
+    places = {PURIFIER: released_checkpoint(PURIFIER)}
+    for record in records:
+        protocol = record["protocol"]
+        assert protocol["dataset"]["n"] == 10000 and protocol["classifier"]["name"] == "resnet56"
+        name = protocol["purifier"]["name"]
+        place = places.get(name, ROOT / "checkpoints" / "ablation" / name)
+        assert protocol["purifier"]["fingerprint"] == fingerprint(load_purifier(place))
+        assert str(place.relative_to(ROOT)) in named_purifiers(record)
+    assert PURIFIER == records[0]["protocol"]["purifier"]["name"]
+    assert not MACHINE_PATH.search((folder / "results.jsonl").read_text())
+
+
+def test_the_last_recipe_again_took_less_than_five_hours():
+    ablation = ROOT / "checkpoints" / "ablation"
+    folder, readme = ablation / "again-diverse", (ablation / "README.md").read_text()
+    recipe, run = read_recipe("finetune_diverse_tiny_cifar10"), json.loads((folder / "run.json").read_text())
+    changed = {"model", "output_dir", "per_device_train_batch_size", "mixed_precision", "torch_compile"}
+    assert follows(folder / "run.json", {key: value for key, value in recipe.items() if key not in changed})
+    assert run["num_processes"] * run["arguments"]["loop"]["per_device_train_batch_size"] == 64
+    records = read_results(folder / "results.jsonl")
+    table = [line for line in markdown_table(records).splitlines() if line.startswith("|")]
+    for text in ((folder / "results.md").read_text(), readme):
+        assert all(line in text.splitlines() for line in table), "maep report FOLDER; paste its table"
+    assert {record["protocol"]["classifier"]["name"] for record in records} == AGAIN[2]
+    weights = {record["protocol"]["purifier"]["fingerprint"] for record in records}
+    assert weights == {fingerprint(load_purifier(folder))}
+    assert all("checkpoints/ablation/again-diverse" in named_purifiers(record) for record in records)
+    assert (folder / "README.md").read_text() == str(render_card(folder, "checkpoints/ablation/again-diverse"))
+    assert not MACHINE_PATH.search((folder / "run.json").read_text() + (folder / "results.jsonl").read_text())
+    assert {value.dtype for value in load_file(folder / "model.safetensors").values()} == {torch.float16}
+    seconds = 0.0
+    logs = [
+        *(f"again/{name}_metrics.jsonl" for name in CHAIN[:-1]),
+        "again/metrics.jsonl",
+        "again-diverse/metrics.jsonl",
+    ]
+    for log in logs:
+        lines = [line for line in read_jsonl(ablation / log) if "attack_seconds" in line]
+        seconds += sum(line["attack_seconds"] + line["model_seconds"] for line in lines)
+    assert seconds < 5 * 3600 and f"{seconds / 3600:.1f} hours from random weights" in readme
+    assert f"[{seconds / 3600:.1f} hours](checkpoints/ablation/README.md)" in (ROOT / "README.md").read_text()
+
+
 def test_the_recipes_again_took_less_than_five_hours():
     folder, seconds, images = ROOT / "checkpoints" / "ablation" / "again", 0.0, 0
     readme = (folder.parent / "README.md").read_text()
@@ -248,13 +298,15 @@ def test_the_recipes_again_took_less_than_five_hours():
 def test_long_runs_stand_beside_each_other():
     folders = {f"`{recipe}`": ROOT / "checkpoints" / "ablation" / name for name, recipe, _ in LONG_RUNS}
     folders["the same recipes again"] = ROOT / "checkpoints" / "ablation" / "again"
+    folders["the last recipe again too"] = ROOT / "checkpoints" / "ablation" / "again-diverse"
     folders["the released purifier"] = released_checkpoint(PURIFIER)
     readme = (ROOT / "checkpoints" / "ablation" / "README.md").read_text().splitlines()
     for name, folder in folders.items():
         [line] = [line for line in readme if re.match(rf"\| {re.escape(name)}[ ,][^|]*\| [\d,]+ \|", line)]
         records = results(read_results(folder / "results.jsonl"))
         found = {result.classifier: result.record["accuracy"] for result in records
-                 if result.attack == peers_table.MAIN_ATTACK and result.column == "gray-box"}  # fmt: skip
+                 if result.attack == peers_table.MAIN_ATTACK and result.column == "gray-box"
+                 and result.record["protocol"]["dataset"]["n"] <= 1000}  # fmt: skip
         clean, attacked = ([found[unseen][key]["percent"] for unseen in ("resnet56", "resnet44")]
                            for key in ("purified_clean", "purified_attacked"))  # fmt: skip
         gaps = [before - after for before, after in zip(clean, attacked, strict=True)]
