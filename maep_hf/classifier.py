@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
 
 from . import modeling_cifar_resnet  # noqa: F401  registers the CIFAR ResNet with the Auto classes
+from .data import same_names_in_order
 from .preprocessing import (
     PixelPreprocessing,
     PreprocessingSpec,
@@ -151,10 +152,10 @@ class PixelClassifier(nn.Module):
         Returns:
             Whether the order is another one now.
         """
-        own, wanted = list((self.id2label or {}).values()), list(names or [])
-        if own == wanted or len(set(own)) != len(own) or sorted(own) != sorted(wanted):
+        found = same_names_in_order(list((self.id2label or {}).values()), names)
+        if found is None:
             return False
-        order = torch.tensor([own.index(name) for name in wanted])
+        order = torch.tensor(found)
         self.class_order = order if self.class_order is None else self.class_order.cpu()[order]
         return True
 

@@ -54,7 +54,7 @@ def load_frozen_classifier(name: str | os.PathLike) -> PixelClassifier:
 
 def match_classes(classifiers: Sequence[PixelClassifier], names: Sequence[str] | None) -> None:
     """Put the logits of each into the order of a dataset's class names, where it has the same in another order."""
-    if sum([classifier.match_classes(names) for classifier in classifiers]):
+    if any([classifier.match_classes(names) for classifier in classifiers]):  # a list: of all, not of the first
         logger.warning(
             "the dataset's classes stand in another order than those of the surrogates: they are matched by name"
         )

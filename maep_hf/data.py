@@ -6,7 +6,9 @@ import hashlib
 import logging
 import struct
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +53,7 @@ class ImageDataset:
             raise TypeError("a streamed dataset has no length")
         return len(self.rows)
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """Hash of the size, the columns and 256 or more evenly spread rows: the same wherever the data lies.
 
@@ -114,6 +116,19 @@ def expect_classes(found: int | None, classes: int, model: str, hint: str, named
     if found and (found > classes or (named and found < classes)):
         least, only = "" if named else "at least ", "only " if found > classes else ""
         raise DataError(f"the dataset has {least}{found} classes and {model} {only}{classes}: {hint}")
+
+
+def same_names_in_order(own: Sequence[str] | None, wanted: Sequence[str] | None) -> list[int] | None:
+    """Where each of the `wanted` class names stands among one's `own`.
+
+    Returns:
+        Indices into `own`; `None` where these are not the same names, are so in the same order, or repeat one: then
+        nothing is known of their order, or nothing is to be done.
+    """
+    own, wanted = list(own or []), list(wanted or [])
+    if own == wanted or len(set(own)) != len(own) or sorted(own) != sorted(wanted):
+        return None
+    return [own.index(name) for name in wanted]
 
 
 def load_image_dataset(

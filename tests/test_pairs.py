@@ -36,9 +36,10 @@ def dataset_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf-cache")
 
 
-def save_classifier(folder, seed=0, labels=4):
+def save_classifier(folder, seed=0, labels=4, names=None):
     torch.manual_seed(seed)
-    config = CifarResNetConfig(depth=8, width=4, num_labels=labels)
+    named = {"id2label": dict(enumerate(names))} if names else {"num_labels": labels}
+    config = CifarResNetConfig(depth=8, width=4, **named)
     CifarResNetForImageClassification(config).save_pretrained(folder)
     size = {"height": 8, "width": 8}
     ViTImageProcessor(size=size, image_mean=[0.5] * 3, image_std=[0.25] * 3).save_pretrained(folder)
@@ -202,18 +203,12 @@ def test_images_are_attacked_before_too_many_are_read(surrogate, tmp_path, monke
 
 def test_classes_of_another_order_are_matched_by_name(tmp_path):
     """The same images with the same labels by name: the same attacked images."""
-    torch.manual_seed(0)
-    config = CifarResNetConfig(depth=8, width=4, id2label=dict(enumerate("abcd")))
-    CifarResNetForImageClassification(config).save_pretrained(tmp_path / "surrogate")
-    size = {"height": 8, "width": 8}
-    ViTImageProcessor(size=size, image_mean=[0.5] * 3, image_std=[0.25] * 3).save_pretrained(tmp_path / "surrogate")
+    surrogate = save_classifier(tmp_path / "surrogate", names="abcd")
     straight = datasets.load_from_disk(write_source(tmp_path / "source"))
     turned = straight.map(lambda row: {"label": 3 - row["label"]}, load_from_cache_file=False)
     turned.cast_column("label", datasets.ClassLabel(names=list("dcba"))).save_to_disk(tmp_path / "turned")
     found = [
-        read(
-            make_pairs(arguments(str(tmp_path / name), str(tmp_path / "surrogate"), tmp_path / f"{name}-pairs"), ATTACK)
-        )
+        read(make_pairs(arguments(str(tmp_path / name), surrogate, tmp_path / f"{name}-pairs"), ATTACK))
         for name in ("source", "turned")
     ]
     assert found[0]["label"] == [3 - label for label in found[1]["label"]]

@@ -88,8 +88,7 @@ def test_card_and_readme_state_the_recorded_results():
     assert all(f"checkpoints/{PURIFIER}" in named_purifiers(record) for record in records)
     measured = {record["protocol"]["threat_model"] for record in records}
     assert {"gray-box", "white-box"} <= measured
-    table = [line for line in markdown_table(records).splitlines() if line.startswith("|")]
-    missing = [line for line in table if line not in readme.splitlines()]
+    missing = [line for line in table_of(records) if line not in readme.splitlines()]
     assert not missing, f"README.md: paste the tables of `maep report checkpoints/{PURIFIER}`"
 
 
@@ -209,28 +208,45 @@ def test_long_runs_are_tabled_from_their_records(name, recipe, unseen):
     folder = ROOT / "checkpoints" / "ablation" / name
     elsewhere = {"output_dir": f"runs/again-{recipe}"} if name == "again" else {}
     recipe = read_recipe(f"{recipe}_tiny_cifar10") | elsewhere
+    assert_tabled(folder, unseen)
+    assert follows(folder / "run.json", recipe)
+    assert {Path(surrogate).name for surrogate in recipe["surrogates"]} == {"resnet20-cifar10", "resnet20", "resnet32"}
+
+
+def assert_tabled(folder: Path, unseen: set[str]) -> None:
+    """A run of the ablation's README stands there as its records say, and these are of the weights beside them."""
     records, readme = read_results(folder / "results.jsonl"), (folder.parent / "README.md").read_text().splitlines()
-    table = [line for line in markdown_table(records).splitlines() if line.startswith("|")]
+    table = table_of(records)
     assert all(line in (folder / "results.md").read_text().splitlines() for line in table), "maep report FOLDER"
     assert all(line in readme for line in table), "ablation/README.md: paste the table of `maep report FOLDER`"
     assert not MACHINE_PATH.search((folder / "run.json").read_text() + (folder / "results.jsonl").read_text())
-    assert follows(folder / "run.json", recipe)
-    assert {Path(surrogate).name for surrogate in recipe["surrogates"]} == {"resnet20-cifar10", "resnet20", "resnet32"}
-    classifiers = {record["protocol"]["classifier"]["name"] for record in records}
-    assert classifiers == unseen
+    assert {record["protocol"]["classifier"]["name"] for record in records} == unseen
     if (folder / "model.safetensors").is_file():
         weights = {record["protocol"]["purifier"]["fingerprint"] for record in records}
         assert weights == {fingerprint(load_purifier(folder))}, "the records are of other weights"
-        assert all(f"checkpoints/ablation/{name}" in named_purifiers(record) for record in records)
-        assert (folder / "README.md").read_text() == str(render_card(folder, f"checkpoints/ablation/{name}"))
+        name = f"checkpoints/ablation/{folder.name}"
+        assert all(name in named_purifiers(record) for record in records)
+        assert (folder / "README.md").read_text() == str(render_card(folder, name))
+
+
+def table_of(records: list[dict]) -> list[str]:
+    """The lines of the table that `maep report` makes of them."""
+    return [line for line in markdown_table(records).splitlines() if line.startswith("|")]
+
+
+def seconds_of(log: Path) -> float:
+    """What attacks and training steps of a run took, by its log."""
+    lines = [line for line in read_jsonl(log) if "attack_seconds" in line]
+    return sum(line["attack_seconds"] + line["model_seconds"] for line in lines)
 
 
 def test_the_whole_test_set_is_tabled_from_its_records():
     folder, readme = ROOT / "checkpoints" / "whole-test-set", (ROOT / "README.md").read_text().splitlines()
     records = read_results(folder / "results.jsonl")
     for text in ((folder / "results.md").read_text().splitlines(), readme):
-        table = [line for line in markdown_table(records).splitlines() if line.startswith("|")]
-        assert all(line in text for line in table), "maep report checkpoints/whole-test-set; paste its table"
+        assert all(line in text for line in table_of(records)), (
+            "maep report checkpoints/whole-test-set; paste its table"
+        )
     places = {PURIFIER: released_checkpoint(PURIFIER)}
     for record in records:
         protocol = record["protocol"]
@@ -250,26 +266,10 @@ def test_the_last_recipe_again_took_less_than_five_hours():
     changed = {"model", "output_dir", "per_device_train_batch_size", "mixed_precision", "torch_compile"}
     assert follows(folder / "run.json", {key: value for key, value in recipe.items() if key not in changed})
     assert run["num_processes"] * run["arguments"]["loop"]["per_device_train_batch_size"] == 64
-    records = read_results(folder / "results.jsonl")
-    table = [line for line in markdown_table(records).splitlines() if line.startswith("|")]
-    for text in ((folder / "results.md").read_text(), readme):
-        assert all(line in text.splitlines() for line in table), "maep report FOLDER; paste its table"
-    assert {record["protocol"]["classifier"]["name"] for record in records} == AGAIN[2]
-    weights = {record["protocol"]["purifier"]["fingerprint"] for record in records}
-    assert weights == {fingerprint(load_purifier(folder))}
-    assert all("checkpoints/ablation/again-diverse" in named_purifiers(record) for record in records)
-    assert (folder / "README.md").read_text() == str(render_card(folder, "checkpoints/ablation/again-diverse"))
-    assert not MACHINE_PATH.search((folder / "run.json").read_text() + (folder / "results.jsonl").read_text())
+    assert_tabled(folder, AGAIN[2])
     assert {value.dtype for value in load_file(folder / "model.safetensors").values()} == {torch.float16}
-    seconds = 0.0
-    logs = [
-        *(f"again/{name}_metrics.jsonl" for name in CHAIN[:-1]),
-        "again/metrics.jsonl",
-        "again-diverse/metrics.jsonl",
-    ]
-    for log in logs:
-        lines = [line for line in read_jsonl(ablation / log) if "attack_seconds" in line]
-        seconds += sum(line["attack_seconds"] + line["model_seconds"] for line in lines)
+    logs = (*(f"again/{name}_metrics" for name in CHAIN[:-1]), "again/metrics", "again-diverse/metrics")
+    seconds = sum(seconds_of(ablation / f"{log}.jsonl") for log in logs)
     assert seconds < 5 * 3600 and f"{seconds / 3600:.1f} hours from random weights" in readme
     assert f"[{seconds / 3600:.1f} hours](checkpoints/ablation/README.md)" in (ROOT / "README.md").read_text()
 
@@ -287,8 +287,7 @@ def test_the_recipes_again_took_less_than_five_hours():
         shared = run["num_processes"] * run["arguments"]["loop"]["per_device_train_batch_size"]
         assert shared == recipe["per_device_train_batch_size"] * (2 if name == CHAIN[-1] else 1)
         assert not MACHINE_PATH.search(path.read_text())
-        lines = [line for line in read_jsonl(folder / f"{prefix}metrics.jsonl") if "attack_seconds" in line]
-        took, made = sum(line["attack_seconds"] + line["model_seconds"] for line in lines), recipe["max_steps"] * 64
+        took, made = seconds_of(folder / f"{prefix}metrics.jsonl"), recipe["max_steps"] * 64
         assert f"| `{name}` | {took / 60:.1f} | {recipe['max_steps']:,} | {made:,} |" in readme
         seconds, images = seconds + took, images + made
     assert seconds < 5 * 3600 and f"{images:,} images, {seconds / 3600:.1f} hours" in readme

@@ -12,7 +12,7 @@ import torch
 from PIL import Image as PILImage
 from torch import Tensor
 
-from ..data import DataError, ImageDataset, decode_image
+from ..data import DataError, ImageDataset, decode_image, same_names_in_order
 
 logger = logging.getLogger(__name__)
 
@@ -74,12 +74,11 @@ class EvaluationImages:
         Args:
             names: the classifier's, in the order of its logits; `None` where it has none.
         """
-        own = self.class_names
-        if not own or not names or tuple(names) == own or len(set(own)) != len(own) or sorted(names) != sorted(own):
+        order = same_names_in_order(names, self.class_names)
+        if order is None:
             return self
         logger.warning("dataset: its classes stand in another order than the classifier's; they are matched by name")
-        order = torch.tensor([list(names).index(name) for name in own])
-        return replace(self, labels=order[self.labels.long().cpu()], class_names=tuple(names))
+        return replace(self, labels=torch.tensor(order)[self.labels.long().cpu()], class_names=tuple(names))
 
     def describe(self) -> dict:
         """Which images these are, for the record: their fingerprint is of pixels and labels."""

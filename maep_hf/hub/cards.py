@@ -162,15 +162,6 @@ def own_records(folder: Path, records: Sequence[Mapping[str, Any]]) -> list[Mapp
     return records_of(records, fingerprints)
 
 
-def are_of(folder: Path, records: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether any of the records is of a purifier's weights, or of a bare classifier alone."""
-    try:
-        own_records(folder, records)
-    except ValueError:
-        return False
-    return True
-
-
 def _adapter(folder: Path, repo_id: str, base_model: str | None, records: list) -> dict[str, Any]:
     adapter = read_json(folder / ADAPTER_CONFIG)
     base = base_of_adapter(adapter, base_model)

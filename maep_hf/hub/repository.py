@@ -17,7 +17,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.repocard import RepoCard
 
 from ..evaluation.results import read_results
-from .cards import are_of
+from .cards import own_records
 from .connection import check_visibility
 from .contents import check_for_leaks
 from .folders import ADAPTER, ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE_RECORD, PURIFIER, RESULTS, Kind
@@ -75,7 +75,7 @@ class Repository:
         if kind is ADAPTER:
             known = same_adapter(folder, {n: self.file(n, at) for n in (ADAPTER_WEIGHTS, ADAPTER_CONFIG, BASE_RECORD)})
         else:
-            known = are_of(folder, found)
+            known = _are_of(folder, found)
         if known:
             return found, []
         self.read_at = at
@@ -160,3 +160,12 @@ class Repository:
                 raise ValueError(
                     f"tag={tag!r} exists and marks another commit; the files are on {self.branch}, choose another tag"
                 ) from error
+
+
+def _are_of(folder: Path, records: list[dict]) -> bool:
+    """Whether any of the records is of a purifier's weights, or of a bare classifier alone."""
+    try:
+        own_records(folder, records)
+    except ValueError:
+        return False
+    return True

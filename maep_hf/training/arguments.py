@@ -6,7 +6,7 @@ import logging
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 
-from ..data import EMBEDDED_DATASETS, DataError, ImageDataset, load_image_dataset
+from ..data import EMBEDDED_DATASETS, DataError, ImageDataset, load_image_dataset, same_names_in_order
 from ..storage import STORED_DTYPES
 
 logger = logging.getLogger(__name__)
@@ -184,8 +184,7 @@ class DataArguments:
                 own = load_image_dataset(self.dataset, self.validation_split, **described)
         except DataError as error:
             raise DataError(f"{error} (validation_dataset and validation_split say what to validate on)") from error
-        names, others = train_data.class_names, own.class_names
-        if names and others and names != others and sorted(names) == sorted(others):
+        if same_names_in_order(train_data.class_names, own.class_names) is not None:
             raise DataError(
                 "the validation dataset has the training dataset's classes in another order; bring one into the order "
                 "of the other with datasets' align_labels_with_mapping"

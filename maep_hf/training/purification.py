@@ -191,6 +191,8 @@ class PurificationTask(Task):
                 "of one width, or logits"
             )
         self._check_labels()
+        if arguments.attack_labels == "true":
+            match_classes(self.surrogates, self.train_data.class_names)
         self._check_size()
         self._warn_of_guides()
 
@@ -206,7 +208,6 @@ class PurificationTask(Task):
         hint = "give a surrogate of this dataset, or attack_labels=predicted"
         for classes in self.num_classes:
             expect_classes(found, classes, "a surrogate", hint, named)
-        match_classes(self.surrogates, self.train_data.class_names)
 
     def _check_size(self) -> None:
         config, size = self.model.config, self.augmentation.image_size

@@ -109,10 +109,12 @@ class RunFolder:
         ]
         if record.get("data", data) != json.loads(json.dumps(data, default=str)):
             different.append(f"the data: {record['data']} there, {data} now")
-        for name, now in {"num_processes": num_processes, "mixed_precision on this machine": precision}.items():
-            before = record.get(name.split()[0], now)
-            if before != now and not any(text.startswith(f"loop.{name.split()[0]}") for text in different):
-                different.append(f"{name}: {before} there, {now} now")
+        before = record.get("num_processes", num_processes)
+        if before != num_processes:
+            different.append(f"num_processes: {before} there, {num_processes} now")
+        before = record.get("mixed_precision", precision)
+        if before != precision and not any(text.startswith("loop.mixed_precision") for text in different):
+            different.append(f"mixed_precision on this machine: {before} there, {precision} now")
         if different:
             raise RunFolderError(
                 f"output_dir={str(self.path)!r} holds a run with other arguments ({'; '.join(different)}). "
