@@ -174,14 +174,38 @@ def test_a_share_of_the_start_is_kept(whole_run, options, purifier_folder, tmp_p
     assert ends[0] != ends[1]  # what is validated is what is kept
 
 
+def test_a_share_of_an_earlier_purifier_is_kept_by_a_finished_run(whole_run, options, tmp_path):
+    earlier = tmp_path / "earlier"
+    tiny_purifier().save_pretrained(earlier)
+    folder = shutil.copytree(whole_run, tmp_path / "run")
+    lines = len(records(folder))
+    run("finetune", options(folder, start_share=0.25, start_share_of=earlier))
+    before, trained, kept = (load_file(path / "model.safetensors") for path in (earlier, whole_run, folder))
+    for name, weight in kept.items():
+        torch.testing.assert_close(weight, 0.25 * before[name] + 0.75 * trained[name])
+    assert any(not torch.equal(weight, trained[name]) for name, weight in kept.items())
+    [again] = records(folder)[lines:]  # what is kept now is validated, nothing is trained
+    assert again["step"] == records(whole_run)[-1]["step"]
+    assert again["validation"] != records(whole_run)[-1]["validation"]
+    finetuned = json.loads((folder / "run.json").read_text())["arguments"]["finetune"]
+    assert finetuned["start_share"] == 0.25 and finetuned["start_share_of"] == str(earlier)
+    run("finetune", options(folder, start_share=0.25, start_share_of=earlier))
+    assert len(records(folder)) == lines + 1  # nothing new to say
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
         ({"start_share": 1}, "start_share=1.0: must be"),
         ({"start_share": 0.5, "trainable": "decoder_lora"}, "trainable=all"),
+        ({"start_share_of": "somewhere"}, "start_share_of='somewhere': give start_share"),
+        ({"start_share": 0.5, "start_share_of": "wide"}, "start_share_of: its weights are not of the trained model's"),
     ],
 )
 def test_a_share_of_the_start_that_cannot_be(options, tmp_path, changed, message, capsys):
+    if changed.get("start_share_of") == "wide":
+        changed = changed | {"start_share_of": tmp_path / "wide"}
+        tiny_purifier(local_branch_channels=12).save_pretrained(changed["start_share_of"])
     with pytest.raises((SystemExit, ValueError)) as refused:
         run("finetune", options(tmp_path / "run", **changed))
     assert message in capsys.readouterr().err + str(refused.value)

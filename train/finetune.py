@@ -27,6 +27,10 @@ class FinetuneArguments:
         default=0.0,
         metadata={"help": "share of the weights started from in those that are validated and saved (WiSE-FT)"},
     )
+    start_share_of: str | None = field(
+        default=None,
+        metadata={"help": "an earlier purifier of the same chain whose share that is; the one started from by default"},
+    )
     local_branch_channels: int | None = field(
         default=None,
         metadata={"help": "widen the local branch to so many channels (Net2Net); the model's own by default"},
@@ -46,6 +50,8 @@ class FinetuneArguments:
             raise ValueError(f"start_share={self.start_share}: must be in [0, 1)")
         if self.start_share and self.trainable != "all":
             raise ValueError(f"start_share={self.start_share}: needs trainable=all; scale an adapter instead")
+        if self.start_share_of and not self.start_share:
+            raise ValueError(f"start_share_of={self.start_share_of!r}: give start_share, how much of it is kept")
         if self.grows and self.trainable != "all":
             raise ValueError("local_branch_channels, local_branch_layers: need trainable=all, an adapter fits one size")
 
@@ -74,7 +80,9 @@ def main(argv: list[str] | None = None) -> Path:
     if finetune.trainable == "decoder_lora":
         model = lora.adapt(model, scope="decoder")
         groups |= as_groups(lora=lora)
-    return train(purification_task(model, data, attack, purification, finetune.start_share), loop, groups)
+    start = load_trainable(finetune.start_share_of) if finetune.start_share_of else None
+    task = purification_task(model, data, attack, purification, finetune.start_share, start)
+    return train(task, loop, groups)
 
 
 if __name__ == "__main__":

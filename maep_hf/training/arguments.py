@@ -87,8 +87,10 @@ class LoopArguments:
             raise ValueError(f"report_to={self.report_to!r}: it is not installed; pip install {self.report_to}")
 
 
-# May change between the first start of a run and a later one: none of them changes what is computed.
-FREE_ARGUMENTS = frozenset(
+# Which weights are validated and saved of those that are trained.
+KEPT_ARGUMENTS = frozenset({"start_share", "start_share_of"})
+# May change between the first start of a run and a later one: none of them changes what is trained.
+FREE_ARGUMENTS = KEPT_ARGUMENTS | frozenset(
     {
         "overwrite_output_dir",
         "report_to",
@@ -122,6 +124,7 @@ ADDED_LATER = {
     "smoothed_gradient": 0.0,
     "window_overlap": None,
     "start_share": 0.0,
+    "start_share_of": None,
     "architecture": "cifar_resnet",
     "architecture_options": "{}",
 }

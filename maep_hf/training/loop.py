@@ -99,6 +99,7 @@ class _Loop:
             self.folder.prepare(arguments, data, 4 * parameter_bytes, kept, overwrite, processes, precision)
         self.accelerator.wait_for_everyone()
         self.resume_from = self.folder.last_checkpoint()
+        self.keeps_others = False
         if self.main and self.resume_from is None:
             record = {"task": task.name, "arguments": arguments, "data": data, **describe_environment()}
             record["num_processes"] = processes
@@ -106,6 +107,8 @@ class _Loop:
             record["parameters"] = sum(p.numel() for p in task.model.parameters())
             write_json(self.folder.record, record)
             self.folder.truncate_metrics(-1)
+        elif self.main:
+            self.keeps_others = self.folder.take_over(arguments)
         set_seed(args.seed)
         task.to(self.accelerator.device)
         self._build()
@@ -159,6 +162,9 @@ class _Loop:
                     "this run is finished: %s holds its %d steps; --overwrite_output_dir starts over",
                     self.folder.path, state.step,
                 )  # fmt: skip
+            if any(gather_object([self.keeps_others])):  # only the main process knows
+                self._start_clock()
+                self._validate()
             self._export()  # it may have been stopped between its last checkpoint and this
         if args.report_to != "none":
             self.accelerator.end_training()

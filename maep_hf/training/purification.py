@@ -128,6 +128,10 @@ class PairDraw:
         return drawn
 
 
+def _shapes(model: nn.Module) -> list[torch.Size]:
+    return [weight.shape for weight in model.parameters()]
+
+
 class PurificationTask(Task):
     """Stages 1 to 3 of the method: what differs between them is the mask ratio and which weights are trainable.
 
@@ -140,12 +144,13 @@ class PurificationTask(Task):
         surrogates: frozen classifiers from [0, 1] pixels to logits; the first one also validates.
         mixture: attacks that pairs are drawn from; unused where the dataset stores attacked images.
         arguments: see [`PurificationArguments`].
-        start_share: share, [0, 1), of the weights that `model` has now in those that are validated and saved, the rest
-            being the trained ones' (WiSE-FT, Wortsman et al. 2022, section 3).
+        start_share: share, [0, 1), of the weights of `start` in those that are validated and saved, the rest being the
+            trained ones' (WiSE-FT, Wortsman et al. 2022, section 3).
+        start: a model that the trained one descends from; `model` as it is now by default.
 
     Raises:
         maep_hf.data.DataError: labels are asked for that the data do not have, or that do not fit a surrogate.
-        ValueError: no surrogates, or images that this purifier does not take in windows.
+        ValueError: no surrogates, images that this purifier does not take in windows, or a `start` of other shapes.
     """
 
     name = "purifier"
@@ -162,11 +167,14 @@ class PurificationTask(Task):
         arguments: PurificationArguments,
         validation_images: int = 256,
         start_share: float = 0.0,
+        start: nn.Module | None = None,
     ):
         super().__init__(model, train_data, validation_data, augmentation, validation_images)
         self.start_share = start_share
         # A copy from before the loop loads a checkpoint: a resumed run averages with the same weights.
-        self._start = copy.deepcopy(model).requires_grad_(False) if start_share else None
+        self._start = copy.deepcopy(start or model).requires_grad_(False) if start_share else None
+        if self._start is not None and _shapes(self._start) != _shapes(model):
+            raise ValueError("start_share_of: its weights are not of the trained model's shapes; take one of its chain")
         if not surrogates:
             raise ValueError("surrogates: at least one classifier is needed to make and to judge attacked images")
         self.image_processor = image_processor

@@ -12,7 +12,8 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from .arguments import ADDED_LATER, FREE_ARGUMENTS
+from ..records import write_json
+from .arguments import ADDED_LATER, FREE_ARGUMENTS, KEPT_ARGUMENTS
 
 CHECKPOINT_PREFIX = "step-"
 
@@ -120,6 +121,19 @@ class RunFolder:
                 f"output_dir={str(self.path)!r} holds a run with other arguments ({'; '.join(different)}). "
                 "Give another folder, or start over with --overwrite_output_dir."
             )
+
+    def take_over(self, arguments: dict[str, Any]) -> bool:
+        """Record what a later start of the run changed; whether it changed which of its weights are kept."""
+        record = json.loads(self.record.read_text())
+        before, record["arguments"] = record["arguments"], json.loads(json.dumps(arguments, default=str))
+        if before != record["arguments"]:
+            write_json(self.record, record)
+        return any(
+            value != before.get(group, {}).get(name, ADDED_LATER.get(name))
+            for group, values in record["arguments"].items()
+            for name, value in values.items()
+            if name in KEPT_ARGUMENTS
+        )
 
     def truncate_metrics(self, step: int) -> None:
         """Drop the records that an interrupted run wrote after its last checkpoint."""

@@ -172,6 +172,7 @@ def purification_task(
     attack: AttackArguments,
     purification: PurificationArguments,
     start_share: float = 0.0,
+    start: nn.Module | None = None,
 ) -> PurificationTask:
     """Load data and surrogates and put the task together.
 
@@ -179,11 +180,11 @@ def purification_task(
         model: the purifier, also one with LoRA beside its weights.
         data: with an `image_size` other than the purifier's own, whole images of that size are attacked and judged,
             and purified in windows.
-        start_share: see [`PurificationTask`].
+        start_share, start: see [`PurificationTask`].
 
     Raises:
         maep_hf.data.DataError: data that cannot be used; checked before anything is trained.
-        ValueError: an image size below 1, or one that this purifier does not take in windows.
+        ValueError: an image size below 1, or one that this purifier does not take in windows; see [`PurificationTask`].
     """
     size = model.config.image_size if data.image_size is None else data.image_size
     if size < 1:
@@ -203,4 +204,5 @@ def purification_task(
         purification,
         data.validation_images,
         start_share,
+        start,
     )
