@@ -105,7 +105,10 @@ def test_readme_states_the_measured_throughput():
 RELEASED = [PURIFIER, f"{PURIFIER}-lora-imagenet", f"{PURIFIER}-lora-tiny-imagenet"]
 
 
-@pytest.mark.parametrize("name", [*RELEASED, "ablation/finetune8", "ablation/divergence", "ablation/again"])
+WITH_WEIGHTS = ("finetune8", "divergence", "diverse", "again", "again-diverse")
+
+
+@pytest.mark.parametrize("name", [*RELEASED, *(f"ablation/{name}" for name in WITH_WEIGHTS)])
 def test_white_box_is_published_for_all_weights(name):
     found = [result for result in results(read_results(ROOT / "checkpoints" / name / "results.jsonl"))
              if result.column == "white-box" and result.attack.startswith("AutoAttack (standard), Linf")]  # fmt: skip
@@ -125,7 +128,9 @@ def test_released_adapters_fit_their_base_and_say_what_was_measured(domain):
     assert all(record in everything for record in records) and len(records) >= 3
     card = str(render_card(folder, f"checkpoints/{folder.name}", base_model=f"checkpoints/{PURIFIER}"))
     assert (folder / "README.md").read_text() == card
-    assert follows(folder / "run.json", read_recipe(f"adapt_lora_{domain.replace('-', '_')}"))
+    elsewhere = {"output_dir": f"runs/rel-lora-{domain.removesuffix('-imagenet')}"}
+    assert follows(folder / "run.json", read_recipe(f"adapt_lora_{domain.replace('-', '_')}") | elsewhere)
+    assert {value.dtype for value in load_file(folder / "adapter_model.safetensors").values()} == {torch.float16}
     for path in folder.glob("*run.json"):
         run = json.loads(path.read_text())
         assert not any("lite0" in name for name in run["arguments"]["purification"]["surrogates"])  # held out
@@ -196,11 +201,37 @@ AGAIN = ("again", "finetune9", UNSEEN | {"densenet-bc-100", "efficientnet_lite0"
 CHAIN = ("pretrain", "finetune", *(f"finetune{number}" for number in (2, 3, 4, 6, 7, 8, 9)))
 
 
+DIVERSE = {"resnet20-cifar10", "resnet20", "resnet32", "regnet-cifar10", "mobilenet-v2-cifar10"}
+
+
 def test_released_purifier_was_made_by_its_recipe():
-    recipe = read_recipe("finetune_diverse_tiny_cifar10")
-    assert follows(released_checkpoint(PURIFIER) / "run.json", recipe)
-    names = {Path(surrogate).name for surrogate in recipe["surrogates"]}
-    assert names == {"resnet20-cifar10", "resnet20", "resnet32", "regnet-cifar10", "mobilenet-v2-cifar10"}
+    recipe, folder = read_recipe("finetune_release_tiny_cifar10"), released_checkpoint(PURIFIER)
+    # the chain lay in folders of its own
+    places = {"output_dir": "runs/again-released", "start_share_of": "runs/again-finetune7"}
+    assert follows(folder / "run.json", recipe | places)
+    assert {Path(surrogate).name for surrogate in recipe["surrogates"]} == DIVERSE
+    assert {value.dtype for value in load_file(folder / "model.safetensors").values()} == {torch.float16}
+    seconds = sum(seconds_of(path) for path in folder.glob("*metrics.jsonl"))
+    assert seconds < 5 * 3600
+    hours = f"[{seconds / 3600:.1f} hours](checkpoints/ablation/README.md)"
+    assert hours in " ".join((ROOT / "README.md").read_text().split())
+
+
+def test_released_weights_lie_between_those_of_their_chain():
+    # again-diverse is half of `again` and half of the trained end, 65 % of which is released, with 35 % of finetune7;
+    # what is left of the released weights is then finetune7's share, which is no part of the other two
+    released, half, before = (
+        MAEPModel.from_pretrained(folder).state_dict()
+        for folder in (
+            released_checkpoint(PURIFIER),
+            *(ROOT / "checkpoints" / "ablation" / name for name in ("again-diverse", "again")),
+        )
+    )
+    ends = {name: 2 * half[name] - before[name] for name in released}
+    rest = {name: (released[name] - 0.65 * ends[name]) / 0.35 for name in released}
+    flat = [torch.cat([weights[name].flatten() for name in released]) for weights in (rest, before, ends)]
+    assert torch.nn.functional.cosine_similarity(flat[0], flat[1], dim=0) > 0.9
+    assert (flat[0] - flat[1]).norm() < (flat[0] - flat[2]).norm()  # finetune7 comes before both
 
 
 @pytest.mark.parametrize(("name", "recipe", "unseen"), [*LONG_RUNS, AGAIN])
@@ -259,6 +290,15 @@ def test_the_whole_test_set_is_tabled_from_its_records():
     assert not MACHINE_PATH.search((folder / "results.jsonl").read_text())
 
 
+def test_the_release_before_is_tabled_from_its_records():
+    folder, recipe = ROOT / "checkpoints" / "ablation" / "diverse", read_recipe("finetune_diverse_tiny_cifar10")
+    assert_tabled(folder, AGAIN[2] | {"resnet20-cifar10"})
+    assert follows(folder / "run.json", recipe)
+    assert {Path(surrogate).name for surrogate in recipe["surrogates"]} == DIVERSE
+    runs = [json.loads(path.read_text()) for path in folder.glob("*run.json")]
+    assert len(runs) == 10  # stage 1 and nine of stage 2
+
+
 def test_the_last_recipe_again_took_less_than_five_hours():
     ablation = ROOT / "checkpoints" / "ablation"
     folder, readme = ablation / "again-diverse", (ablation / "README.md").read_text()
@@ -268,26 +308,28 @@ def test_the_last_recipe_again_took_less_than_five_hours():
     assert run["num_processes"] * run["arguments"]["loop"]["per_device_train_batch_size"] == 64
     assert_tabled(folder, AGAIN[2])
     assert {value.dtype for value in load_file(folder / "model.safetensors").values()} == {torch.float16}
-    logs = (*(f"again/{name}_metrics" for name in CHAIN[:-1]), "again/metrics", "again-diverse/metrics")
-    seconds = sum(seconds_of(ablation / f"{log}.jsonl") for log in logs)
+    chain = sum(seconds_of(released_checkpoint(PURIFIER) / f"{name}_metrics.jsonl") for name in CHAIN)
+    seconds = chain + seconds_of(folder / "metrics.jsonl")
     assert seconds < 5 * 3600 and f"{seconds / 3600:.1f} hours from random weights" in readme
     assert f"[{seconds / 3600:.1f} hours](checkpoints/ablation/README.md)" in (ROOT / "README.md").read_text()
 
 
 def test_the_recipes_again_took_less_than_five_hours():
-    folder, seconds, images = ROOT / "checkpoints" / "ablation" / "again", 0.0, 0
-    readme = (folder.parent / "README.md").read_text()
+    folder, seconds, images = released_checkpoint(PURIFIER), 0.0, 0  # these runs' end lies in ablation/again
+    again = ROOT / "checkpoints" / "ablation" / "again"
+    assert (folder / "finetune9_run.json").read_text() == (again / "run.json").read_text()
+    assert (folder / "finetune9_metrics.jsonl").read_text() == (again / "metrics.jsonl").read_text()
+    readme = (again.parent / "README.md").read_text()
     # what two processes share, what shows the run and what keeps it
     shown = {"per_device_train_batch_size", "validation_images", "eval_steps", "save_steps", "output_dir"}
     for name in CHAIN:
-        prefix = "" if name == CHAIN[-1] else f"{name}_"
-        recipe, path = read_recipe(f"{name}_tiny_cifar10"), folder / f"{prefix}run.json"
+        recipe, path = read_recipe(f"{name}_tiny_cifar10"), folder / f"{name}_run.json"
         assert follows(path, {key: value for key, value in recipe.items() if key not in shown})
         run = json.loads(path.read_text())
         shared = run["num_processes"] * run["arguments"]["loop"]["per_device_train_batch_size"]
         assert shared == recipe["per_device_train_batch_size"] * (2 if name == CHAIN[-1] else 1)
         assert not MACHINE_PATH.search(path.read_text())
-        took, made = seconds_of(folder / f"{prefix}metrics.jsonl"), recipe["max_steps"] * 64
+        took, made = seconds_of(folder / f"{name}_metrics.jsonl"), recipe["max_steps"] * 64
         assert f"| `{name}` | {took / 60:.1f} | {recipe['max_steps']:,} | {made:,} |" in readme
         seconds, images = seconds + took, images + made
     assert seconds < 5 * 3600 and f"{images:,} images, {seconds / 3600:.1f} hours" in readme
@@ -298,6 +340,7 @@ def test_long_runs_stand_beside_each_other():
     folders = {f"`{recipe}`": ROOT / "checkpoints" / "ablation" / name for name, recipe, _ in LONG_RUNS}
     folders["the same recipes again"] = ROOT / "checkpoints" / "ablation" / "again"
     folders["the last recipe again too"] = ROOT / "checkpoints" / "ablation" / "again-diverse"
+    folders["the release before"] = ROOT / "checkpoints" / "ablation" / "diverse"
     folders["the released purifier"] = released_checkpoint(PURIFIER)
     readme = (ROOT / "checkpoints" / "ablation" / "README.md").read_text().splitlines()
     for name, folder in folders.items():
