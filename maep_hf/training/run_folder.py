@@ -101,14 +101,12 @@ class RunFolder:
                 f"{self.record} is not the record of a run ({type(error).__name__}: {error}). "
                 "Give another folder, or start over with --overwrite_output_dir."
             ) from error
-        current = json.loads(json.dumps(arguments, default=str))
         different = [
-            f"{group}.{name}: {there!r} there, {value!r} now"
-            for group, values in current.items()
-            for name, value in values.items()
-            if (there := stored.get(group, {}).get(name, ADDED_LATER.get(name))) != value and name not in FREE_ARGUMENTS
+            f"{group}.{name}: {there!r} there, {now!r} now"
+            for group, name, there, now in _changes(stored, _as_stored(arguments))
+            if name not in FREE_ARGUMENTS
         ]
-        if record.get("data", data) != json.loads(json.dumps(data, default=str)):
+        if record.get("data", data) != _as_stored(data):
             different.append(f"the data: {record['data']} there, {data} now")
         before = record.get("num_processes", num_processes)
         if before != num_processes:
@@ -125,15 +123,10 @@ class RunFolder:
     def take_over(self, arguments: dict[str, Any]) -> bool:
         """Record what a later start of the run changed; whether it changed which of its weights are kept."""
         record = json.loads(self.record.read_text())
-        before, record["arguments"] = record["arguments"], json.loads(json.dumps(arguments, default=str))
+        before, record["arguments"] = record["arguments"], _as_stored(arguments)
         if before != record["arguments"]:
             write_json(self.record, record)
-        return any(
-            value != before.get(group, {}).get(name, ADDED_LATER.get(name))
-            for group, values in record["arguments"].items()
-            for name, value in values.items()
-            if name in KEPT_ARGUMENTS
-        )
+        return any(name in KEPT_ARGUMENTS for _, name, _, _ in _changes(before, record["arguments"]))
 
     def truncate_metrics(self, step: int) -> None:
         """Drop the records that an interrupted run wrote after its last checkpoint."""
@@ -216,3 +209,18 @@ class RunFolder:
 
     def _complete_checkpoints(self) -> list[Path]:
         return sorted(path for path in self.checkpoints.glob(f"{CHECKPOINT_PREFIX}*") if path.suffix != ".tmp")
+
+
+def _as_stored(value: Any) -> Any:
+    """As it comes back from a record."""
+    return json.loads(json.dumps(value, default=str))
+
+
+def _changes(stored: dict[str, Any], current: dict[str, Any]) -> list[tuple[str, str, Any, Any]]:
+    """Where the arguments of a later start differ from the stored ones: (group, name, there, now)."""
+    return [
+        (group, name, there, now)
+        for group, values in current.items()
+        for name, now in values.items()
+        if (there := stored.get(group, {}).get(name, ADDED_LATER.get(name))) != now
+    ]
