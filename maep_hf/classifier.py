@@ -174,9 +174,13 @@ class PixelClassifier(nn.Module):
 
     @property
     def id2label(self) -> dict[int, str] | None:
-        """Class names by index, where the classifier has them."""
+        """Class names by index, in its order, where the classifier has them."""
         names = getattr(self.config, "id2label", None)
-        if names is None or self.class_order is None:
+        if not isinstance(names, Mapping):
+            return None
+        # a configuration made with keys of text is stored as "0", "1", "10", "2", ...
+        names = dict(sorted((int(index), name) for index, name in names.items()))
+        if self.class_order is None:
             return names
         return {index: names[own] for index, own in enumerate(self.class_order.tolist())}
 
@@ -423,7 +427,7 @@ def call_purifier(purifier: Any, pixel_values: Tensor, **kwargs: Any) -> Tensor:
 
 def _find_purify(purifier: Any) -> Callable[..., Tensor] | None:
     """The method `purify`, also through PEFT (whose adapters live inside the base model) and parallel wrappers."""
-    for candidate in (purifier, getattr(purifier, "module", None)):
+    for candidate in (purifier, unwrapped(purifier)):
         if callable(getattr(candidate, "purify", None)):
             return candidate.purify
         base = getattr(candidate, "get_base_model", None)

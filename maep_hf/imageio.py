@@ -28,6 +28,10 @@ _STORED_FROM_UPRIGHT = {
     8: Image.Transpose.ROTATE_270,
 }
 _ORIENTATION = 0x0112
+# What a TIFF's tags say of the picture (ImageDescription, Make, Model, Software, DateTime, Artist, Copyright) and the
+# directories of EXIF and GPS; the others say how the file stores it, which is another way once it is written again.
+_TIFF_DIRECTORIES = (34665, 34853)
+_TIFF_DESCRIPTIVE = (270, 271, 272, 305, 306, 315, 33432, *_TIFF_DIRECTORIES)
 _GREY_MODES = ("1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L", "F")
 # GIF and palette PNG are rebuilt with a new palette; lossy formats are written at a quality that keeps the correction.
 _SAVE_OPTIONS = {
@@ -60,7 +64,8 @@ class LoadedImage:
         format: PIL name of the file's format, e.g. `PNG`.
         alpha: upright alpha channel (PIL mode `L`), or `None`.
         orientation: EXIF orientation, 1 to 8 (1: stored upright).
-        metadata: what is written back with the picture (`exif`, `icc_profile`, `dpi`).
+        metadata: what is written back with the picture (`exif`, `icc_profile`, `dpi`), and how, where it needs that
+            (`compression`).
         frames: how many frames the file has; only the first is read.
     """
 
@@ -128,7 +133,7 @@ def save_image(picture: Image.Image, path: str | os.PathLike, format: str, metad
 
     Args:
         format: PIL name, e.g. `PNG`; JPEG is written at quality 95 without chroma subsampling, WebP without loss.
-        metadata: `exif`, `icc_profile`, `dpi` as in `LoadedImage.metadata`.
+        metadata: `exif`, `icc_profile`, `dpi`, `compression` as in `LoadedImage.metadata`.
 
     Raises:
         OSError: the folder cannot be written or the disk is full; nothing is left behind.
@@ -139,11 +144,11 @@ def save_image(picture: Image.Image, path: str | os.PathLike, format: str, metad
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     options = {**_SAVE_OPTIONS.get(format, {}), **(metadata or {})}
     if format == "TIFF" and picture.mode not in ("L", "RGB", "RGBA"):
-        options.pop("compression")
+        options["compression"] = None
     try:
         picture.save(temporary, format=format, **options)
         os.replace(temporary, path)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
         if getattr(error, "errno", None) is not None:  # the disk's or the folder's, and so every file's
             raise
         raise ImageWriteError(f"{path}: {format} does not take it ({_first_line(error)})") from error
@@ -203,6 +208,11 @@ def _decode(image: Image.Image) -> LoadedImage:
     exif = image.getexif()
     orientation = exif.get(_ORIENTATION, 1)
     metadata = {key: image.info[key] for key in ("icc_profile", "dpi") if image.info.get(key)}
+    if format_name == "TIFF":
+        for tag in [tag for tag in exif if tag not in _TIFF_DESCRIPTIVE]:
+            del exif[tag]
+        if any(tag in exif for tag in _TIFF_DIRECTORIES):
+            metadata["compression"] = None  # Pillow's compressed TIFFs (libtiff) hold no directories
     if len(exif):
         metadata["exif"] = exif.tobytes()
     frames = getattr(image, "n_frames", 1)

@@ -112,6 +112,38 @@ def test_model_sees_it_upright_and_the_file_stays_as_stored(tmp_path, orientatio
     np.testing.assert_array_equal(np.asarray(after), np.asarray(picture("RGB")))
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_tiff_is_written_as_it_is_seen(tmp_path, orientation):
+    """How the old file stored it (its width, its orientation) does not go into the new one."""
+    exif = Image.Exif()
+    exif[0x0112], exif[0x013B] = orientation, "somebody"
+    picture("RGB").save(tmp_path / "in.tiff", exif=exif)
+    after = round_trip(tmp_path / "in.tiff", tmp_path / "out.tiff")
+    before = Image.open(tmp_path / "in.tiff")
+    np.testing.assert_array_equal(np.asarray(after), np.asarray(before))
+    assert after.size == ((WIDTH, HEIGHT) if orientation < 5 else (HEIGHT, WIDTH))
+    assert after.getexif()[0x013B] == "somebody"
+
+
+def test_a_tiff_of_planes_becomes_one_that_can_be_read(tmp_path):
+    tifffile = pytest.importorskip("tifffile")
+    colours = np.asarray(picture("RGB"))
+    tifffile.imwrite(
+        tmp_path / "in.tiff", np.moveaxis(colours, 2, 0).copy(), photometric="rgb", planarconfig="separate"
+    )
+    after = round_trip(tmp_path / "in.tiff", tmp_path / "out.tiff")
+    np.testing.assert_array_equal(np.asarray(after), colours)
+
+
+def test_a_tiff_keeps_when_it_was_taken(tmp_path):
+    exif = Image.Exif()
+    exif.get_ifd(0x8769)[0x9003] = "2020:01:01 00:00:00"
+    picture("RGB").save(tmp_path / "in.tiff", exif=exif.tobytes())
+    after = round_trip(tmp_path / "in.tiff", tmp_path / "out.tiff")
+    assert after.getexif().get_ifd(0x8769)[0x9003] == "2020:01:01 00:00:00"
+    np.testing.assert_array_equal(np.asarray(after), np.asarray(picture("RGB")))
+
+
 def test_jpeg_keeps_profile_and_resolution(tmp_path):
     picture("L").save(tmp_path / "in.jpg", icc_profile=b"profile", dpi=(72, 72))
     after = round_trip(tmp_path / "in.jpg", tmp_path / "out.jpg")

@@ -287,9 +287,9 @@ def check_attacked(attack: Attack, pixels: Tensor, attacked: Tensor, tolerance: 
         raise ValueError(f"{attack.name} left its {attack.norm} ball of {attack.radius:.6g} (in pixels): {worst:.6g}")
     over = sizes > attack.radius * (1 + FLOAT_NOISE) + typical
     if over.any():
-        shrink = torch.where(over, attack.radius / sizes, torch.ones_like(sizes)).to(pixels.device)
-        over = over.to(pixels.device)
-        shrunk = pixels + (attacked - pixels) * shrink.to(pixels.dtype).view(-1, 1, 1, 1)
+        shrink = torch.where(over, attack.radius / sizes, torch.ones_like(sizes))
+        shrink, over = shrink.to(pixels.dtype).to(pixels.device), over.to(pixels.device)  # Apple's has no float64
+        shrunk = pixels + (attacked - pixels) * shrink.view(-1, 1, 1, 1)
         attacked = torch.where(over.view(-1, 1, 1, 1), shrunk, attacked)
     return attacked
 
