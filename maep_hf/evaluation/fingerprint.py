@@ -7,11 +7,13 @@ import hashlib
 import json
 import logging
 import re
+import sys
+import sysconfig
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from enum import Enum
-from pathlib import PurePath
-from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
+from pathlib import Path, PurePath
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -36,6 +38,9 @@ _UNSAID = (
     "dtype",
     "torch_dtype",
 )
+_OWN_PACKAGE = __name__.partition(".")[0]
+_FROM_THE_HUB = "transformers_modules"
+"""Where transformers puts code that comes with weights: it is of their revision."""
 
 
 class Opaque(ValueError):
@@ -45,8 +50,9 @@ class Opaque(ValueError):
 def fingerprint(model: Any) -> str:
     """Hash of what decides a model's output: weights, buffers, layers and their settings, configuration.
 
-    The same wherever the model lies and whatever device it is on. A function is known by its code and what it closes
-    over.
+    The same wherever the model lies and whatever device it is on. A function is known by its code, what it closes over
+    and, unless it is a library's, the global values and functions that it names; a class that is no library's, by its
+    methods likewise: who edits `forward` has another model.
 
     Raises:
         Opaque: something inside the model decides its output and cannot be read, such as a generator or a handle.
@@ -55,7 +61,7 @@ def fingerprint(model: Any) -> str:
 
 
 def _fingerprint(model: Any, seen: Seen) -> str:
-    digest = hashlib.sha256(type(model).__qualname__.encode())
+    digest = hashlib.sha256(_kind(type(model), seen).encode())
     if isinstance(model, nn.Module):
         for name, tensor in sorted(model.state_dict().items()):
             digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
@@ -69,7 +75,7 @@ def _fingerprint(model: Any, seen: Seen) -> str:
 
 def _settings(module: nn.Module, seen: Seen) -> str:
     """What decides a module's output beside its weights."""
-    parts = [type(module).__qualname__, module.extra_repr() if not isinstance(module, PreTrainedModel) else ""]
+    parts = [_kind(type(module), seen), module.extra_repr() if not isinstance(module, PreTrainedModel) else ""]
     if callable(getattr(module, "record", None)):
         parts.append(json.dumps(module.record(), sort_keys=True, default=str))
     config = getattr(module, "config", None)
@@ -124,18 +130,81 @@ def _code(function: Any, seen: Seen) -> str:
     if isinstance(function, MethodType):
         return f"{_code(function.__func__, seen)} of {_value(function.__self__, seen)}"
     if isinstance(function, FunctionType):
-        code = function.__code__
         cells = [_value(cell.cell_contents, seen) for cell in function.__closure__ or ()]
         defaults = [_value(value, seen) for value in function.__defaults__ or ()]
         defaults += [_value(value, seen) for value in (function.__kwdefaults__ or {}).values()]
-        constants = [repr(value) for value in code.co_consts if not hasattr(value, "co_code")]
-        inner = [value.co_code.hex() for value in code.co_consts if hasattr(value, "co_code")]
-        return repr((function.__qualname__, code.co_code.hex(), code.co_names, constants, inner, cells, defaults))
+        known = _instructions(function.__code__)
+        named = {} if _of_a_library(function.__module__) else _globals(function, (*seen, id(function)))
+        return repr((function.__qualname__, known, cells, defaults, named))
     if isinstance(function, BuiltinFunctionType):
         return f"{function.__module__}.{function.__qualname__}"
     if callable(getattr(function, "record", None)):
         return f"{type(function).__qualname__} {json.dumps(function.record(), sort_keys=True, default=str)}"
     raise Opaque(f"{type(function).__name__} cannot be told from another of its kind; give it a method record()")
+
+
+def _instructions(code: CodeType) -> tuple:
+    """What a piece of code does, with the pieces inside it; not where it stands."""
+    constants = [
+        _instructions(value) if isinstance(value, CodeType) else _plain(value) or repr(value) for value in code.co_consts
+    ]
+    return code.co_code.hex(), code.co_names, constants
+
+
+def _globals(function: FunctionType, seen: Seen) -> dict[str, str]:
+    """The values that a function finds outside itself, by name, where they can be read."""
+    names, pieces = set(), [function.__code__]
+    while pieces:
+        code = pieces.pop()
+        names.update(code.co_names)
+        pieces += [value for value in code.co_consts if isinstance(value, CodeType)]
+    found = {}
+    for name in sorted(names & function.__globals__.keys()):
+        value = function.__globals__[name]
+        try:
+            found[name] = _kind(value, seen) if isinstance(value, type) else _value(value, seen)
+        except Opaque:  # a logger's or a cache's handle; the model's own are read where it holds them
+            found[name] = type(value).__qualname__
+    return found
+
+
+def _kind(kind: type, seen: Seen) -> str:
+    """A class by its name; one that somebody may edit, also by its methods and settings."""
+    if id(kind) in seen:
+        return kind.__qualname__
+    inside = (*seen, id(kind))
+    parts = [kind.__qualname__]
+    for base in kind.__mro__:
+        for name, value in () if _of_a_library(base.__module__) else sorted(vars(base).items()):
+            wrapped = getattr(value, "__func__", None) or getattr(value, "fget", None) or getattr(value, "func", None)
+            value = wrapped if isinstance(wrapped, FunctionType) else value  # class and static methods, properties
+            dunder = name.startswith("__") and name.endswith("__")
+            if isinstance(value, FunctionType):
+                parts.append(f"{name}={_readable_code(value, inside)}")
+            elif not dunder and _plain(value) is not None:
+                parts.append(f"{name}={_plain(value)}")
+    return "|".join(parts)
+
+
+def _readable_code(function: FunctionType, seen: Seen) -> str:
+    try:
+        return _code(function, seen)
+    except Opaque:  # it closes over something that cannot be read
+        return repr(_instructions(function.__code__))
+
+
+@functools.cache
+def _of_a_library(module: str | None) -> bool:
+    """Whether what a module defines is known by its name: of Python, installed, of this package, or from the Hub."""
+    top = (module or "").partition(".")[0]
+    if top in (_OWN_PACKAGE, _FROM_THE_HUB) or top in sys.builtin_module_names:
+        return True
+    file = getattr(sys.modules.get(module or ""), "__file__", None)
+    if file is None:
+        return False
+    path = Path(file).resolve()
+    installed = {"site-packages", "dist-packages"} & set(path.parts)
+    return bool(installed) or path.is_relative_to(Path(sysconfig.get_path("stdlib")).resolve())
 
 
 def _value(value: Any, seen: Seen) -> str:
@@ -165,7 +234,7 @@ def _value(value: Any, seen: Seen) -> str:
     attributes = getattr(value, "__dict__", slots)
     if callable(value) or attributes is None:
         return _code(value, inside)
-    return f"{type(value).__qualname__} {_value(attributes, inside)}"
+    return f"{_kind(type(value), inside)} {_value(attributes, inside)}"
 
 
 def _bytes(tensor: torch.Tensor) -> bytes:
