@@ -40,6 +40,9 @@ def purified(device: torch.device) -> dict:
     found |= {"native": purifier.purify(small), "grown": grow_local_branch(purifier, 40, 5).purify(small)}
     for name, options in ATTACKS.items():
         found[name] = make_attack(name, **options)(defended, small, labels, seed=0)
+    pgd, inner = make_attack("pgd", norm="L2", eps=0.5), small / 2 + 0.25
+    over = inner + pgd.radius * (1 + 8e-6) / inner[0].numel() ** 0.5  # by more than rounding: it is projected back
+    found["projected"] = attacks_base.check_attacked(pgd, inner, over)
     assert all(value.device == device for value in found.values())
     return {name: value.detach().cpu() for name, value in found.items()}
 

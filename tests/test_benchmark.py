@@ -1,5 +1,6 @@
 """`benchmark`: threat models, records, resumption, processes and error paths, on tiny models."""
 
+import importlib
 import json
 import os
 import signal
@@ -158,6 +159,29 @@ def test_transfer_attacks_the_source(classifier, images, tmp_path):
         benchmark(classifier, None, images, threat_model="transfer", **PGD)
 
 
+def test_a_source_with_its_classes_in_another_order_is_given_the_right_labels(classifier_folder, images, tmp_path):
+    """Else its attack leaves wrong classes alone, and the robust figure is too high."""
+
+    def source(order):
+        model = load_frozen_classifier(classifier_folder)
+        names = list(model.id2label.values())
+        head = model.classifier.classifier
+        with torch.no_grad():
+            head.weight.copy_(head.weight[order].clone())
+            head.bias.copy_(head.bias[order].clone())
+        model.classifier.config.id2label = {index: names[own] for index, own in enumerate(order)}
+        return PurifiedClassifier(None, model)
+
+    classifier = load_frozen_classifier(classifier_folder)
+    labels = classifier(images.pixels.float() / 255).argmax(-1)
+    named = EvaluationImages(images.pixels, labels, class_names=tuple(classifier.id2label.values()))
+    options = {"threat_model": "transfer", "eps": 16, **PGD}
+    expected = benchmark(classifier, None, named, source=source([0, 1, 2]), out=tmp_path / "same", **options)
+    with pytest.warns(UserWarning, match="source: its classes stand in another order"):
+        turned = benchmark(classifier, None, named, source=source([2, 0, 1]), out=tmp_path / "turned", **options)
+    torch.testing.assert_close(turned.images["attacked"], expected.images["attacked"])
+
+
 def test_without_a_purifier_the_classifier_itself_is_measured(classifier, images):
     record = benchmark(classifier, None, images, **PGD).record
     assert record["protocol"]["threat_model"] == "white-box" and record["protocol"]["purifier"] is None
@@ -211,6 +235,64 @@ def test_nothing_stored_is_taken_for_another_purifier(classifier, images, tmp_pa
     with pytest.raises(Opaque, match="record"):
         fingerprint(Callable(1.0))
     assert fingerprint(PixelClassifier(pairs[1][0])) != fingerprint(PixelClassifier(pairs[1][1]))
+
+
+BODY = """
+import torch
+SHARE = {share}
+def scaled(pixels):
+    return pixels * SHARE
+class Purifier(torch.nn.Module):
+    gain = {gain}
+    def forward(self, pixels):
+        if pixels.ndim in {{4, 5}}:
+            return (lambda values: values * {inner})(scaled(pixels)) * self.gain
+    @staticmethod
+    def help(pixels):
+        return pixels + {inner}
+"""
+
+
+def written(folder: Path, monkeypatch, share=1.0, gain=1.0, inner=1.0):
+    """The module of somebody's own purifier, in a file of its own."""
+    folder.mkdir()
+    (folder / "own_purifier.py").write_text(BODY.format(share=share, gain=gain, inner=inner))
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.delitem(sys.modules, "own_purifier", raising=False)
+    return importlib.import_module("own_purifier")
+
+
+def test_code_of_ones_own_is_told_apart(classifier, images, tmp_path, monkeypatch):
+    """Two versions of one file: same names, same weights, other methods or global values."""
+    settings = [{}, {"share": 0.5}, {"gain": 0.5}, {"inner": 0.5}]
+    found = [written(tmp_path / str(index), monkeypatch, **kwargs) for index, kwargs in enumerate(settings)]
+    marks = [fingerprint(module.Purifier()) for module in found]
+    assert len(set(marks)) == 4
+    assert marks[0] == fingerprint(written(tmp_path / "again", monkeypatch).Purifier())
+    assert fingerprint(found[0].scaled) != fingerprint(found[1].scaled)
+    assert fingerprint(found[0].Purifier.help) != fingerprint(found[3].Purifier.help)
+    first, second = [
+        benchmark(classifier, found[index].Purifier(), images, out=tmp_path / "out", **PGD) for index in (0, 2)
+    ]
+    assert second.resumed >= 0 and second.record["psnr_db"] != first.record["psnr_db"]
+
+
+def test_fingerprints_of_code_are_those_of_another_process(tmp_path, monkeypatch):
+    """A set of strings stands in another order in every process."""
+    code = "def pick(pixels):\n    return pixels if str(pixels.dtype) in {'torch.half', 'torch.float', 'x'} else 0\n"
+    (tmp_path / "own_function.py").write_text(code)
+    script = (
+        "import own_function as own; from maep_hf.evaluation.fingerprint import fingerprint as mark; "
+        "print(mark(own.pick))"
+    )
+    marks = {
+        subprocess.run(
+            [sys.executable, "-c", script], check=True, capture_output=True, text=True,
+            env=os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": os.pathsep.join([str(ROOT), str(tmp_path)])},
+        ).stdout
+        for seed in ("1", "2")
+    }  # fmt: skip
+    assert len(marks) == 1
 
 
 class Holder(nn.Module):
@@ -340,6 +422,32 @@ def test_classes_are_matched_by_name(classifier_folder, images, caplog):
     assert stable(records[0]) == stable(records[1])
     strange = EvaluationImages(images.pixels, shuffled, class_names=("x", "y", "z"))
     assert strange.in_order_of(names) is strange and strange.in_order_of(None) is strange
+
+
+@pytest.mark.parametrize("text_keys", [False, True])
+def test_class_names_are_read_in_the_order_of_their_indices(tmp_path, text_keys):
+    """transformers stores keys of text in the order of the alphabet: 0, 1, 10, 11, 2, ..."""
+    folder = save_classifier(tmp_path, classes=12)
+    config = json.loads((folder / "config.json").read_text())
+    config["id2label"] = dict(sorted(config["id2label"].items()))
+    (folder / "config.json").write_text(json.dumps(config))
+    classifier = load_frozen_classifier(folder)
+    assert list(classifier.config.id2label)[:3] == [0, 1, 10]
+    if text_keys:
+        classifier.classifier.config.id2label = {str(key): name for key, name in classifier.config.id2label.items()}
+    names = [f"class{index}" for index in range(12)]
+    assert list(classifier.id2label.items()) == list(enumerate(names))
+    assert not classifier.match_classes(names)
+    assert classifier.match_classes(names[::-1]) and list(classifier.id2label.values()) == names[::-1]
+
+
+def test_images_of_any_kind_of_array(classifier, images):
+    pixels = images.pixels.float() / 255
+    expected = stable(benchmark(classifier, None, (pixels, images.labels), **PGD).record)
+    for own in ((pixels.numpy(), images.labels.numpy()), (pixels.clone().requires_grad_(), images.labels)):
+        assert stable(benchmark(classifier, None, own, **PGD).record) == expected
+    half = benchmark(classifier, None, (pixels.bfloat16(), images.labels), **PGD).record
+    assert half["protocol"]["dataset"]["n"] == 9
 
 
 def test_autoattack_is_the_reference_librarys(images, tmp_path):

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import nn
 from transformers.modeling_outputs import ImageClassifierOutput
 
-from maep_hf.classifier import PixelClassifier, PurifiedClassifier, load_classifier
+from maep_hf.classifier import PixelClassifier, PurifiedClassifier, call_purifier, load_classifier
 from maep_hf.configuration_cifar_resnet import CifarResNetConfig
 from maep_hf.convert_cifar_resnet import image_processor
 from maep_hf.modeling_cifar_resnet import CifarResNetForImageClassification
@@ -326,6 +326,22 @@ def test_grey_timm_classifier():
         with pytest.raises(ValueError, match="takes 1 channels.*of 3: pass `image_mean` and `image_std`"):
             PixelClassifier(model)
         assert PixelClassifier(model, image_mean=0.5, image_std=[0.25])(torch.rand(2, 1, 28, 28)).shape == (2, 5)
+
+
+def test_a_purifier_around_another_is_not_bypassed():
+    """Only what wraps for several devices stands for what it holds."""
+
+    class Blank(nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+
+        def forward(self, pixels):
+            return 0 * self.module.purify(pixels)
+
+    purifier, pixels = tiny_purifier().eval(), torch.rand(2, 3, 16, 16)
+    assert call_purifier(Blank(purifier), pixels).eq(0).all()
+    assert torch.equal(call_purifier(nn.DataParallel(purifier), pixels), purifier.purify(pixels))
 
 
 def test_parallel_wrappers_keep_the_preprocessing(tmp_path):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import secrets
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,7 +106,8 @@ def benchmark(
         max_images, image_size: see [`read_images`]; `max_images` holds for tensors too.
         batch_size: images attacked at once; part of the protocol, since attacks draw per batch.
         seed: of every batch's attack and of a randomised purifier's draws.
-        source: surrogate pipeline for `transfer`, [0, 1] pixels to logits.
+        source: surrogate pipeline for `transfer`, [0, 1] pixels to logits. A `PixelClassifier` or `PurifiedClassifier`
+            with the classifier's class names in another order is put into the classifier's.
         purify_kwargs: for every call of the purifier, such as `{"overlap": 0.5}`.
         passes: final passes over the attacked images, averaged; 10 by default where purifier or classifier draws at
             random, otherwise 1.
@@ -148,7 +149,10 @@ def benchmark(
         images = read_images(loaded, max_images, image_size, Path(dataset).name, split)
     else:
         images = _images(dataset, max_images)
-    images = images.in_order_of(list((classifier.id2label or {}).values()))
+    names = list((classifier.id2label or {}).values())
+    images = images.in_order_of(names)
+    if source is not None:
+        _put_in_order(source, names)
     pixels, _ = images.batch(0, min(2, len(images)), device)
     classes = _check_labels(classifier, pixels, images)
 
@@ -229,7 +233,7 @@ def benchmark(
 
 def _images(dataset: EvaluationImages | tuple[Tensor, Tensor], max_images: int | None) -> EvaluationImages:
     if isinstance(dataset, tuple):
-        dataset = EvaluationImages(*dataset)
+        dataset = EvaluationImages(*map(torch.as_tensor, dataset))
         if dataset.pixels.dtype != torch.uint8 and (dataset.pixels.min() < 0 or dataset.pixels.max() > 1):
             raise ValueError("dataset: pixels must be in [0, 1]; divide 8-bit images by 255")
     return dataset.first(max_images)
@@ -250,6 +254,15 @@ def _check_labels(classifier: PixelClassifier, pixels: Tensor, images: Evaluatio
         raise ValueError(f"dataset: labels go from {low} to {high}, the classifier knows 0 to {classes - 1}: {hint}")
     expect_classes(images.classes, classes, "the classifier", hint)
     return classes
+
+
+def _put_in_order(source: nn.Module, names: Sequence[str]) -> None:
+    """Have the source's logits stand for the classifier's classes, whose labels the attack is given."""
+    inner = source.classifier if isinstance(source, PurifiedClassifier) else source
+    if isinstance(inner, PixelClassifier) and inner.match_classes(names):
+        warnings.warn(
+            "source: its classes stand in another order than the classifier's; they are matched by name", stacklevel=3
+        )
 
 
 def _device(classifier: nn.Module, state: PartialState) -> torch.device:

@@ -65,7 +65,7 @@ def _fingerprint(model: Any, seen: Seen) -> str:
     if isinstance(model, nn.Module):
         for name, tensor in sorted(model.state_dict().items()):
             digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-            digest.update(_bytes(tensor))
+            digest.update(tensor_bytes(tensor))
         for name, module in model.named_modules():
             digest.update(f"{name}:{_settings(module, (*seen, id(model)))}".encode())
     else:
@@ -145,9 +145,7 @@ def _code(function: Any, seen: Seen) -> str:
 
 def _instructions(code: CodeType) -> tuple:
     """What a piece of code does, with the pieces inside it; not where it stands."""
-    constants = [
-        _instructions(value) if isinstance(value, CodeType) else _plain(value) or repr(value) for value in code.co_consts
-    ]
+    constants = [_instructions(c) if isinstance(c, CodeType) else _plain(c) or repr(c) for c in code.co_consts]
     return code.co_code.hex(), code.co_names, constants
 
 
@@ -210,7 +208,7 @@ def _of_a_library(module: str | None) -> bool:
 def _value(value: Any, seen: Seen) -> str:
     """Anything that a model or a function may hold; an object by its kind and its attributes."""
     if isinstance(value, torch.Tensor):
-        return hashlib.sha256(_bytes(value)).hexdigest()
+        return hashlib.sha256(tensor_bytes(value)).hexdigest()
     plain = _plain(value)
     if plain is not None:
         return plain
@@ -237,5 +235,6 @@ def _value(value: Any, seen: Seen) -> str:
     return f"{_kind(type(value), inside)} {_value(attributes, inside)}"
 
 
-def _bytes(tensor: torch.Tensor) -> bytes:
+def tensor_bytes(tensor: torch.Tensor) -> bytes:
+    """The values of a tensor of any dtype, wherever it lies, as they are stored."""
     return tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy().tobytes()

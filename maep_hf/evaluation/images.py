@@ -13,6 +13,7 @@ from PIL import Image as PILImage
 from torch import Tensor
 
 from ..data import DataError, ImageDataset, decode_image, same_names_in_order
+from .fingerprint import tensor_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +98,7 @@ def fingerprint_images(pixels: Tensor, labels: Tensor) -> str:
     """Hash of images and labels, as they are stored."""
     digest = hashlib.sha256()
     for tensor in (pixels, labels):
-        digest.update(tensor.contiguous().cpu().numpy().tobytes())
+        digest.update(tensor_bytes(tensor))
     return digest.hexdigest()[:16]
 
 
