@@ -32,6 +32,7 @@ from maep_hf import MAEPConfig, MAEPImageProcessor, MAEPModel, PixelClassifier, 
 from maep_hf.data import DataError, load_image_dataset
 from maep_hf.devices import pick_precision
 from maep_hf.training import DataArguments, LoopArguments, NonFiniteLossError, RunFolderError, train
+from maep_hf.training import classification as classification_module
 from maep_hf.training import loop as loop_module
 from maep_hf.training import purification as purification_module
 from maep_hf.training import stages as stages_module
@@ -477,6 +478,49 @@ def test_auto_precision_is_bf16_where_the_processor_multiplies_in_it(options, tm
 def test_fp16_needs_a_gpu(options, tmp_path):
     with pytest.raises(ValueError, match="mixed_precision='fp16'.*bf16"):
         run("finetune", options(tmp_path / "run", mixed_precision="fp16"))
+
+
+class SaysFp16(Accelerator):
+    """Casts to bf16 and says fp16, which takes a GPU."""
+
+    mixed_precision = "fp16"
+
+
+@pytest.mark.parametrize(("script", "attacks"), [("finetune", ["perturb", "pgd"]), ("train_classifier", ["pgd"])])
+@pytest.mark.parametrize(("accelerator", "precision"), [(Accelerator, torch.bfloat16), (SaysFp16, torch.float32)])
+def test_attacks_have_no_fp16(options, image_folder, tmp_path, monkeypatch, script, attacks, accelerator, precision):
+    convolve, attacking, found = torch.nn.Conv2d.forward, [], {}
+
+    def convolved(self, pixels):
+        out = convolve(self, pixels)
+        found.setdefault(attacking[-1] if attacking else "training", set()).add(out.dtype)
+        return out
+
+    def spied(name, attack):
+        def wrapper(*args, **kwargs):
+            attacking.append(name)
+            try:
+                return attack(*args, **kwargs)
+            finally:
+                attacking.pop()
+
+        return wrapper
+
+    monkeypatch.setattr(torch.nn.Conv2d, "forward", convolved)
+    monkeypatch.setattr(loop_module, "Accelerator", accelerator)
+    module = purification_module if script == "finetune" else classification_module
+    for name in attacks:
+        monkeypatch.setattr(module, name, spied(name, getattr(module, name)))
+    argv = options(tmp_path / "run", max_steps=1, mixed_precision="bf16", clean=0, fgsm=0.35, max_grad_norm=0)
+    if script == "train_classifier":
+        argv = words(
+            dataset=image_folder, depth=8, width=4, image_size=16, max_steps=1, warmup_steps=0, ema_decay=0.5,
+            per_device_train_batch_size=4, validation_images=4, cpu_threads=1, mixed_precision="bf16",
+            output_dir=tmp_path / "run",
+        )  # fmt: skip
+    run(script, argv)
+    assert {name: found[name] for name in attacks} == dict.fromkeys(attacks, {precision})
+    assert torch.bfloat16 in found["training"]
 
 
 def test_a_tracker_gets_the_figures(options, tmp_path):

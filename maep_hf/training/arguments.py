@@ -38,7 +38,10 @@ class LoopArguments:
     )
     mixed_precision: str = field(
         default="no",
-        metadata={"help": "no, bf16, fp16 (a GPU only) or auto: bf16 on a GPU or a processor (AMX) that has it"},
+        metadata={
+            "help": "no, bf16, fp16 (a GPU only; attacks and validation stay in float32) or auto: bf16 on a GPU or a "
+            "processor (AMX) that has it"
+        },
     )
     channels_last: bool = field(default=True, metadata={"help": "memory format of convolutions"})
     torch_compile: bool = field(default=False, metadata={"help": "compile the model"})
