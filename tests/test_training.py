@@ -407,6 +407,28 @@ def test_a_foreign_record_is_refused(options, tmp_path):
         run("finetune", options(tmp_path))
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize(
+    "name", ["checkpoints/a/model.safetensors", "model.safetensors", "config.json", "previews/a.png", "adapter/b"]
+)
+def test_files_that_no_run_wrote_are_kept(tmp_path, name, overwrite):
+    (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+    (tmp_path / name).write_text("a release")
+    with pytest.raises(RunFolderError, match=f"output_dir=.*{name.split('/')[0]}.* no run.json: give a new folder"):
+        RunFolder(tmp_path).prepare({}, {}, 0, 1, overwrite)
+    assert (tmp_path / name).read_text() == "a release"
+
+
+def test_logs_and_notes_beside_a_run_are_kept_and_its_own_files_are_not(tmp_path):
+    for name in ("logs/events", "notes.txt", "run.json", "preprocessor_config.json", "removed.tmp/a", "checkpoints/b"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    RunFolder(tmp_path).prepare({}, {}, 0, 1, overwrite=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["logs", "notes.txt"]
+    RunFolder(tmp_path).prepare({}, {}, 0, 1, overwrite=True)  # what was interrupted here may go on
+    RunFolder(tmp_path).prepare({}, {}, 0, 1, overwrite=False)
+
+
 def test_a_folder_that_cannot_be_written(options, tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(RunFolderError, match="output_dir=.*cannot be written"):
