@@ -83,6 +83,27 @@ def test_validation_on_training_images_is_warned_of(sources, caplog):
     assert "training and validation images are the same: name others with validation_dataset" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("names", "refused"),
+    [
+        (CLASSES[1:], True),  # each has the index of another
+        ([CLASSES[0], "noise", CLASSES[2]], True),
+        ([*CLASSES, "noise"], True),
+        (CLASSES[:2], False),  # the same indices, of which some do not occur
+        (["noise", "checks"], False),  # other names for them, maybe
+    ],
+)
+def test_validation_on_other_classes_is_refused(sources, tmp_path, names, refused):
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
+    rows = {"image": [picture(i) for i in range(4)], "label": [0, 1, 0, 1]}
+    datasets.Dataset.from_dict(rows, features=features).save_to_disk(tmp_path)
+    arguments = DataArguments(dataset=str(sources["folder"]), validation_dataset=str(tmp_path))
+    if refused:
+        with pytest.raises(DataError, match=f"validation_dataset=.*names {len(names)} classes.*align_labels_with"):
+            arguments.load()
+    arguments.load(labelled=not refused)  # other classes do no harm where labels are not used
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 def test_texts_beside_pictures(sources, tmp_path, streaming):
     folder = shutil.copytree(sources["imagefolder"], tmp_path / "captioned")
