@@ -148,7 +148,8 @@ def load_image_dataset(
         source: Hub id (`uoft-cs/cifar10`), path, or one of `embedded:cifar10`, `embedded:imagenet`.
         split: split name; a single parquet file is that split by itself.
         image_column, label_column: column names; found by feature type and usual names when `None`. Images may be
-            image features, encoded bytes, or `{bytes, path}`; labels are class indices.
+            image features, encoded bytes, or `{bytes, path}`; labels are class indices, in a column of a usual name
+            or else in the only one with named classes.
         adversarial_column: column of attacked images (a stored pairs dataset); `adversarial_image` is found by itself.
         streaming: read without downloading first.
         max_images: keep only the first so many images.
@@ -290,7 +291,9 @@ def _with_columns(rows, source, image_column, label_column, adversarial_column, 
     if label_column is None:
         classes = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
         known = [name for name in LABEL_NAMES if name in features and _is_label(features[name])]
-        label_column = (classes if len(classes) == 1 else known or [None])[0]
+        if len(classes) == 1 and (classes[0] in known or not known):
+            known = classes  # the one that names its classes
+        label_column = (known or [None])[0]
     images = {"image_column": image_column, "adversarial_column": adversarial}
     for argument, name in (images | {"label_column": label_column}).items():
         if name is not None and name not in features:

@@ -188,6 +188,25 @@ def test_unusual_column_names(tmp_path):
     assert named.label(named.rows[0]) == 3
 
 
+@pytest.mark.parametrize(
+    ("numbers", "named", "expected"),
+    [
+        (["label"], ["domain"], "label"),  # not any column with named classes
+        ([], ["domain"], "domain"),
+        (["label"], ["target"], "target"),  # of two usual names that with named classes
+        ([], ["label", "domain"], "label"),
+        ([], ["coarse_label", "fine_label"], "fine_label"),
+        (["size"], ["breed", "domain"], None),
+    ],
+)
+def test_the_label_column_is_found(tmp_path, numbers, named, expected):
+    features = dict.fromkeys(numbers, datasets.Value("int64"))
+    features |= dict.fromkeys(named, datasets.ClassLabel(names=["a", "b"])) | {"image": datasets.Image()}
+    rows = dict.fromkeys([*numbers, *named], [1]) | {"image": [picture(0)]}
+    datasets.Dataset.from_dict(rows, features=datasets.Features(features)).save_to_disk(tmp_path)
+    assert load_image_dataset(str(tmp_path)).label_column == expected
+
+
 def test_several_image_columns_must_be_named(tmp_path):
     source = saved(tmp_path, left=[picture(0)], right=[picture(1)])
     with pytest.raises(DataError, match="2 image columns.*image_column"):
