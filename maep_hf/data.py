@@ -246,6 +246,7 @@ def _load_rows(source: str, split: str, config_name: str | None, streaming: bool
                     "dataset=%r: it was saved as one split, %r by its record, and is taken for %r", source,
                     str(saved.split), split,
                 )  # fmt: skip
+            saved = saved.with_format(None)  # one that it was saved with would leave out columns, or make tensors
             return saved.to_iterable_dataset() if streaming else saved
         name = str(path.resolve()) if path.is_dir() else source
         rows = datasets.load_dataset(name, config_name, split=split, streaming=streaming)

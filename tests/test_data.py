@@ -75,6 +75,22 @@ def test_a_saved_split_that_goes_by_another_name_is_said(sources, tmp_path, capl
     assert "it was saved as one split, 'train' by its record, and is taken for 'test'" in caplog.text
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    "kept", [{"type": "torch"}, {"type": "numpy"}, {"type": "pandas"}, {"type": "torch", "columns": ["label"]}]
+)
+def test_the_format_of_a_saved_dataset_is_left(sources, tmp_path, kept, streaming):
+    rows = image_rows(24)
+    rows.set_format(**kept)
+    datasets.DatasetDict({"train": rows}).save_to_disk(tmp_path / "splits")
+    rows.save_to_disk(tmp_path / "one")
+    for name in ("splits", "one"):
+        dataset = load_image_dataset(str(tmp_path / name), streaming=streaming)
+        check_train_split(dataset)
+        plain = load_image_dataset(str(sources["saved"]), streaming=streaming)
+        assert streaming or dataset.fingerprint == plain.fingerprint
+
+
 def test_validation_on_training_images_is_warned_of(sources, caplog):
     DataArguments(dataset=str(sources["folder"])).load()
     DataArguments(dataset="embedded:cifar10").load()  # a demonstration
