@@ -36,6 +36,9 @@ class DataError(ValueError):
 class ImageDataset:
     """A `datasets.Dataset` or `IterableDataset` whose image columns are undecoded, with the names of its columns.
 
+    Columns that are not in use are left out of the rows, unless they are plain values: what a row does not need could
+    not be decoded either.
+
     Rows are read with [`decode_image`], so that one broken file costs one image and not the run.
     """
 
@@ -47,6 +50,7 @@ class ImageDataset:
     class_names: list[str] | None = None
     streaming: bool = False
     origin: str = ""
+    stored_columns: Any = None  # features of all columns, where the rows have not all of them
 
     def __len__(self) -> int:
         if self.streaming:
@@ -60,7 +64,8 @@ class ImageDataset:
         Of a stream, which would have to be read to know, only what was asked for and its columns.
         """
         if self.streaming:
-            return hashlib.sha256(f"{self.origin} {self.rows.features}".encode()).hexdigest()[:16]
+            columns = self.stored_columns or self.rows.features
+            return hashlib.sha256(f"{self.origin} {columns}".encode()).hexdigest()[:16]
         digest = hashlib.sha256(repr((len(self.rows), self.image_column, self.label_column)).encode())
         for index in range(0, len(self.rows), max(1, len(self.rows) // 256)):
             row = self.rows[index]
@@ -309,15 +314,27 @@ def _with_columns(rows, source, image_column, label_column, adversarial_column, 
             if not _is_image(features[name], named=True):
                 raise DataError(f"{argument}={name!r} of {source!r} holds {features[name]}, not images")
             rows = rows.cast_column(name, datasets.Image(decode=False))
+    stored, used = rows.features, (image_column, label_column, adversarial)
+    kept = [name for name, feature in stored.items() if name in used or _is_plain(feature)]
     return ImageDataset(
-        rows=rows,
+        rows=rows.select_columns(kept) if len(kept) < len(stored) else rows,
         image_column=image_column,
         label_column=label_column,
         adversarial_column=adversarial,
         surrogate_column="surrogate" if adversarial and "surrogate" in features else None,
         class_names=getattr(features.get(label_column), "names", None) if label_column else None,
         streaming=streaming,
+        stored_columns=stored,
     )
+
+
+def _is_plain(feature: Any) -> bool:
+    """Whether reading a value costs nothing and cannot fail: text, numbers and class indices."""
+    import datasets
+
+    if isinstance(feature, datasets.Value):
+        return "binary" not in feature.dtype
+    return isinstance(feature, datasets.ClassLabel)
 
 
 def _is_image(feature: Any, named: bool = False) -> bool:

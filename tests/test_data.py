@@ -1,5 +1,6 @@
 """Images in: every kind of source, columns found or named, every mode of picture, and errors that name the argument."""
 
+import hashlib
 import io
 import shutil
 
@@ -11,7 +12,7 @@ from conftest import CLASSES, image_rows, picture
 from PIL import Image
 
 from maep_hf.data import DataError, decode_image, load_image_dataset, to_rgb
-from maep_hf.training import DataArguments
+from maep_hf.training import Augmentation, DataArguments, PositionedImages, StreamedImages
 
 
 def pixels(dataset) -> list[np.ndarray]:
@@ -229,6 +230,32 @@ def test_several_image_columns_must_be_named(tmp_path):
         load_image_dataset(source)
     right = load_image_dataset(source, image_column="right")
     assert np.array_equal(pixels(right)[0], np.asarray(picture(1)))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_columns_that_are_not_in_use_are_not_read(tmp_path, streaming):
+    rows = {"image": [picture(i) for i in range(6)], "eps": [0.5] * 6, "label": [0, 1, 2] * 2}
+    plain = load_image_dataset(saved(tmp_path / "plain", **rows), streaming=streaming)
+    rows["mask"] = [{"bytes": b"broken", "path": None}] * 3 + [encoded(picture(i)) for i in range(3)]
+    rows |= {"raw": [b"bytes"] * 6, "boxes": [[1, 2]] * 6, "caption": ["a picture"] * 6}
+    every = saved(tmp_path / "every", **rows)
+    features = datasets.load_from_disk(every).features | {"mask": datasets.Image(), "image": datasets.Image()}
+    datasets.load_from_disk(every).cast(datasets.Features(features)).save_to_disk(tmp_path / "masked")
+    found = load_image_dataset(str(tmp_path / "masked"), streaming=streaming, image_column="image")
+    assert list(next(iter(found.rows))) == ["image", "eps", "label", "caption"]  # in the order they are stored in
+    assert all(np.array_equal(*pair) for pair in zip(pixels(found), pixels(plain), strict=True))
+    assert [found.label(row) for row in found.rows] == [0, 1, 2] * 2
+    if streaming:  # the fingerprint is what it was when all columns were in the rows
+        features["image"] = datasets.Image(decode=False)
+        told = f"{found.origin} {datasets.Features({name: features[name] for name in rows})}"
+        assert found.fingerprint == hashlib.sha256(told.encode()).hexdigest()[:16]
+        cut = Augmentation(16)
+        labels = [[row["labels"] for row in StreamedImages(data, 20, cut)] for data in (found, plain)]
+        assert labels[0] == labels[1]
+    else:
+        assert found.fingerprint == plain.fingerprint
+        samples = PositionedImages(found, 6, Augmentation(16))
+        assert [samples[i]["broken"] for i in range(6)] == [-1] * 6
 
 
 @pytest.mark.parametrize("argument", ["image_column", "label_column", "adversarial_column"])
