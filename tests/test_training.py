@@ -894,6 +894,19 @@ def test_labels_of_another_order_are_warned_of(task_of, caplog):
         assert ("attack_labels=predicted" in caplog.text) == warned
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_validation_on_one_class_of_several_is_warned_of(task_of, tmp_path, caplog, streaming):
+    image_rows(12).sort("label").save_to_disk(tmp_path)
+    by_class = {"validation_dataset": str(tmp_path), "validation_split": "train", "streaming": streaming}
+    for images, warned in ((4, True), (5, False), (1, False)):
+        caplog.clear()
+        task = task_of(data=by_class | {"validation_images": images})
+        labels = [task.validation_batch()["labels"].tolist() for _ in range(2)][0]
+        assert labels == [0, 0, 0, 0, 1][:images]  # the first ones, warned or not
+        said = [line for line in caplog.messages if "all of one class of 3" in line]
+        assert len(said) == warned and all("shuffled validation_dataset" in line for line in said)
+
+
 def _samples(task, count: int) -> list:
     samples = task.samples(total=count, start=0, seed=0)
     return [samples[i] for i in range(count)]

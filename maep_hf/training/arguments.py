@@ -158,7 +158,9 @@ class DataArguments:
     label_column: str | None = field(default=None, metadata={"help": "column of class indices; found by itself"})
     streaming: bool = field(default=False, metadata={"help": "read while training instead of downloading first"})
     max_train_images: int | None = field(default=None, metadata={"help": "use only the first so many training images"})
-    validation_images: int = field(default=256, metadata={"help": "size of the fixed validation subset"})
+    validation_images: int = field(
+        default=256, metadata={"help": "validate on the first so many images, as they are stored"}
+    )
     image_size: int | None = field(
         default=None, metadata={"help": "side of a training image, pixels; the model's by default"}
     )
