@@ -31,6 +31,7 @@ from transformers import AutoImageProcessor
 from maep_hf import MAEPConfig, MAEPImageProcessor, MAEPModel, PixelClassifier, load_classifier
 from maep_hf.data import DataError, load_image_dataset
 from maep_hf.devices import pick_precision
+from maep_hf.records import describe_environment
 from maep_hf.training import DataArguments, LoopArguments, NonFiniteLossError, RunFolderError, train
 from maep_hf.training import classification as classification_module
 from maep_hf.training import loop as loop_module
@@ -192,6 +193,23 @@ def test_a_share_of_an_earlier_purifier_is_kept_by_a_finished_run(whole_run, opt
     assert finetuned["start_share"] == 0.25 and finetuned["start_share_of"] == str(earlier)
     run("finetune", options(folder, start_share=0.25, start_share_of=earlier))
     assert len(records(folder)) == lines + 1  # nothing new to say
+
+
+def test_a_later_start_with_other_arguments_tells_its_own_code_and_the_first_ones(whole_run, options, tmp_path):
+    folder = shutil.copytree(whole_run, tmp_path / "run")
+    path, began = folder / "run.json", {"command": ["then.py"], "git_revision": "abc", "git_dirty": True}
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps(record | began | {"versions": {"torch": "0.1"}}))
+    for more in ({"save_steps": 3}, {"start_share": 0.5}):
+        run("finetune", options(folder, **more))
+        later = json.loads(path.read_text())
+        assert later["first_start"].items() >= (began | {"versions": {"torch": "0.1"}}).items()
+        now = describe_environment()
+        assert later["first_start"].keys() == now.keys() and {name: later[name] for name in now} == now
+        assert later["arguments"]["loop"]["save_steps"] == more.get("save_steps", 2)
+    before = path.read_bytes()
+    run("finetune", options(folder, **more))
+    assert path.read_bytes() == before
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from ..records import write_json
+from ..records import describe_environment, write_json
 from .arguments import ADDED_LATER, FREE_ARGUMENTS, KEPT_ARGUMENTS
 
 CHECKPOINT_PREFIX = "step-"
@@ -140,11 +140,17 @@ class RunFolder:
             )
 
     def take_over(self, arguments: dict[str, Any]) -> bool:
-        """Record what a later start of the run changed; whether it changed which of its weights are kept."""
+        """Record what a later start of the run changed; whether it changed which of its weights are kept.
+
+        Where arguments changed, command, versions and revision become the later start's as well; those that the run
+        began with stay under `first_start`.
+        """
         record = json.loads(self.record.read_text())
         before, record["arguments"] = record["arguments"], _as_stored(arguments)
         if before != record["arguments"]:
-            write_json(self.record, record)
+            now = describe_environment()
+            record.setdefault("first_start", {name: record[name] for name in now if name in record})
+            write_json(self.record, record | now)
         return any(name in KEPT_ARGUMENTS for _, name, _, _ in _changes(before, record["arguments"]))
 
     def truncate_metrics(self, step: int) -> None:
