@@ -467,6 +467,14 @@ def test_training_reads_the_pairs_back(source, surrogate, tmp_path, tiny_purifie
     assert torch.isfinite(losses["loss"]) and losses["guidance_loss"] >= 0
 
 
+def test_files_of_ones_own_beside_the_pairs_stop_no_overwrite(source, surrogate, tmp_path):
+    out = make_pairs(arguments(source, surrogate, tmp_path / "pairs"), ATTACK)
+    (out / "config.json").write_text("mine")
+    before = contents(out)
+    make_pairs(arguments(source, surrogate, out, seed=1, overwrite_output_dir=True), ATTACK)
+    assert contents(out) != before and (out / "config.json").read_text() == "mine"
+
+
 @pytest.mark.parametrize(
     ("kind", "labels"), [("bool", [True, False]), ("uint8", [0, None, 3]), ("int32", [2, None]), ("int64", [1])]
 )

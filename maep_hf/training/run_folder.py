@@ -71,7 +71,8 @@ class RunFolder:
                 f"output_dir={str(self.path)!r}: {free / 2**20:.0f} MiB free, but {kept} checkpoints and the model "
                 f"need about {needed / 2**20:.0f} MiB. Free some space, give another folder, or lower save_total_limit."
             )
-        self._refuse_other_content()
+        if kept or overwrite:  # without checkpoints these are no run's: `make_pairs` has a check of its own
+            self._refuse_other_content()
         if overwrite:
             self._remove_run()
         for stale in self.checkpoints.glob("*.tmp"):  # of a run that was killed while it wrote them
