@@ -36,6 +36,9 @@ class DataError(ValueError):
 class ImageDataset:
     """A `datasets.Dataset` or `IterableDataset` whose image columns are undecoded, with the names of its columns.
 
+    Columns that are not in use are left out of the rows, unless they are plain values: what a row does not need could
+    not be decoded either.
+
     Rows are read with [`decode_image`], so that one broken file costs one image and not the run.
     """
 
@@ -47,6 +50,7 @@ class ImageDataset:
     class_names: list[str] | None = None
     streaming: bool = False
     origin: str = ""
+    stored_columns: Any = None  # features of all columns, where the rows have not all of them
 
     def __len__(self) -> int:
         if self.streaming:
@@ -60,7 +64,8 @@ class ImageDataset:
         Of a stream, which would have to be read to know, only what was asked for and its columns.
         """
         if self.streaming:
-            return hashlib.sha256(f"{self.origin} {self.rows.features}".encode()).hexdigest()[:16]
+            columns = self.stored_columns or self.rows.features
+            return hashlib.sha256(f"{self.origin} {columns}".encode()).hexdigest()[:16]
         digest = hashlib.sha256(repr((len(self.rows), self.image_column, self.label_column)).encode())
         for index in range(0, len(self.rows), max(1, len(self.rows) // 256)):
             row = self.rows[index]
@@ -148,7 +153,8 @@ def load_image_dataset(
         source: Hub id (`uoft-cs/cifar10`), path, or one of `embedded:cifar10`, `embedded:imagenet`.
         split: split name; a single parquet file is that split by itself.
         image_column, label_column: column names; found by feature type and usual names when `None`. Images may be
-            image features, encoded bytes, or `{bytes, path}`; labels are class indices.
+            image features, encoded bytes, or `{bytes, path}`; labels are class indices, in a column of a usual name
+            or else in the only one with named classes.
         adversarial_column: column of attacked images (a stored pairs dataset); `adversarial_image` is found by itself.
         streaming: read without downloading first.
         max_images: keep only the first so many images.
@@ -245,6 +251,7 @@ def _load_rows(source: str, split: str, config_name: str | None, streaming: bool
                     "dataset=%r: it was saved as one split, %r by its record, and is taken for %r", source,
                     str(saved.split), split,
                 )  # fmt: skip
+            saved = saved.with_format(None)  # one that it was saved with would leave out columns, or make tensors
             return saved.to_iterable_dataset() if streaming else saved
         name = str(path.resolve()) if path.is_dir() else source
         rows = datasets.load_dataset(name, config_name, split=split, streaming=streaming)
@@ -290,7 +297,9 @@ def _with_columns(rows, source, image_column, label_column, adversarial_column, 
     if label_column is None:
         classes = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
         known = [name for name in LABEL_NAMES if name in features and _is_label(features[name])]
-        label_column = (classes if len(classes) == 1 else known or [None])[0]
+        if len(classes) == 1 and (classes[0] in known or not known):
+            known = classes  # the one that names its classes
+        label_column = (known or [None])[0]
     images = {"image_column": image_column, "adversarial_column": adversarial}
     for argument, name in (images | {"label_column": label_column}).items():
         if name is not None and name not in features:
@@ -305,15 +314,27 @@ def _with_columns(rows, source, image_column, label_column, adversarial_column, 
             if not _is_image(features[name], named=True):
                 raise DataError(f"{argument}={name!r} of {source!r} holds {features[name]}, not images")
             rows = rows.cast_column(name, datasets.Image(decode=False))
+    stored, used = rows.features, (image_column, label_column, adversarial)
+    kept = [name for name, feature in stored.items() if name in used or _is_plain(feature)]
     return ImageDataset(
-        rows=rows,
+        rows=rows.select_columns(kept) if len(kept) < len(stored) else rows,
         image_column=image_column,
         label_column=label_column,
         adversarial_column=adversarial,
         surrogate_column="surrogate" if adversarial and "surrogate" in features else None,
         class_names=getattr(features.get(label_column), "names", None) if label_column else None,
         streaming=streaming,
+        stored_columns=stored,
     )
+
+
+def _is_plain(feature: Any) -> bool:
+    """Whether reading a value costs nothing and cannot fail: text, numbers and class indices."""
+    import datasets
+
+    if isinstance(feature, datasets.Value):
+        return "binary" not in feature.dtype
+    return isinstance(feature, datasets.ClassLabel)
 
 
 def _is_image(feature: Any, named: bool = False) -> bool:

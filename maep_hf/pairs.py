@@ -285,6 +285,8 @@ class _Shards:
         self.total = 0 if dataset.streaming else -(-len(dataset) * args.copies // args.shard_images)
         self.done = next(shard for shard in count() if not any(self.folder.glob(f"train-{shard:05d}-of-*.parquet")))
         label = dataset.rows.features[dataset.label_column] if dataset.label_column else None
+        if label is not None and not isinstance(label, datasets.ClassLabel):
+            label = datasets.Value("int64")  # a missing label is -1, which not every type of the source holds
         self.features = datasets.Features(
             {"image": datasets.Image(), "adversarial_image": datasets.Image()}
             | ({"label": label} if label is not None else {})

@@ -1,5 +1,6 @@
 """Images in: every kind of source, columns found or named, every mode of picture, and errors that name the argument."""
 
+import hashlib
 import io
 import shutil
 
@@ -11,7 +12,7 @@ from conftest import CLASSES, image_rows, picture
 from PIL import Image
 
 from maep_hf.data import DataError, decode_image, load_image_dataset, to_rgb
-from maep_hf.training import DataArguments
+from maep_hf.training import Augmentation, DataArguments, PositionedImages, StreamedImages
 
 
 def pixels(dataset) -> list[np.ndarray]:
@@ -75,12 +76,49 @@ def test_a_saved_split_that_goes_by_another_name_is_said(sources, tmp_path, capl
     assert "it was saved as one split, 'train' by its record, and is taken for 'test'" in caplog.text
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    "kept", [{"type": "torch"}, {"type": "numpy"}, {"type": "pandas"}, {"type": "torch", "columns": ["label"]}]
+)
+def test_the_format_of_a_saved_dataset_is_left(sources, tmp_path, kept, streaming):
+    rows = image_rows(24)
+    rows.set_format(**kept)
+    datasets.DatasetDict({"train": rows}).save_to_disk(tmp_path / "splits")
+    rows.save_to_disk(tmp_path / "one")
+    for name in ("splits", "one"):
+        dataset = load_image_dataset(str(tmp_path / name), streaming=streaming)
+        check_train_split(dataset)
+        plain = load_image_dataset(str(sources["saved"]), streaming=streaming)
+        assert streaming or dataset.fingerprint == plain.fingerprint
+
+
 def test_validation_on_training_images_is_warned_of(sources, caplog):
     DataArguments(dataset=str(sources["folder"])).load()
     DataArguments(dataset="embedded:cifar10").load()  # a demonstration
     assert not caplog.text
     DataArguments(dataset=str(sources["parquet"])).load()
     assert "training and validation images are the same: name others with validation_dataset" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("names", "refused"),
+    [
+        (CLASSES[1:], True),  # each has the index of another
+        ([CLASSES[0], "noise", CLASSES[2]], True),
+        ([*CLASSES, "noise"], True),
+        (CLASSES[:2], False),  # the same indices, of which some do not occur
+        (["noise", "checks"], False),  # other names for them, maybe
+    ],
+)
+def test_validation_on_other_classes_is_refused(sources, tmp_path, names, refused):
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
+    rows = {"image": [picture(i) for i in range(4)], "label": [0, 1, 0, 1]}
+    datasets.Dataset.from_dict(rows, features=features).save_to_disk(tmp_path)
+    arguments = DataArguments(dataset=str(sources["folder"]), validation_dataset=str(tmp_path))
+    if refused:
+        with pytest.raises(DataError, match=f"validation_dataset=.*names {len(names)} classes.*align_labels_with"):
+            arguments.load()
+    arguments.load(labelled=not refused)  # other classes do no harm where labels are not used
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -167,12 +205,57 @@ def test_unusual_column_names(tmp_path):
     assert named.label(named.rows[0]) == 3
 
 
+@pytest.mark.parametrize(
+    ("numbers", "named", "expected"),
+    [
+        (["label"], ["domain"], "label"),  # not any column with named classes
+        ([], ["domain"], "domain"),
+        (["label"], ["target"], "target"),  # of two usual names that with named classes
+        ([], ["label", "domain"], "label"),
+        ([], ["coarse_label", "fine_label"], "fine_label"),
+        (["size"], ["breed", "domain"], None),
+    ],
+)
+def test_the_label_column_is_found(tmp_path, numbers, named, expected):
+    features = dict.fromkeys(numbers, datasets.Value("int64"))
+    features |= dict.fromkeys(named, datasets.ClassLabel(names=["a", "b"])) | {"image": datasets.Image()}
+    rows = dict.fromkeys([*numbers, *named], [1]) | {"image": [picture(0)]}
+    datasets.Dataset.from_dict(rows, features=datasets.Features(features)).save_to_disk(tmp_path)
+    assert load_image_dataset(str(tmp_path)).label_column == expected
+
+
 def test_several_image_columns_must_be_named(tmp_path):
     source = saved(tmp_path, left=[picture(0)], right=[picture(1)])
     with pytest.raises(DataError, match="2 image columns.*image_column"):
         load_image_dataset(source)
     right = load_image_dataset(source, image_column="right")
     assert np.array_equal(pixels(right)[0], np.asarray(picture(1)))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_columns_that_are_not_in_use_are_not_read(tmp_path, streaming):
+    rows = {"image": [picture(i) for i in range(6)], "eps": [0.5] * 6, "label": [0, 1, 2] * 2}
+    plain = load_image_dataset(saved(tmp_path / "plain", **rows), streaming=streaming)
+    rows["mask"] = [{"bytes": b"broken", "path": None}] * 3 + [encoded(picture(i)) for i in range(3)]
+    rows |= {"raw": [b"bytes"] * 6, "boxes": [[1, 2]] * 6, "caption": ["a picture"] * 6}
+    every = saved(tmp_path / "every", **rows)
+    features = datasets.load_from_disk(every).features | {"mask": datasets.Image(), "image": datasets.Image()}
+    datasets.load_from_disk(every).cast(datasets.Features(features)).save_to_disk(tmp_path / "masked")
+    found = load_image_dataset(str(tmp_path / "masked"), streaming=streaming, image_column="image")
+    assert list(next(iter(found.rows))) == ["image", "eps", "label", "caption"]  # in the order they are stored in
+    assert all(np.array_equal(*pair) for pair in zip(pixels(found), pixels(plain), strict=True))
+    assert [found.label(row) for row in found.rows] == [0, 1, 2] * 2
+    if streaming:  # the fingerprint is what it was when all columns were in the rows
+        features["image"] = datasets.Image(decode=False)
+        told = f"{found.origin} {datasets.Features({name: features[name] for name in rows})}"
+        assert found.fingerprint == hashlib.sha256(told.encode()).hexdigest()[:16]
+        cut = Augmentation(16)
+        labels = [[row["labels"] for row in StreamedImages(data, 20, cut)] for data in (found, plain)]
+        assert labels[0] == labels[1]
+    else:
+        assert found.fingerprint == plain.fingerprint
+        samples = PositionedImages(found, 6, Augmentation(16))
+        assert [samples[i]["broken"] for i in range(6)] == [-1] * 6
 
 
 @pytest.mark.parametrize("argument", ["image_column", "label_column", "adversarial_column"])

@@ -118,6 +118,17 @@ def test_card_of_a_run(folder, of_these_weights):
     assert "resnet20, vit" in text and "## Limits and misuse" in text and "## Licence" in text
 
 
+def test_card_of_a_run_that_was_started_again(folder):
+    first = {"versions": {"torch": "2.12.0"}, "git_revision": "def456", "git_dirty": False}
+    for began, told in ((first, ", first started with def456. "), (RUN, ". ")):
+        kept = {name: began[name] for name in first}
+        (folder / "run.json").write_text(json.dumps(RUN | {"first_start": kept}))
+        card = render_model_card(folder)
+        check(card)
+        assert f"abc123 with uncommitted changes{told}" in card.text
+        assert ("torch 2.13.0; first started with torch 2.12.0" in card.text) == (began is first)
+
+
 def test_card_without_records_names_what_is_missing(folder):
     card = render_model_card(folder)
     check(card)

@@ -467,6 +467,28 @@ def test_training_reads_the_pairs_back(source, surrogate, tmp_path, tiny_purifie
     assert torch.isfinite(losses["loss"]) and losses["guidance_loss"] >= 0
 
 
+def test_files_of_ones_own_beside_the_pairs_stop_no_overwrite(source, surrogate, tmp_path):
+    out = make_pairs(arguments(source, surrogate, tmp_path / "pairs"), ATTACK)
+    (out / "config.json").write_text("mine")
+    before = contents(out)
+    make_pairs(arguments(source, surrogate, out, seed=1, overwrite_output_dir=True), ATTACK)
+    assert contents(out) != before and (out / "config.json").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("kind", "labels"), [("bool", [True, False]), ("uint8", [0, None, 3]), ("int32", [2, None]), ("int64", [1])]
+)
+def test_labels_of_every_type_are_stored(surrogate, tmp_path, kind, labels):
+    pictures = [Image.new("RGB", (8, 8), (index, 0, 0)) for index in range(len(labels))]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value(kind)})
+    rows = datasets.Dataset.from_dict({"image": pictures, "label": labels}, features=features)
+    rows.save_to_disk(tmp_path / "source")
+    args = arguments(str(tmp_path / "source"), surrogate, tmp_path / "pairs", attack_labels="predicted")
+    made = read(make_pairs(args, ATTACK))
+    assert made["label"][:] == [-1 if label is None else int(label) for label in labels]
+    assert made.features["label"] == datasets.Value("int64")
+
+
 def test_training_reads_a_stream_of_pairs(source, surrogate, tmp_path):
     out = make_pairs(arguments(source, surrogate, tmp_path / "pairs"), ATTACK)
     data = load_image_dataset(str(out), streaming=True)

@@ -31,7 +31,9 @@ from transformers import AutoImageProcessor
 from maep_hf import MAEPConfig, MAEPImageProcessor, MAEPModel, PixelClassifier, load_classifier
 from maep_hf.data import DataError, load_image_dataset
 from maep_hf.devices import pick_precision
+from maep_hf.records import describe_environment
 from maep_hf.training import DataArguments, LoopArguments, NonFiniteLossError, RunFolderError, train
+from maep_hf.training import classification as classification_module
 from maep_hf.training import loop as loop_module
 from maep_hf.training import purification as purification_module
 from maep_hf.training import stages as stages_module
@@ -191,6 +193,23 @@ def test_a_share_of_an_earlier_purifier_is_kept_by_a_finished_run(whole_run, opt
     assert finetuned["start_share"] == 0.25 and finetuned["start_share_of"] == str(earlier)
     run("finetune", options(folder, start_share=0.25, start_share_of=earlier))
     assert len(records(folder)) == lines + 1  # nothing new to say
+
+
+def test_a_later_start_with_other_arguments_tells_its_own_code_and_the_first_ones(whole_run, options, tmp_path):
+    folder = shutil.copytree(whole_run, tmp_path / "run")
+    path, began = folder / "run.json", {"command": ["then.py"], "git_revision": "abc", "git_dirty": True}
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps(record | began | {"versions": {"torch": "0.1"}}))
+    for more in ({"save_steps": 3}, {"start_share": 0.5}):
+        run("finetune", options(folder, **more))
+        later = json.loads(path.read_text())
+        assert later["first_start"].items() >= (began | {"versions": {"torch": "0.1"}}).items()
+        now = describe_environment()
+        assert later["first_start"].keys() == now.keys() and {name: later[name] for name in now} == now
+        assert later["arguments"]["loop"]["save_steps"] == more.get("save_steps", 2)
+    before = path.read_bytes()
+    run("finetune", options(folder, **more))
+    assert path.read_bytes() == before
 
 
 @pytest.mark.parametrize(
@@ -406,6 +425,28 @@ def test_a_foreign_record_is_refused(options, tmp_path):
         run("finetune", options(tmp_path))
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize(
+    "name", ["checkpoints/a/model.safetensors", "model.safetensors", "config.json", "previews/a.png", "adapter/b"]
+)
+def test_files_that_no_run_wrote_are_kept(tmp_path, name, overwrite):
+    (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+    (tmp_path / name).write_text("a release")
+    with pytest.raises(RunFolderError, match=f"output_dir=.*{name.split('/')[0]}.* no run.json: give a new folder"):
+        RunFolder(tmp_path).prepare({}, {}, 0, 1, overwrite)
+    assert (tmp_path / name).read_text() == "a release"
+
+
+def test_logs_and_notes_beside_a_run_are_kept_and_its_own_files_are_not(tmp_path):
+    for name in ("logs/events", "notes.txt", "run.json", "preprocessor_config.json", "removed.tmp/a", "checkpoints/b"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    RunFolder(tmp_path).prepare({}, {}, 0, 1, overwrite=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["logs", "notes.txt"]
+    RunFolder(tmp_path).prepare({}, {}, 0, 1, overwrite=True)  # what was interrupted here may go on
+    RunFolder(tmp_path).prepare({}, {}, 0, 1, overwrite=False)
+
+
 def test_a_folder_that_cannot_be_written(options, tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(RunFolderError, match="output_dir=.*cannot be written"):
@@ -477,6 +518,49 @@ def test_auto_precision_is_bf16_where_the_processor_multiplies_in_it(options, tm
 def test_fp16_needs_a_gpu(options, tmp_path):
     with pytest.raises(ValueError, match="mixed_precision='fp16'.*bf16"):
         run("finetune", options(tmp_path / "run", mixed_precision="fp16"))
+
+
+class SaysFp16(Accelerator):
+    """Casts to bf16 and says fp16, which takes a GPU."""
+
+    mixed_precision = "fp16"
+
+
+@pytest.mark.parametrize(("script", "attacks"), [("finetune", ["perturb", "pgd"]), ("train_classifier", ["pgd"])])
+@pytest.mark.parametrize(("accelerator", "precision"), [(Accelerator, torch.bfloat16), (SaysFp16, torch.float32)])
+def test_attacks_have_no_fp16(options, image_folder, tmp_path, monkeypatch, script, attacks, accelerator, precision):
+    convolve, attacking, found = torch.nn.Conv2d.forward, [], {}
+
+    def convolved(self, pixels):
+        out = convolve(self, pixels)
+        found.setdefault(attacking[-1] if attacking else "training", set()).add(out.dtype)
+        return out
+
+    def spied(name, attack):
+        def wrapper(*args, **kwargs):
+            attacking.append(name)
+            try:
+                return attack(*args, **kwargs)
+            finally:
+                attacking.pop()
+
+        return wrapper
+
+    monkeypatch.setattr(torch.nn.Conv2d, "forward", convolved)
+    monkeypatch.setattr(loop_module, "Accelerator", accelerator)
+    module = purification_module if script == "finetune" else classification_module
+    for name in attacks:
+        monkeypatch.setattr(module, name, spied(name, getattr(module, name)))
+    argv = options(tmp_path / "run", max_steps=1, mixed_precision="bf16", clean=0, fgsm=0.35, max_grad_norm=0)
+    if script == "train_classifier":
+        argv = words(
+            dataset=image_folder, depth=8, width=4, image_size=16, max_steps=1, warmup_steps=0, ema_decay=0.5,
+            per_device_train_batch_size=4, validation_images=4, cpu_threads=1, mixed_precision="bf16",
+            output_dir=tmp_path / "run",
+        )  # fmt: skip
+    run(script, argv)
+    assert {name: found[name] for name in attacks} == dict.fromkeys(attacks, {precision})
+    assert torch.bfloat16 in found["training"]
 
 
 def test_a_tracker_gets_the_figures(options, tmp_path):
@@ -826,6 +910,19 @@ def test_labels_of_another_order_are_warned_of(task_of, caplog):
         caplog.clear()
         task.evaluate(task.model.eval())
         assert ("attack_labels=predicted" in caplog.text) == warned
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_validation_on_one_class_of_several_is_warned_of(task_of, tmp_path, caplog, streaming):
+    image_rows(12).sort("label").save_to_disk(tmp_path)
+    by_class = {"validation_dataset": str(tmp_path), "validation_split": "train", "streaming": streaming}
+    for images, warned in ((4, True), (5, False), (1, False)):
+        caplog.clear()
+        task = task_of(data=by_class | {"validation_images": images})
+        labels = [task.validation_batch()["labels"].tolist() for _ in range(2)][0]
+        assert labels == [0, 0, 0, 0, 1][:images]  # the first ones, warned or not
+        said = [line for line in caplog.messages if "all of one class of 3" in line]
+        assert len(said) == warned and all("shuffled validation_dataset" in line for line in said)
 
 
 def _samples(task, count: int) -> list:

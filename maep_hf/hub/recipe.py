@@ -48,12 +48,17 @@ class Recipe:
         }
         self.arguments = yaml.safe_dump(shown, sort_keys=False).strip() if shown else ""
         self.data = _data(dataset, run.get("data"))
-        self.revision = str(run.get("git_revision") or "not recorded")
-        if run.get("git_dirty"):
-            self.revision += " with uncommitted changes"
-        self.versions = _inline(run.get("versions"))
+        # of a later start that changed an argument, and of the first one where it differs
+        starts = [run, run["first_start"]] if run.get("first_start") else [run]
+        self.revision = ", first started with ".join(dict.fromkeys(map(_revision, starts)))
+        self.versions = "; first started with ".join(dict.fromkeys(_inline(each.get("versions")) for each in starts))
         self.stages = [_stage(name, record) for name, record in _chain(folder, run)]
         self.images = sum(_images(record) for _, record in _chain(folder, run))
+
+
+def _revision(start: Mapping[str, Any]) -> str:
+    revision = str(start.get("git_revision") or "not recorded")
+    return f"{revision} with uncommitted changes" if start.get("git_dirty") else revision
 
 
 def _started_from(run: Mapping[str, Any]) -> str | None:

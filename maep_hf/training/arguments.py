@@ -38,7 +38,10 @@ class LoopArguments:
     )
     mixed_precision: str = field(
         default="no",
-        metadata={"help": "no, bf16, fp16 (a GPU only) or auto: bf16 on a GPU or a processor (AMX) that has it"},
+        metadata={
+            "help": "no, bf16, fp16 (a GPU only; attacks and validation stay in float32) or auto: bf16 on a GPU or a "
+            "processor (AMX) that has it"
+        },
     )
     channels_last: bool = field(default=True, metadata={"help": "memory format of convolutions"})
     torch_compile: bool = field(default=False, metadata={"help": "compile the model"})
@@ -155,7 +158,9 @@ class DataArguments:
     label_column: str | None = field(default=None, metadata={"help": "column of class indices; found by itself"})
     streaming: bool = field(default=False, metadata={"help": "read while training instead of downloading first"})
     max_train_images: int | None = field(default=None, metadata={"help": "use only the first so many training images"})
-    validation_images: int = field(default=256, metadata={"help": "size of the fixed validation subset"})
+    validation_images: int = field(
+        default=256, metadata={"help": "validate on the first so many images, as they are stored"}
+    )
     image_size: int | None = field(
         default=None, metadata={"help": "side of a training image, pixels; the model's by default"}
     )
@@ -175,8 +180,15 @@ class DataArguments:
         if self.validation_images < 1:
             raise ValueError(f"validation_images={self.validation_images}: must be at least 1")
 
-    def load(self) -> tuple[ImageDataset, ImageDataset]:
-        """The training and the validation images."""
+    def load(self, labelled: bool = True) -> tuple[ImageDataset, ImageDataset]:
+        """The training and the validation images.
+
+        Args:
+            labelled: their labels are used, so that both must mean the same classes.
+
+        Raises:
+            maep_hf.data.DataError: a dataset that cannot be read or used, or two that name their classes differently.
+        """
         described = {"config_name": self.dataset_config, "image_column": self.image_column,
                      "label_column": self.label_column, "streaming": self.streaming}  # fmt: skip
         train_data = load_image_dataset(self.dataset, self.train_split, max_images=self.max_train_images, **described)
@@ -192,9 +204,21 @@ class DataArguments:
                 "the validation dataset has the training dataset's classes in another order; bring one into the order "
                 "of the other with datasets' align_labels_with_mapping"
             )
+        if labelled and _mean_other_classes(train_data.class_names or [], own.class_names or []):
+            raise DataError(
+                f"validation_dataset={self.validation_dataset or self.dataset!r} names {len(own.class_names)} classes "
+                f"and the training dataset {len(train_data.class_names)}, some alike and some not, so that its labels "
+                "mean others: name one of the same classes, or give it their indices with datasets' "
+                "align_labels_with_mapping"
+            )
         embedded = self.dataset in EMBEDDED_DATASETS
         if not (self.streaming or embedded) and train_data.fingerprint == own.fingerprint:
             logger.warning(
                 "training and validation images are the same: name others with validation_dataset or validation_split"
             )
         return train_data, own
+
+
+def _mean_other_classes(names: list[str], own: list[str]) -> bool:
+    """Whether `own` classes are of one kind with those of training, and some have another index or are not there."""
+    return bool(set(names) & set(own)) and own != names[: len(own)]

@@ -6,6 +6,8 @@ import logging
 import math
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -245,7 +247,7 @@ class _Loop:
         self.images += len(batch["labels"]) * accelerator.num_processes
         synchronize(accelerator.device)  # a GPU's queue is counted where it was filled
         started = time.perf_counter()
-        with accelerator.autocast():
+        with self._attack_precision():
             batch = self.task.prepare(batch)
         synchronize(accelerator.device)
         self.attack_seconds += time.perf_counter() - started
@@ -265,6 +267,23 @@ class _Loop:
             if self.ema is not None:
                 self.ema.update_parameters(accelerator.unwrap_model(self.model))
             self._add_up(norm)
+
+    @contextmanager
+    def _attack_precision(self, model: nn.Module | None = None) -> Iterator[None]:
+        """The precision of training, but float32 in place of fp16: the gradients of an attack have no loss scale and
+        would vanish. Accelerate gave `model` an autocast of its own, which is then off too."""
+        if self.accelerator.mixed_precision != "fp16":
+            with self.accelerator.autocast():
+                yield
+            return
+        wrapped = vars(model).get("forward") if hasattr(model, "_original_forward") else None
+        if wrapped is not None:
+            model.forward = model._original_forward
+        try:
+            yield
+        finally:
+            if wrapped is not None:
+                model.forward = wrapped
 
     def _add_up(self, norm: Tensor | None) -> None:
         """Add the step's losses, averaged over micro-batches and processes, to the sums; one transfer a step."""
@@ -324,7 +343,7 @@ class _Loop:
             model = self.best_model
             was_training = model.training
             model.eval()
-            with self.accelerator.autocast():
+            with self._attack_precision(model):
                 metrics = self.task.evaluate(model)
             self.folder.previews.mkdir(exist_ok=True)
             self.task.preview(model, self.folder.previews / f"step-{self.state.step:07d}.png")

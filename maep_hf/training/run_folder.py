@@ -12,7 +12,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from ..records import write_json
+from ..records import describe_environment, write_json
 from .arguments import ADDED_LATER, FREE_ARGUMENTS, KEPT_ARGUMENTS
 
 CHECKPOINT_PREFIX = "step-"
@@ -49,12 +49,12 @@ class RunFolder:
             data, num_processes: the data's description and the number of processes, likewise.
             checkpoint_bytes: estimated size of one checkpoint.
             kept: checkpoints that exist side by side.
-            overwrite: remove a run that is already here.
+            overwrite: remove a run that is already here; a folder without a record holds none.
             num_processes: processes of the run, where their number is a part of what is computed.
             precision: what `mixed_precision` means on this machine, likewise.
 
         Raises:
-            RunFolderError: not writable, too little disk, or another run's folder.
+            RunFolderError: not writable, too little disk, another run's folder, or one of other files without a run.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -71,6 +71,8 @@ class RunFolder:
                 f"output_dir={str(self.path)!r}: {free / 2**20:.0f} MiB free, but {kept} checkpoints and the model "
                 f"need about {needed / 2**20:.0f} MiB. Free some space, give another folder, or lower save_total_limit."
             )
+        if kept or overwrite:  # without checkpoints these are no run's: `make_pairs` has a check of its own
+            self._refuse_other_content()
         if overwrite:
             self._remove_run()
         for stale in self.checkpoints.glob("*.tmp"):  # of a run that was killed while it wrote them
@@ -78,17 +80,35 @@ class RunFolder:
         if self.record.is_file():
             self._refuse_other_run(arguments, data, num_processes, precision)
 
+    def _content(self) -> list[Path]:
+        """What is here of all that a run writes or removes, but for its record and what trackers log."""
+        names = ("checkpoints", "previews", "adapter", "export.tmp", "removed.tmp", "metrics.jsonl", "config.json",
+                 "preprocessor_config.json")  # fmt: skip
+        found = [path for path in map(self.path.joinpath, names) if path.exists()]
+        return found + sorted(self.path.glob("*.safetensors"))
+
+    def _refuse_other_content(self) -> None:
+        """Neither a run nor an overwrite may take away files that no run wrote."""
+        if not self.record.is_file() and (found := self._content()):
+            raise RunFolderError(
+                f"output_dir={str(self.path)!r} holds files that a run would replace "
+                f"({', '.join(path.name for path in found[:3])}) and no {self.record.name}: give a new folder"
+            )
+
     def _remove_run(self) -> None:
         # The record goes last: whatever an interruption leaves is still known as the old run's.
+        # The weights go too: until the first save the folder would hold the old ones under the new record.
         doomed = self.path / "removed.tmp"
-        for stale in (self.checkpoints, self.previews, self.path / "adapter"):
+        for stale in self._content():
+            if stale == doomed:
+                continue
             if stale.is_dir():
                 shutil.rmtree(doomed, ignore_errors=True)
                 os.replace(stale, doomed)
+            else:
+                stale.unlink()
         shutil.rmtree(doomed, ignore_errors=True)
-        # the weights too: until the first save the folder would hold the old ones under the new record
-        for stale in (*self.path.glob("*.safetensors"), self.path / "config.json", self.metrics, self.record):
-            stale.unlink(missing_ok=True)
+        self.record.unlink(missing_ok=True)
 
     def _refuse_other_run(
         self, arguments: dict[str, Any], data: dict[str, Any], num_processes: int, precision: str | None
@@ -121,11 +141,17 @@ class RunFolder:
             )
 
     def take_over(self, arguments: dict[str, Any]) -> bool:
-        """Record what a later start of the run changed; whether it changed which of its weights are kept."""
+        """Record what a later start of the run changed; whether it changed which of its weights are kept.
+
+        Where arguments changed, command, versions and revision become the later start's as well; those that the run
+        began with stay under `first_start`.
+        """
         record = json.loads(self.record.read_text())
         before, record["arguments"] = record["arguments"], _as_stored(arguments)
         if before != record["arguments"]:
-            write_json(self.record, record)
+            now = describe_environment()
+            record.setdefault("first_start", {name: record[name] for name in now if name in record})
+            write_json(self.record, record | now)
         return any(name in KEPT_ARGUMENTS for _, name, _, _ in _changes(before, record["arguments"]))
 
     def truncate_metrics(self, step: int) -> None:

@@ -189,7 +189,7 @@ def purification_task(
     size = model.config.image_size if data.image_size is None else data.image_size
     if size < 1:
         raise ValueError(f"image_size={size}: must be at least 1 pixel")
-    train_data, validation_data = data.load()
+    train_data, validation_data = data.load(labelled=purification.attack_labels == "true")
     surrogates = load_surrogates(purification.surrogates)
     return PurificationTask(
         model,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,8 @@ from torch.utils.data import Dataset, IterableDataset
 
 from ..data import ImageDataset
 from .samples import Augmentation, Draw, PositionedImages, StreamedImages, collate, read_first
+
+logger = logging.getLogger(__name__)
 
 
 class Task(ABC):
@@ -41,6 +44,7 @@ class Task(ABC):
         self.augmentation = augmentation
         self.validation_images = validation_images
         self.device = torch.device("cpu")
+        self._warned_of_one_class = False
 
     def to(self, device: torch.device) -> None:
         """Move what the loop does not move itself (surrogates, cached validation images)."""
@@ -60,7 +64,19 @@ class Task(ABC):
         """The fixed validation images, centre-cropped: `pixel_values` (N, 3, S, S) in [0, 1], `labels` (N,)."""
         center = replace(self.augmentation, crop="center", flip=False)
         samples = read_first(self.validation_data, center, self.validation_images)
+        self._warn_of_one_class({sample["labels"] for sample in samples}, len(samples))
         return {key: value.to(self.device) for key, value in collate(samples).items()}
+
+    def _warn_of_one_class(self, labels: set[int], count: int) -> None:
+        """Folders of images are stored class by class, so that the first images may all be of the first class."""
+        names = self.validation_data.class_names or []
+        if count > 1 and len(names) > 1 and len(labels) == 1 and min(labels) >= 0 and not self._warned_of_one_class:
+            self._warned_of_one_class = True
+            logger.warning(
+                "the %d validation images are all of one class of %d: give a shuffled validation_dataset (datasets' "
+                "shuffle and save_to_disk), or larger validation_images",
+                count, len(names),
+            )  # fmt: skip
 
     def prepare(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Work on a batch before the training step that is timed apart (attacks)."""
