@@ -105,6 +105,21 @@ def test_the_same_weights_without_records_leave_the_page_and_its_pictures(client
     assert hub.files(repo, branch) == before
 
 
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_new_branch_takes_the_records_of_main_for_the_same_weights_alone(client, hub, tmp_path, seed):
+    repo = f"someone/new-branch-{seed}"
+    client(push_purifier, tmp_path / "old", repo, 0, (("gray-box", 82.3),))
+    main = hub.files(repo)
+    client(push_purifier, tmp_path / "new", repo, seed, (), "trial")
+    files = hub.files(repo, "trial")
+    assert hub.files(repo) == main
+    if seed == 0:
+        assert files == main
+    else:
+        assert set(main) - set(files) == {"results.jsonl", "attacks.png", "resnet56.png"}
+        assert b"82.3" not in files["README.md"] and files["model.safetensors"] != main["model.safetensors"]
+
+
 @pytest.mark.parametrize("own_result", [True, False])
 def test_an_edited_page_loses_the_results_of_older_weights_and_nothing_else(client, hub, tmp_path, own_result):
     repo = f"someone/edited-{own_result}"

@@ -90,7 +90,7 @@ def push_to_hub(
             goes), a `MAEPImageProcessor`, a pipeline.
         repo_id: OWNER/NAME, or NAME under the account of the token. Made when missing.
         private: make it private; one that exists must be so. By default the account's own setting.
-        revision: branch, made when missing, or `refs/pr/N`; `main` by default.
+        revision: branch, made from `main` when missing, or `refs/pr/N`; `main` by default.
         tag: name for the last commit.
         create_pr: open a pull request with the files instead of changing `revision`.
         commit_message: of the files' commit.
@@ -135,8 +135,9 @@ def push_to_hub(
         there: list[dict] | None = None  # records on the Hub, which the page goes on to show
         pictures: list[str] = []  # and files beside them
         if what in (PURIFIER, ADAPTER) and not (folder / RESULTS).is_file():
-            there, cleared = push.records_of(folder, what)
-            pictures = push.names(push.branch) if there else []
+            at = push.head()
+            there, cleared = push.records_of(folder, what, at)
+            pictures = push.names(at) if there else []
         # all that can be wrong is known before anything is sent
         card = None
         if kind is not IMAGE_PROCESSOR:
