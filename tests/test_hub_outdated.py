@@ -74,6 +74,22 @@ def push_evaluation(folder: Path, repo: str, fingerprint: str, *results) -> list
     return found
 
 
+def push_one_over_the_other(folder: Path, repo: str) -> list[str]:
+    """A model over an adapter, there and on a new branch, and an adapter over its base; then a run of each."""
+    from maep_hf.hub.background import BackgroundPush
+
+    push_adapter(folder / "adapter", repo, 0)
+    (folder / "new").mkdir()
+    purifier(1).save_pretrained(folder / "new")
+    return [
+        failure(push, folder / "new", repo),
+        failure(push, folder / "new", repo, revision="trial"),
+        failure(push, folder / "adapter", f"{repo}-base", base_model=f"{repo}-base"),
+        failure(BackgroundPush, folder / "new", repo),
+        failure(BackgroundPush, folder, f"{repo}-base", trains_adapter=True, base_model=f"{repo}-base"),
+    ]
+
+
 # Tests
 
 
@@ -118,6 +134,18 @@ def test_a_new_branch_takes_the_records_of_main_for_the_same_weights_alone(clien
     else:
         assert set(main) - set(files) == {"results.jsonl", "attacks.png", "resnet56.png"}
         assert b"82.3" not in files["README.md"] and files["model.safetensors"] != main["model.safetensors"]
+
+
+def test_a_model_and_an_adapter_do_not_share_a_repository(client, hub, tmp_path):
+    repo = "someone/one-or-the-other"
+    errors = client(push_one_over_the_other, tmp_path, repo)
+    adapters, models = "adapter_config.json, adapter_model.safetensors, base_model.json", "config.json, model.safetensors"
+    expected = [("", adapters), ("", adapters), ("-base", models)]
+    for error, (name, theirs) in zip(errors, [*expected, *expected[1:]], strict=True):
+        assert error.startswith(f"ValueError: repo_id: {repo}{name} holds a"), error
+        assert f"push to another repo_id, or delete {theirs} there first" in error
+    assert "model.safetensors" not in hub.files(repo) and "adapter_config.json" not in hub.files(f"{repo}-base")
+    assert set(hub.repositories["model", repo].refs) == {"refs/heads/main"}
 
 
 @pytest.mark.parametrize("own_result", [True, False])

@@ -16,13 +16,15 @@ from huggingface_hub import HfApi
 
 from ..evaluation.results import read_results
 from .cards import base_of_adapter, own_records, picture_captions, render_card
-from .connection import as_push_errors, check_login, with_owner
+from .connection import as_push_errors, check_login, check_no_other_weights, with_owner
 from .contents import operations_of
 from .folders import (
     ADAPTER,
     ADAPTER_CONFIG,
+    CLASSIFIER,
     EVALUATION,
     IMAGE_PROCESSOR,
+    PLAIN_CLASSIFIER,
     PURIFIER,
     RESULT_FILES,
     RESULTS,
@@ -80,6 +82,8 @@ def push_to_hub(
     fingerprints in its records, of merged weights, differ between processors. For the same reason records pushed to an
     adapter replace all that are there when the fingerprint is another: a table never mixes the two.
 
+    A repository holds a model or an adapter: one is not pushed beside the other, since other weights would load.
+
     Only listed files go (`folders.py`), without paths of this machine (`contents.py`). Whatever fails half-way can be
     repeated: files that are there already are not sent again. A README that a person edited keeps its text and only
     gets the results into its metadata (`seal.py`).
@@ -122,6 +126,9 @@ def push_to_hub(
         push = Repository(api, repo_id, kind_type, revision, create_pr, token)
         what = kind
         cleared: list = []  # what takes figures of other weights off the Hub
+        at = push.head()
+        if at and what in (PURIFIER, CLASSIFIER, PLAIN_CLASSIFIER, ADAPTER):
+            check_no_other_weights(repo_id, push.names(at), adapter=what is ADAPTER)
         if kind is ADAPTER:
             base_model = _base(api, folder, base_model)
         elif kind is EVALUATION:
@@ -135,7 +142,6 @@ def push_to_hub(
         there: list[dict] | None = None  # records on the Hub, which the page goes on to show
         pictures: list[str] = []  # and files beside them
         if what in (PURIFIER, ADAPTER) and not (folder / RESULTS).is_file():
-            at = push.head()
             there, cleared = push.records_of(folder, what, at)
             pictures = push.names(at) if there else []
         # all that can be wrong is known before anything is sent
