@@ -300,6 +300,31 @@ def test_readmes_without_a_seal():
     assert card.data.license == "gpl-3.0" and card.data.base_model is None
 
 
+METADATA = "---\nlicense: other\nlicense_name: mine\nlicense_link: LICENSE\nlanguage: de\ntags:\n- mine\n---\n"
+
+
+@pytest.mark.parametrize(
+    ("existing", "licence", "kept"),
+    [
+        ("---\nlicense: mit\n---\n", "Code: Apache-2.0. Weights: mit. The", {"license": "mit"}),
+        (METADATA, "Code: Apache-2.0. Weights: [mine](LICENSE). The", {"language": "de", "tags": ["mine"]}),
+        ("---\nlanguage: de\n---\n", "Code and weights: Apache-2.0. The", {"license": "apache-2.0", "language": "de"}),
+    ],
+)
+def test_metadata_of_a_person_outlives_every_card(folder, of_these_weights, existing, licence, kept):
+    (folder / "README.md").write_text(existing)
+    for figure in (82.3, 55.5, 44.4):
+        write_results(folder, of_these_weights(figure))
+        assert write_card(folder) == "written"
+        check(card := ModelCard((folder / "README.md").read_text()))
+        assert {name: card.data.get(name) for name in kept} == kept and str(figure) in card.text
+        assert card.text.split("## Licence\n\n")[1].startswith(licence) and not edited(card)
+        assert card.data.pipeline_tag == "image-to-image" and card.text.count("kept: ") == 1
+    (folder / "README.md").write_text(card.content.replace("## Use", "## My use"))
+    write_results(folder, of_these_weights(33.3))
+    assert write_card(folder) == "merged"  # the seal still tells
+
+
 @pytest.mark.parametrize(
     ("value", "kept"),
     [

@@ -139,8 +139,8 @@ def test_a_new_branch_takes_the_records_of_main_for_the_same_weights_alone(clien
 def test_a_model_and_an_adapter_do_not_share_a_repository(client, hub, tmp_path):
     repo = "someone/one-or-the-other"
     errors = client(push_one_over_the_other, tmp_path, repo)
-    adapters, models = "adapter_config.json, adapter_model.safetensors, base_model.json", "config.json, model.safetensors"
-    expected = [("", adapters), ("", adapters), ("-base", models)]
+    adapters = "adapter_config.json, adapter_model.safetensors, base_model.json"
+    expected = [("", adapters), ("", adapters), ("-base", "config.json, model.safetensors")]
     for error, (name, theirs) in zip(errors, [*expected, *expected[1:]], strict=True):
         assert error.startswith(f"ValueError: repo_id: {repo}{name} holds a"), error
         assert f"push to another repo_id, or delete {theirs} there first" in error

@@ -414,6 +414,10 @@ def test_a_licence_chosen_on_the_website_stays(client, hub, tmp_path):
     assert client(push, tmp_path / "run", "someone/licensed")["card"] == "written"
     card = hub.files("someone/licensed")["README.md"].decode()
     assert "license: mit" in card and "# licensed" in card
+    client(trained, tmp_path / "run", 1)
+    assert client(push, tmp_path / "run", "someone/licensed")["card"] == "written"
+    card = hub.files("someone/licensed")["README.md"].decode()
+    assert "license: mit" in card and "Weights: mit." in card and "weights: Apache-2.0" not in card
 
 
 def test_adapter(client, hub, tmp_path):

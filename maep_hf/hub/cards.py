@@ -31,9 +31,8 @@ from .folders import (
 from .names import hub_id
 from .recipe import Recipe
 from .results import ATTACKERS, CardResults, records_of, validation_results
-from .seal import renewed, sealed
+from .seal import LICENCE, licence_sentence, renewed, sealed
 
-LICENCE = "apache-2.0"
 PAPER = "arxiv:2501.16904"  # as a tag, the Hub links it
 _TEMPLATES = Path(__file__).parent / "templates"
 _TAGS = ["maep", "adversarial-robustness", "adversarial-purification", "masked-autoencoder", PAPER]
@@ -83,9 +82,10 @@ def render_card(
         beside = {path.name for path in folder.iterdir()} | set(pictures)
         context["pictures"] = [(name, caption) for name, caption in context["pictures"].items() if name in beside]
     path = Path(template) if template else _template(file_name)
-    fields = context | {"name": short(repo_id), "repo_id": repo_id, "card_data": context["card_data"].to_yaml()}
-    content = _rendered(path, fields)
-    card = DatasetCard(content) if isinstance(context["card_data"], DatasetCardData) else ModelCard(content)
+    data = context["card_data"]
+    names = {"name": short(repo_id), "repo_id": repo_id}
+    content = _rendered(path, context | names | {"card_data": data.to_yaml(), "licence": licence_sentence(data)})
+    card = DatasetCard(content) if isinstance(data, DatasetCardData) else ModelCard(content)
     return sealed(card)
 
 
