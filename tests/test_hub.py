@@ -159,11 +159,15 @@ def test_classifier(classifier_folder, tmp_path):
         (folder / path.name).write_bytes(path.read_bytes())
     check(card := render_card(folder, "someone/resnet"))
     assert "Nothing was recorded" in card.text and card.data.pipeline_tag == "image-classification"
+    # perhaps converted from somebody else's weights
+    assert card.data.license is None and "Apache" not in str(card) and "It was trained" not in card.text
+    assert "## Licence\n\nNot recorded" in card.text
     (folder / "run.json").write_text(json.dumps(RUN))
     (folder / "metrics.jsonl").write_text('{"step": 1, "validation": {"accuracy_clean": 50, "accuracy_pgd10_8": 3}}\n')
     check(card := render_card(folder, "someone/resnet"))
     assert "| no attack | none | 100 | 50.0 (40.4–59.6) % |" in card.text and "| white-box | PGD-10" in card.text
     assert [result.metric_value for result in card.data.eval_results] == [50.0, 3.0]
+    assert card.data.license == "apache-2.0" and "It was trained as a plain classifier" in card.text
 
 
 def test_classifier_of_transformers(tmp_path):

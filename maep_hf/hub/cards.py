@@ -205,7 +205,7 @@ def _classifier(folder: Path, repo_id: str, base_model: str | None, records: lis
     check_model(folder.resolve(), kind="a classifier")
     config, recipe = AutoConfig.from_pretrained(folder.resolve()), Recipe(folder)
     ours = config.model_type == "cifar_resnet"
-    trained_here = ours or recipe.known  # of other weights neither the licence nor a defence is known
+    trained_here = recipe.known  # of other weights, also of converted ones, neither licence nor defence is known
     validation = validation_results(folder, recipe)
     card_data = _model_data(
         repo_id,
