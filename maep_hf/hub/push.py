@@ -6,7 +6,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,13 +27,14 @@ from .folders import (
     PLAIN_CLASSIFIER,
     PURIFIER,
     RESULT_FILES,
+    RESULT_TEXTS,
     RESULTS,
     Kind,
     kind_of,
     read_json,
 )
-from .outdated import README
-from .records import drop_outdated, merge_records
+from .outdated import README, outdated_records
+from .records import drop_outdated, merge_records, merged_folder, write_report
 from .repository import PULL_REQUESTS, Repository
 
 logger = logging.getLogger(__name__)
@@ -76,11 +77,12 @@ def push_to_hub(
 ) -> Pushed:
     """Push a model, image processor, adapter, evaluation records or stored pairs, and their card as the last step.
 
-    A purifier or adapter pushed without its records keeps those on the Hub that are of its weights. Those of other
-    weights go, and with them their tables, the pictures of the card, and their results in an edited README's metadata;
-    a warning says so, and no other file is deleted. An adapter's weights are compared with those on the Hub, since the
-    fingerprints in its records, of merged weights, differ between processors. For the same reason records pushed to an
-    adapter replace all that are there when the fingerprint is another: a table never mixes the two.
+    A purifier or adapter keeps the records on the Hub that are of its weights; those of its folder come beside them, or
+    in place of those of the same protocol. Those of other weights go, and with them their tables, the pictures of the
+    card, and their results in an edited README's metadata; a warning says so, and no other file is deleted. An
+    adapter's weights are compared with those on the Hub, since the fingerprints in its records, of merged weights,
+    differ between processors. For the same reason records pushed to an adapter replace all that are there when the
+    fingerprint is another: a table never mixes the two.
 
     A repository holds a model or an adapter: one is not pushed beside the other, since other weights would load.
 
@@ -141,14 +143,28 @@ def push_to_hub(
                 cleared = push.without(dropped, "with another fingerprint of the adapter")
         there: list[dict] | None = None  # records on the Hub, which the page goes on to show
         pictures: list[str] = []  # and files beside them
-        if what in (PURIFIER, ADAPTER) and not (folder / RESULTS).is_file():
+        merged: Path | None = None  # with the records of the folder too, and their tables
+        own = (folder / RESULTS).is_file()
+        if what in (PURIFIER, ADAPTER):
             there, cleared = push.records_of(folder, what, at)
             pictures = push.names(at) if there else []
+            if own:
+                push.read_at = at  # records that somebody adds meanwhile are not lost
+                there, dropped = _beside_own(folder, what, there or [], pictures)
+                if dropped:
+                    cleared = push.without(dropped, "with another fingerprint of the adapter")
+                if there is not None:
+                    merged = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="maep-push-")))
+                    there = merged_folder(merged, folder / RESULTS, there)
         # all that can be wrong is known before anything is sent
         card = None
         if kind is not IMAGE_PROCESSOR:
             card = render_card(folder, repo_id, base_model=base_model, kind=kind, results=there, pictures=pictures)
         operations: list = operations_of(folder, kind, base_model=base_model, token=token)
+        if merged is not None:
+            tables = operations_of(merged, EVALUATION, token=token)
+            replaced = {each.path_in_repo for each in tables}
+            operations = [each for each in operations if each.path_in_repo not in replaced] + tables
         if card is not None:  # a picture that the page does not show may be anybody's
             operations = [each for each in operations if _is_shown(each.path_in_repo, card.text)]
         if what is EVALUATION:  # the model that they are merged with is there already
@@ -159,7 +175,7 @@ def push_to_hub(
             logger.warning("%s: %s go, with their tables and pictures", repo_id, push.going)
         push.prepare(private)
         push.commit(operations, commit_message or f"Upload {what.name} with maep", parent=push.read_at)
-        how = push.card(card, folder, merge=there is None) if card is not None else "none"
+        how = push.card(card, folder, merge=own or there is None) if card is not None else "none"
         if how == "kept" and any(each.path_in_repo == README for each in cleared):
             how = "merged"
         push.tag(tag)
@@ -172,10 +188,6 @@ def _with_records(folder: Path, records: Path, repo_id: str) -> tuple[Kind, list
     Returns:
         What the folder then holds, and the records of an adapter's other weights that gave way.
     """
-    from rich.console import Console
-
-    from ..evaluation.report import report
-
     kind = kind_of(folder) if any(folder.iterdir()) else EVALUATION
     if kind not in (PURIFIER, ADAPTER, EVALUATION):
         raise ValueError(f"{repo_id} is the repository of a {kind.name}, not of what these records measured")
@@ -187,9 +199,26 @@ def _with_records(folder: Path, records: Path, repo_id: str) -> tuple[Kind, list
     merge_records(folder / RESULTS, records / RESULTS)
     for picture in records.glob("*.png"):
         shutil.copy(picture, folder / picture.name)
-    with open(os.devnull, "w") as silent:
-        report(folder / RESULTS, folder, Console(file=silent))
+    write_report(folder)
     return kind, dropped
+
+
+def _beside_own(
+    folder: Path, kind: Kind, there: list[dict], names: Collection[str]
+) -> tuple[list[dict] | None, list[Mapping[str, Any]]]:
+    """Records on the Hub that go on beside those of a model's folder, and those of an adapter that give way to them.
+
+    `None` in place of the former where what is in the folder says all, its tables included.
+    """
+    mine = read_results(folder / RESULTS)
+    if kind is PURIFIER:
+        own_records(folder, mine)  # of other weights, they are refused
+    dropped = outdated_records(there, mine) if kind is ADAPTER else []
+    left = [record for record in there if record not in dropped]
+    known = {record["key"] for record in mine}
+    more = any(record["key"] not in known for record in left)
+    stale = any(name in names and not (folder / name).is_file() for name in RESULT_TEXTS)
+    return (left if more or (left and stale) else None), dropped
 
 
 def _is_shown(name: str, page: str) -> bool:
