@@ -95,6 +95,11 @@ def push_adapter_with_records(folder: Path, repo: str, fingerprint: str, *result
     return push(folder, repo, base_model=f"{repo}-base")
 
 
+def push_dataset(folder: Path, repo: str, *results) -> dict:
+    write_records(folder, "a" * 16, results)
+    return push(folder, repo, repo_type="dataset")
+
+
 def push_one_over_the_other(folder: Path, repo: str) -> list[str]:
     """A model over an adapter, there and on a new branch, and an adapter over its base; then a run of each."""
     from maep_hf.hub.background import BackgroundPush
@@ -197,6 +202,16 @@ def test_records_of_an_adapters_folder_go_beside_those_of_the_same_fingerprint(c
     assert all(found == {82.3, 11.7} for found in figures(hub, repo).values()) and len(figures(hub, repo)) == 4
     client(push_adapter_with_records, tmp_path / "adapter", repo, "b" * 16, ("gray-box", 55.5))
     assert figures(hub, repo) == {"results.jsonl": {55.5}, "README.md": {55.5}}
+
+
+def test_records_of_their_own_are_merged_too(client, hub, tmp_path):
+    repo = "someone/own-dataset"
+    client(push_dataset, tmp_path / "one", repo, ("gray-box", 82.3), ("white-box", 11.7))
+    assert len(figures(hub, repo, type="dataset")) == 4
+    client(push_dataset, tmp_path / "two", repo, ("black-box", 55.5))
+    assert all(found == {82.3, 11.7, 55.5} for found in figures(hub, repo, type="dataset").values())
+    client(push_dataset, tmp_path / "three", repo, ("gray-box", 70.1))  # measured again
+    assert all(found == {70.1, 11.7, 55.5} for found in figures(hub, repo, type="dataset").values())
 
 
 def test_a_model_and_an_adapter_do_not_share_a_repository(client, hub, tmp_path):

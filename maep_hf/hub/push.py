@@ -101,8 +101,9 @@ def push_to_hub(
         create_pr: open a pull request with the files instead of changing `revision`.
         commit_message: of the files' commit.
         base_model: Hub id of the model this one was made from; needed for an adapter whose base is a local folder.
-        repo_type: `"dataset"` gives evaluation records a repository of their own. By default they go to the repository
-            of the purifier or adapter that they are of, merged with its records, tables and card.
+        repo_type: `"dataset"` gives evaluation records a repository of their own, where later ones are merged with
+            them. By default they go to the repository of the purifier or adapter that they are of, merged with its
+            records, tables and card.
         image_processor: goes with a model that is an object.
         token: instead of that of `hf auth login` or `HF_TOKEN`.
 
@@ -128,6 +129,7 @@ def push_to_hub(
         push = Repository(api, repo_id, kind_type, revision, create_pr, token)
         what = kind
         cleared: list = []  # what takes figures of other weights off the Hub
+        pictures: list[str] = []  # files on the Hub that the page may show
         at = push.head()
         if at and what in (PURIFIER, CLASSIFIER, PLAIN_CLASSIFIER, ADAPTER):
             check_no_other_weights(repo_id, push.names(at), adapter=what is ADAPTER)
@@ -137,12 +139,15 @@ def push_to_hub(
             staged = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="maep-push-")))
             if kind_type == "model":
                 push.download_model(staged)
+            elif at and (path := push.file(RESULTS, at)):
+                shutil.copy(path, staged / RESULTS)
+                push.read_at = at  # records that somebody adds meanwhile are not lost
+                pictures = push.names(at)
             kind, dropped = _with_records(staged, folder, repo_id)
             folder = staged
             if dropped:
                 cleared = push.without(dropped, "with another fingerprint of the adapter")
         there: list[dict] | None = None  # records on the Hub, which the page goes on to show
-        pictures: list[str] = []  # and files beside them
         merged: Path | None = None  # with the records of the folder too, and their tables
         own = (folder / RESULTS).is_file()
         if what in (PURIFIER, ADAPTER):
