@@ -207,6 +207,29 @@ def test_unreliable_results_say_so(folder, of_these_weights):
     assert "not checked" in render_model_card(folder, results=[made | {"checks": None}]).text
 
 
+def test_metadata_says_what_the_table_says(folder, of_these_weights):
+    made = [
+        of_these_weights(40.0, "white-box"),
+        of_these_weights(41.0, "white-box", "BIM", checks=failed()),
+        of_these_weights(42.0, purifier_options={"overlap": 0.5}),
+        of_these_weights(43.0),
+        of_these_weights(44.0, "transfer", source={"name": "resnet20+maep", "fingerprint": "1"}),
+        of_these_weights(45.0, "transfer", source={"name": "resnet20", "fingerprint": "2"}),
+    ]
+    check(render_model_card(folder, results=made[:4]))
+    card = render_model_card(folder, results=made)
+    assert wrong_metadata(card.data.to_dict()) == []
+    found = {result.metric_value: result for result in card.data.eval_results}
+    names = {figure: result.metric_name for figure, result in found.items()}
+    assert names[40.0].endswith(", not checked") and names[41.0].endswith(", unreliable")
+    assert ", resnet56, purifier overlap 0.5, n = " in names[42.0] and ", resnet56, n = " in names[43.0]
+    assert found[42.0].metric_args["purifier_options"] == {"overlap": 0.5}
+    assert "purifier_options" not in found[43.0].metric_args
+    assert ", transfer from resnet20+maep, " in names[44.0] and ", transfer from resnet20, " in names[45.0]
+    assert found[44.0].metric_args["source"]["name"] == "resnet20+maep" and "source" not in found[43.0].metric_args
+    assert len({result.metric_name for result in card.data.eval_results}) == len(card.data.eval_results)
+
+
 def test_result_without_its_protocol_is_refused(folder, of_these_weights):
     for name in ("threat_model", "attack", "dataset", "classifier"):
         made = of_these_weights(82.3)
