@@ -6,7 +6,7 @@ import re
 import pytest
 from conftest import ROOT, tiny_purifier
 from hub_helpers import transformers_classifier
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import DatasetCard, ModelCard, ModelCardData
 from local_hub import wrong_metadata
 from made_up_records import PASSED, failed, record
 from PIL import Image
@@ -15,7 +15,7 @@ from maep_hf.evaluation.fingerprint import fingerprint
 from maep_hf.hub import render_card, render_model_card, write_card
 from maep_hf.hub.names import dataset_id, hub_id
 from maep_hf.hub.recipe import Recipe
-from maep_hf.hub.seal import edited, renewed, sealed
+from maep_hf.hub.seal import edited, renewed, sealed, without_names
 from maep_hf.paths import without_paths
 
 THREATS = ("gray-box", "bpda", "white-box", "black-box", "transfer", "no attack")
@@ -307,6 +307,13 @@ def test_an_edit_is_what_changes_the_content(old, new, changed):
     card = str(sealed(ModelCard(CARD)))
     assert not edited(ModelCard(card))
     assert edited(ModelCard(card.replace(old, new))) is changed
+
+
+def test_a_sealed_card_without_names_that_mean_nothing():
+    text = "---\nsource_datasets:\n- extended|a/b\n- extended|c/d\nlicense: mit\n---\n\n# Card\n"
+    card = without_names(sealed(DatasetCard(text)), {"extended|a/b"})
+    assert card.data.source_datasets == ["extended|c/d"] and not edited(card)
+    assert "source_datasets" not in str(without_names(card, {"extended|c/d"}))
 
 
 def test_readmes_without_a_seal():

@@ -34,6 +34,7 @@ from .results import ATTACKERS, CardResults, records_of, validation_results
 from .seal import LICENCE, licence_sentence, renewed, sealed
 
 PAPER = "arxiv:2501.16904"  # as a tag, the Hub links it
+EXTENDED = "extended|"  # in a dataset card, the dataset that it was made from
 _TEMPLATES = Path(__file__).parent / "templates"
 _TAGS = ["maep", "adversarial-robustness", "adversarial-purification", "masked-autoencoder", PAPER]
 
@@ -247,7 +248,7 @@ def _pairs(folder: Path, repo_id: str, base_model: str | None, records: list) ->
         pretty_name=short(repo_id),
         task_categories=["image-to-image"],
         tags=["maep", "adversarial-robustness", "adversarial-examples"],
-        source_datasets=[f"extended|{found}"] if (found := hub_id(source)) else None,
+        source_datasets=[f"{EXTENDED}{found}"] if (found := hub_id(source)) else None,
         configs=[{"config_name": "default", "data_files": [{"split": "train", "path": "data/*.parquet"}]}],
     )
     return {

@@ -7,15 +7,16 @@ import os
 import shutil
 import tempfile
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi
+from huggingface_hub import CardData, HfApi
+from huggingface_hub.errors import HTTPError
 
 from ..evaluation.results import read_results
-from .cards import base_of_adapter, own_records, picture_captions, render_card
+from .cards import EXTENDED, base_of_adapter, own_records, picture_captions, render_card
 from .connection import as_push_errors, check_login, check_no_other_weights, with_owner
 from .contents import operations_of
 from .folders import (
@@ -33,9 +34,11 @@ from .folders import (
     kind_of,
     read_json,
 )
+from .names import PUBLISHED
 from .outdated import README, outdated_records
 from .records import drop_outdated, merge_records, merged_folder, write_report
 from .repository import PULL_REQUESTS, Repository
+from .seal import without_names
 
 logger = logging.getLogger(__name__)
 
@@ -165,6 +168,7 @@ def push_to_hub(
         card = None
         if kind is not IMAGE_PROCESSOR:
             card = render_card(folder, repo_id, base_model=base_model, kind=kind, results=there, pictures=pictures)
+            card = without_names(card, _not_there(api, card.data, base_model))
         operations: list = operations_of(folder, kind, base_model=base_model, token=token)
         if merged is not None:
             tables = operations_of(merged, EVALUATION, token=token)
@@ -224,6 +228,24 @@ def _beside_own(
     more = any(record["key"] not in known for record in left)
     stale = any(name in names and not (folder / name).is_file() for name in RESULT_TEXTS)
     return (left if more or (left and stale) else None), dropped
+
+
+def _not_there(api: HfApi, data: CardData, base_model: str | None) -> set[str]:
+    """Names that a run's records gave a card as Hub ids, and that the Hub does not know: folders, such as `data/mine`.
+
+    What the Hub does not answer for stays, and so does the base model that was given.
+    """
+    missing = set()
+    for field, repo_type in (("base_model", "model"), ("datasets", "dataset"), ("source_datasets", "dataset")):
+        value = data.get(field) or []
+        for name in [value] if isinstance(value, str) else value:
+            repo_id = name.removeprefix(EXTENDED)
+            if repo_id in (base_model, *PUBLISHED.values()):
+                continue
+            with suppress(HTTPError, OSError):
+                if not api.repo_exists(repo_id, repo_type=repo_type):
+                    missing.add(name)
+    return missing
 
 
 def _is_shown(name: str, page: str) -> bool:

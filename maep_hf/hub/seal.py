@@ -114,6 +114,19 @@ def _with_metadata(card: RepoCard, kept: Mapping[str, Any]) -> RepoCard:
     return sealed(card, kept)
 
 
+def without_names(card: RepoCard, names: Collection[str]) -> RepoCard:
+    """A sealed card whose metadata does not name these models and datasets."""
+    if not names:
+        return card
+    if card.data.get("base_model") in names:
+        card.data.pop("base_model")
+        card.data.pop("base_model_relation", None)
+    for field in ("datasets", "source_datasets"):
+        if value := card.data.get(field):
+            setattr(card.data, field, [name for name in value if name not in names] or None)
+    return sealed(card)
+
+
 def edited_card(existing: str | None) -> ModelCard | None:
     """The model card that is there, if a person wrote or changed it; one that a push writes anew is none.
 
