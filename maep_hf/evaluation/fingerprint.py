@@ -146,7 +146,8 @@ def _code(function: Any, seen: Seen) -> str:
 def _instructions(code: CodeType) -> tuple:
     """What a piece of code does, with the pieces inside it; not where it stands."""
     constants = [
-        _instructions(value) if isinstance(value, CodeType) else _plain(value) or repr(value) for value in code.co_consts
+        _instructions(value) if isinstance(value, CodeType) else _plain(value) or repr(value)
+        for value in code.co_consts
     ]
     return code.co_code.hex(), code.co_names, constants
 
