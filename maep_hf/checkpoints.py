@@ -68,9 +68,11 @@ def load_purifier(
 
     Raises:
         CheckpointError: no such model, or it is not a purifier; of an adapter, its base.
-        ValueError: an adapter that does not say its base, or does not fit it.
+        ValueError: an adapter that does not say its base, or does not fit it; a revision of a folder.
     """
     source = expanded(released_checkpoint(PURIFIER) if name_or_path is None else name_or_path)
+    if revision is not None and Path(source).is_dir():
+        raise ValueError(f"revision={revision!r}: {source} is a folder and has none; leave it out, or name a Hub id")
     if (Path(source) / ADAPTER_CONFIG).is_file():
         return _load_adapted(source, _adapter_config(source, revision), revision).to(device=device, dtype=dtype)
     try:

@@ -181,6 +181,7 @@ def test_wrong_model_is_one_line(photos, tmp_path, command, model, message):
         (["gone.png"], "gone.png: no such file"),
         (["EMPTY"], "no image files"),
         (["IMAGE", "--device", "nonsense"], "--device nonsense cannot be used"),
+        (["IMAGE", "--revision", "no-such-tag"], "revision='no-such-tag': "),
     ],
 )
 def test_wrong_arguments_are_one_line(purifier, photos, tmp_path, arguments, message):

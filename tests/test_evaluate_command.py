@@ -194,6 +194,7 @@ def test_columns_and_configuration_of_a_dataset(classifier_folder, tmp_path):
         (["--purifier", "defence:jpg", "--attack", "fgsm"], "jpg"),
         (["--purifier", "defence:jpeg", "--attack", "fgsm", "--random-mask-ratio", 0.5], "takes no random masks"),
         (["--threat-model", "gray-box", "--threat-model", "transfer", "--attack", "fgsm"], "source_classifier"),
+        (["--attack", "fgsm", "--source-purifier", "none"], "source_purifier is put in front of source_classifier"),
         (["--threat-model", "black-box", "--attack", "fgsm"], "uses gradients"),
         (["--device", "abacus", "--attack", "fgsm"], "--device abacus cannot be used here"),
         (["--purifier", "/nowhere", "--attack", "fgsm"], "/nowhere"),

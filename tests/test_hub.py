@@ -6,7 +6,7 @@ import re
 import pytest
 from conftest import ROOT, tiny_purifier
 from hub_helpers import transformers_classifier
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import DatasetCard, ModelCard, ModelCardData
 from local_hub import wrong_metadata
 from made_up_records import PASSED, failed, record
 from PIL import Image
@@ -15,7 +15,7 @@ from maep_hf.evaluation.fingerprint import fingerprint
 from maep_hf.hub import render_card, render_model_card, write_card
 from maep_hf.hub.names import dataset_id, hub_id
 from maep_hf.hub.recipe import Recipe
-from maep_hf.hub.seal import edited, renewed, sealed
+from maep_hf.hub.seal import edited, renewed, sealed, without_names
 from maep_hf.paths import without_paths
 
 THREATS = ("gray-box", "bpda", "white-box", "black-box", "transfer", "no attack")
@@ -170,11 +170,15 @@ def test_classifier(classifier_folder, tmp_path):
         (folder / path.name).write_bytes(path.read_bytes())
     check(card := render_card(folder, "someone/resnet"))
     assert "Nothing was recorded" in card.text and card.data.pipeline_tag == "image-classification"
+    # perhaps converted from somebody else's weights
+    assert card.data.license is None and "Apache" not in str(card) and "It was trained" not in card.text
+    assert "## Licence\n\nNot recorded" in card.text
     (folder / "run.json").write_text(json.dumps(RUN))
     (folder / "metrics.jsonl").write_text('{"step": 1, "validation": {"accuracy_clean": 50, "accuracy_pgd10_8": 3}}\n')
     check(card := render_card(folder, "someone/resnet"))
     assert "| no attack | none | 100 | 50.0 (40.4–59.6) % |" in card.text and "| white-box | PGD-10" in card.text
     assert [result.metric_value for result in card.data.eval_results] == [50.0, 3.0]
+    assert card.data.license == "apache-2.0" and "It was trained as a plain classifier" in card.text
 
 
 def test_classifier_of_transformers(tmp_path):
@@ -212,6 +216,29 @@ def test_unreliable_results_say_so(folder, of_these_weights):
     assert "⚠ unreliable" in card.text and "failed gradient, transfer" in card.text
     assert "unreliable: failed gradient, transfer" in card.data.eval_results[-1].metric_name
     assert "not checked" in render_model_card(folder, results=[made | {"checks": None}]).text
+
+
+def test_metadata_says_what_the_table_says(folder, of_these_weights):
+    made = [
+        of_these_weights(40.0, "white-box"),
+        of_these_weights(41.0, "white-box", "BIM", checks=failed()),
+        of_these_weights(42.0, purifier_options={"overlap": 0.5}),
+        of_these_weights(43.0),
+        of_these_weights(44.0, "transfer", source={"name": "resnet20+maep", "fingerprint": "1"}),
+        of_these_weights(45.0, "transfer", source={"name": "resnet20", "fingerprint": "2"}),
+    ]
+    check(render_model_card(folder, results=made[:4]))
+    card = render_model_card(folder, results=made)
+    assert wrong_metadata(card.data.to_dict()) == []
+    found = {result.metric_value: result for result in card.data.eval_results}
+    names = {figure: result.metric_name for figure, result in found.items()}
+    assert names[40.0].endswith(", not checked") and names[41.0].endswith(", unreliable")
+    assert ", resnet56, purifier overlap 0.5, n = " in names[42.0] and ", resnet56, n = " in names[43.0]
+    assert found[42.0].metric_args["purifier_options"] == {"overlap": 0.5}
+    assert "purifier_options" not in found[43.0].metric_args
+    assert ", transfer from resnet20+maep, " in names[44.0] and ", transfer from resnet20, " in names[45.0]
+    assert found[44.0].metric_args["source"]["name"] == "resnet20+maep" and "source" not in found[43.0].metric_args
+    assert len({result.metric_name for result in card.data.eval_results}) == len(card.data.eval_results)
 
 
 def test_result_without_its_protocol_is_refused(folder, of_these_weights):
@@ -293,6 +320,13 @@ def test_an_edit_is_what_changes_the_content(old, new, changed):
     assert edited(ModelCard(card.replace(old, new))) is changed
 
 
+def test_a_sealed_card_without_names_that_mean_nothing():
+    text = "---\nsource_datasets:\n- extended|a/b\n- extended|c/d\nlicense: mit\n---\n\n# Card\n"
+    card = without_names(sealed(DatasetCard(text)), {"extended|a/b"})
+    assert card.data.source_datasets == ["extended|c/d"] and not edited(card)
+    assert "source_datasets" not in str(without_names(card, {"extended|c/d"}))
+
+
 def test_readmes_without_a_seal():
     fresh = sealed(ModelCard(CARD))
     assert renewed(None, fresh) == (fresh, "written") and renewed("", fresh)[1] == "written"
@@ -309,6 +343,31 @@ def test_readmes_without_a_seal():
     card, how = renewed(str(placeholders), sealed(ModelCard(CARD)))
     assert how == "written" and "# Card" in card.text and not edited(card)
     assert card.data.license == "gpl-3.0" and card.data.base_model is None
+
+
+METADATA = "---\nlicense: other\nlicense_name: mine\nlicense_link: LICENSE\nlanguage: de\ntags:\n- mine\n---\n"
+
+
+@pytest.mark.parametrize(
+    ("existing", "licence", "kept"),
+    [
+        ("---\nlicense: mit\n---\n", "Code: Apache-2.0. Weights: mit. The", {"license": "mit"}),
+        (METADATA, "Code: Apache-2.0. Weights: [mine](LICENSE). The", {"language": "de", "tags": ["mine"]}),
+        ("---\nlanguage: de\n---\n", "Code and weights: Apache-2.0. The", {"license": "apache-2.0", "language": "de"}),
+    ],
+)
+def test_metadata_of_a_person_outlives_every_card(folder, of_these_weights, existing, licence, kept):
+    (folder / "README.md").write_text(existing)
+    for figure in (82.3, 55.5, 44.4):
+        write_results(folder, of_these_weights(figure))
+        assert write_card(folder) == "written"
+        check(card := ModelCard((folder / "README.md").read_text()))
+        assert {name: card.data.get(name) for name in kept} == kept and str(figure) in card.text
+        assert card.text.split("## Licence\n\n")[1].startswith(licence) and not edited(card)
+        assert card.data.pipeline_tag == "image-to-image" and card.text.count("kept: ") == 1
+    (folder / "README.md").write_text(card.content.replace("## Use", "## My use"))
+    write_results(folder, of_these_weights(33.3))
+    assert write_card(folder) == "merged"  # the seal still tells
 
 
 @pytest.mark.parametrize(

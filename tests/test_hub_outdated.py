@@ -74,6 +74,48 @@ def push_evaluation(folder: Path, repo: str, fingerprint: str, *results) -> list
     return found
 
 
+def push_with_records(folder: Path, repo: str, seed: int, *results) -> dict:
+    """Push weights with records, and no tables or pictures."""
+    from maep_hf.evaluation.fingerprint import fingerprint
+
+    model = purifier(seed)
+    model.save_pretrained(folder)
+    write_records(folder, fingerprint(model), results)
+    return push(folder, repo)
+
+
+def push_more_records(folder: Path, repo: str, seed: int, *results) -> None:
+    from maep_hf.evaluation.fingerprint import fingerprint
+
+    push_evaluation(folder, repo, fingerprint(purifier(seed)), *results)
+
+
+def push_adapter_with_records(folder: Path, repo: str, fingerprint: str, *results) -> dict:
+    write_records(folder, fingerprint, results)
+    return push(folder, repo, base_model=f"{repo}-base")
+
+
+def push_dataset(folder: Path, repo: str, *results) -> dict:
+    write_records(folder, "a" * 16, results)
+    return push(folder, repo, repo_type="dataset")
+
+
+def push_one_over_the_other(folder: Path, repo: str) -> list[str]:
+    """A model over an adapter, there and on a new branch, and an adapter over its base; then a run of each."""
+    from maep_hf.hub.background import BackgroundPush
+
+    push_adapter(folder / "adapter", repo, 0)
+    (folder / "new").mkdir()
+    purifier(1).save_pretrained(folder / "new")
+    return [
+        failure(push, folder / "new", repo),
+        failure(push, folder / "new", repo, revision="trial"),
+        failure(push, folder / "adapter", f"{repo}-base", base_model=f"{repo}-base"),
+        failure(BackgroundPush, folder / "new", repo),
+        failure(BackgroundPush, folder, f"{repo}-base", trains_adapter=True, base_model=f"{repo}-base"),
+    ]
+
+
 # Tests
 
 
@@ -103,6 +145,85 @@ def test_the_same_weights_without_records_leave_the_page_and_its_pictures(client
     assert b"(attacks.png)" in before["README.md"] and b"(resnet56.png)" in before["README.md"]
     client(push_purifier, tmp_path / "again", repo, 0, (), branch)
     assert hub.files(repo, branch) == before
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_new_branch_takes_the_records_of_main_for_the_same_weights_alone(client, hub, tmp_path, seed):
+    repo = f"someone/new-branch-{seed}"
+    client(push_purifier, tmp_path / "old", repo, 0, (("gray-box", 82.3),))
+    main = hub.files(repo)
+    client(push_purifier, tmp_path / "new", repo, seed, (), "trial")
+    files = hub.files(repo, "trial")
+    assert hub.files(repo) == main
+    if seed == 0:
+        assert files == main
+    else:
+        assert set(main) - set(files) == {"results.jsonl", "attacks.png", "resnet56.png"}
+        assert b"82.3" not in files["README.md"] and files["model.safetensors"] != main["model.safetensors"]
+
+
+def figures(hub, repo: str, **where) -> dict[str, set[float]]:
+    """Which of the made-up figures every file of a repository has."""
+    files = hub.files(repo, **where)
+    known = (82.3, 70.1, 55.5, 11.7)
+    names = [name for name in ("results.jsonl", "results.md", "results.csv", "README.md") if name in files]
+    return {name: {figure for figure in known if str(figure).encode() in files[name]} for name in names}
+
+
+def test_records_of_a_folder_go_beside_those_of_the_same_weights(client, hub, tmp_path):
+    repo = "someone/own-records"
+    client(push_with_records, tmp_path / "model", repo, 0, ("gray-box", 82.3))
+    client(push_more_records, tmp_path / "evaluation", repo, 0, ("white-box", 11.7))
+    for figure in (82.3, 82.3, 70.1):  # measured again, the figure is another
+        client(push_with_records, tmp_path / "model", repo, 0, ("gray-box", figure))
+        assert all(found == {figure, 11.7} for found in figures(hub, repo).values()), figures(hub, repo)
+        assert len(figures(hub, repo)) == 4
+    client(push_with_records, tmp_path / "model", repo, 0, ("gray-box", 82.3), ("white-box", 55.5))
+    assert all(found == {82.3, 55.5} for found in figures(hub, repo).values()) and len(figures(hub, repo)) == 4
+    before = hub.repositories["model", repo].sha("main")
+    client(push_with_records, tmp_path / "model", repo, 0, ("gray-box", 82.3), ("white-box", 55.5))
+    assert hub.repositories["model", repo].sha("main") == before
+
+
+def test_records_of_a_folder_leave_none_of_other_weights(client, hub, tmp_path):
+    repo = "someone/own-records-of-others"
+    client(push_purifier, tmp_path / "model", repo, 0, (("gray-box", 82.3),))
+    client(push_more_records, tmp_path / "evaluation", repo, 0, ("white-box", 11.7))
+    client(push_with_records, tmp_path / "new", repo, 1, ("gray-box", 55.5))
+    assert figures(hub, repo) == {"results.jsonl": {55.5}, "README.md": {55.5}}
+    assert not {"attacks.png", "resnet56.png"} & set(hub.files(repo))
+
+
+def test_records_of_an_adapters_folder_go_beside_those_of_the_same_fingerprint(client, hub, tmp_path):
+    repo = "someone/own-records-of-adapter"
+    client(push_adapter, tmp_path / "adapter", repo, 0)
+    client(push_evaluation, tmp_path / "records", repo, "a" * 16, ("gray-box", 82.3))
+    client(push_adapter_with_records, tmp_path / "adapter", repo, "a" * 16, ("white-box", 11.7))
+    assert all(found == {82.3, 11.7} for found in figures(hub, repo).values()) and len(figures(hub, repo)) == 4
+    client(push_adapter_with_records, tmp_path / "adapter", repo, "b" * 16, ("gray-box", 55.5))
+    assert figures(hub, repo) == {"results.jsonl": {55.5}, "README.md": {55.5}}
+
+
+def test_records_of_their_own_are_merged_too(client, hub, tmp_path):
+    repo = "someone/own-dataset"
+    client(push_dataset, tmp_path / "one", repo, ("gray-box", 82.3), ("white-box", 11.7))
+    assert len(figures(hub, repo, type="dataset")) == 4
+    client(push_dataset, tmp_path / "two", repo, ("black-box", 55.5))
+    assert all(found == {82.3, 11.7, 55.5} for found in figures(hub, repo, type="dataset").values())
+    client(push_dataset, tmp_path / "three", repo, ("gray-box", 70.1))  # measured again
+    assert all(found == {70.1, 11.7, 55.5} for found in figures(hub, repo, type="dataset").values())
+
+
+def test_a_model_and_an_adapter_do_not_share_a_repository(client, hub, tmp_path):
+    repo = "someone/one-or-the-other"
+    errors = client(push_one_over_the_other, tmp_path, repo)
+    adapters = "adapter_config.json, adapter_model.safetensors, base_model.json"
+    expected = [("", adapters), ("", adapters), ("-base", "config.json, model.safetensors")]
+    for error, (name, theirs) in zip(errors, [*expected, *expected[1:]], strict=True):
+        assert error.startswith(f"ValueError: repo_id: {repo}{name} holds a"), error
+        assert f"push to another repo_id, or delete {theirs} there first" in error
+    assert "model.safetensors" not in hub.files(repo) and "adapter_config.json" not in hub.files(f"{repo}-base")
+    assert set(hub.repositories["model", repo].refs) == {"refs/heads/main"}
 
 
 @pytest.mark.parametrize("own_result", [True, False])

@@ -188,6 +188,11 @@ def test_another_model_is_refused(tmp_path):
         MAEPModel.from_pretrained(tmp_path)
 
 
+def test_a_folder_has_no_revision(folder):
+    with pytest.raises(ValueError, match="revision='v1': .* is a folder and has none; leave it out, or name a Hub id"):
+        load_purifier(folder, revision="v1")
+
+
 def test_what_is_wrong_with_an_adapter_on_the_hub_is_said(monkeypatch):
     with pytest.raises(CheckpointError, match="^me/adapter: no such folder, and not found on the Hub"):
         load_purifier("me/adapter")

@@ -23,7 +23,10 @@ from hub_helpers import (
     transformers_classifier,
     write_records,
 )
+from huggingface_hub import ModelCard
 from local_hub import Blob, Commit, Refusal
+
+from maep_hf.hub.seal import edited
 
 pytest_plugins = ["hub_client"]
 CODE = {"configuration_maep.py", "modeling_maep.py", "image_processing_maep.py", "pipeline_maep.py"}
@@ -224,6 +227,15 @@ def push_records(folder: Path, repo: str, dataset: str) -> list:
     return [missing, other, pushed, own, found]
 
 
+def push_run(folder: Path, repo: str, model: str, dataset: str, **options) -> dict:
+    """Push a run that names its model and dataset so, from another folder than that of the run."""
+    trained(folder, results=())
+    (folder / "results.jsonl").unlink()
+    run = {"arguments": {"finetune": {"model": model}, "data": {"dataset": dataset}, "loop": {}}}
+    (folder / "run.json").write_text(json.dumps(run))
+    return push(folder, repo, **options)
+
+
 def push_again_without_records(folder: Path, repo: str) -> None:
     push(trained(folder / "measured", results=[("gray-box", 82.3)]), repo, tag="measured")
     for name, seed in (("same", 0), ("others", 1)):
@@ -414,6 +426,33 @@ def test_a_licence_chosen_on_the_website_stays(client, hub, tmp_path):
     assert client(push, tmp_path / "run", "someone/licensed")["card"] == "written"
     card = hub.files("someone/licensed")["README.md"].decode()
     assert "license: mit" in card and "# licensed" in card
+    client(trained, tmp_path / "run", 1)
+    assert client(push, tmp_path / "run", "someone/licensed")["card"] == "written"
+    card = hub.files("someone/licensed")["README.md"].decode()
+    assert "license: mit" in card and "Weights: mit." in card and "weights: Apache-2.0" not in card
+
+
+def test_a_folder_that_looks_like_a_hub_id_is_not_named_as_one(client, hub, tmp_path, monkeypatch):
+    def metadata(name: str, *names: str, **options) -> tuple:
+        client(push_run, tmp_path / name, f"someone/{name}", *names, **options)
+        page = hub.files(f"someone/{name}")["README.md"].decode()
+        assert not edited(ModelCard(page)) and "seal: " in page
+        data = ModelCard(page).data
+        return data.base_model, data.get("base_model_relation"), data.datasets
+
+    assert metadata("from-folders", "experiments/stage1", "mydata/photos") == (None, None, None)
+    there = ("someone/from-folders", "finetune")
+    assert metadata("from-hub", "someone/from-folders", "uoft-cs/cifar10") == (*there, ["uoft-cs/cifar10"])
+    given = {"base_model": "experiments/stage1"}  # a person says so: perhaps one that is not visible here
+    assert metadata("named", "runs/x", "mydata/photos", **given) == ("experiments/stage1", "finetune", None)
+
+    def refuse(*args, **groups):
+        raise Refusal(403, "", "not now")
+
+    routes = [("GET", re.compile(f"/api/{name}"), refuse) for name in ("models/experiments/.*", "datasets/.*")]
+    monkeypatch.setattr(local_hub, "ROUTES", [*routes, *local_hub.ROUTES])
+    unknown = ("experiments/stage1", "finetune", ["mydata/photos"])
+    assert metadata("unanswered", "experiments/stage1", "mydata/photos") == unknown
 
 
 def test_adapter(client, hub, tmp_path):

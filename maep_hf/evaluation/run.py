@@ -168,10 +168,12 @@ def _combinations(args: EvaluationArguments, console: Console | None) -> list[tu
 
     Raises:
         ValueError: as [`make_attacks`]; draws of no random masks; an unknown threat model, `transfer` without a
-            source, or one that allows none of the attacks.
+            source, a purifier without the classifier of the source, or one that allows none of the attacks.
     """
     if args.draws > 1 and not args.random_mask_ratio:
         raise ValueError(f"draws={args.draws}: there is nothing to draw without random masks; give random_mask_ratio")
+    if args.source_purifier and not args.source_classifier:
+        raise ValueError("source_purifier is put in front of source_classifier: give that too, or leave both out")
     attacks = make_attacks(args)
     found: list[tuple[str, Attack]] = []
     for threat_model in args.threat_models:

@@ -14,7 +14,7 @@ from typing import Any
 from huggingface_hub import HfApi
 
 from ..paths import short
-from .connection import PushError, as_push_errors, check_login, check_visibility, with_owner
+from .connection import PushError, as_push_errors, check_login, check_no_other_weights, check_visibility, with_owner
 from .folders import ADAPTER, Kind, files_of, kind_of, kind_of_model
 from .names import hub_id
 from .push import push_to_hub
@@ -41,7 +41,8 @@ class BackgroundPush:
         PushError: no valid token, the Hub cannot be reached, or the account may not make the repository. All of this
             and what follows is raised here, before anything is trained.
         ValueError: a model that cannot be pushed, a name that no repository can have, one that exists and is public
-            though `private` is asked for, or an adapter whose base is on no Hub.
+            though `private` is asked for, an adapter whose base is on no Hub, or a repository that holds an adapter
+            where a model is trained, or the other way round.
     """
 
     def __init__(
@@ -89,6 +90,7 @@ class BackgroundPush:
         except OSError as error:
             raise PushError(f"hub_model_id: {self.repo_id} cannot be made or written ({error})") from error
         check_visibility(self.api, self.repo_id, private)
+        check_no_other_weights(self.repo_id, self.api.list_repo_files(self.repo_id), adapter=trains_adapter)
 
     def start(self, step: int) -> None:
         """Push the folder as it is now, unless the push before is still at it: then the next one takes this along."""

@@ -31,10 +31,10 @@ from .folders import (
 from .names import hub_id
 from .recipe import Recipe
 from .results import ATTACKERS, CardResults, records_of, validation_results
-from .seal import renewed, sealed
+from .seal import LICENCE, licence_sentence, renewed, sealed
 
-LICENCE = "apache-2.0"
 PAPER = "arxiv:2501.16904"  # as a tag, the Hub links it
+EXTENDED = "extended|"  # in a dataset card, the dataset that it was made from
 _TEMPLATES = Path(__file__).parent / "templates"
 _TAGS = ["maep", "adversarial-robustness", "adversarial-purification", "masked-autoencoder", PAPER]
 
@@ -83,9 +83,10 @@ def render_card(
         beside = {path.name for path in folder.iterdir()} | set(pictures)
         context["pictures"] = [(name, caption) for name, caption in context["pictures"].items() if name in beside]
     path = Path(template) if template else _template(file_name)
-    fields = context | {"name": short(repo_id), "repo_id": repo_id, "card_data": context["card_data"].to_yaml()}
-    content = _rendered(path, fields)
-    card = DatasetCard(content) if isinstance(context["card_data"], DatasetCardData) else ModelCard(content)
+    data = context["card_data"]
+    names = {"name": short(repo_id), "repo_id": repo_id}
+    content = _rendered(path, context | names | {"card_data": data.to_yaml(), "licence": licence_sentence(data)})
+    card = DatasetCard(content) if isinstance(data, DatasetCardData) else ModelCard(content)
     return sealed(card)
 
 
@@ -205,7 +206,7 @@ def _classifier(folder: Path, repo_id: str, base_model: str | None, records: lis
     check_model(folder.resolve(), kind="a classifier")
     config, recipe = AutoConfig.from_pretrained(folder.resolve()), Recipe(folder)
     ours = config.model_type == "cifar_resnet"
-    trained_here = ours or recipe.known  # of other weights neither the licence nor a defence is known
+    trained_here = recipe.known  # of other weights, also of converted ones, neither licence nor defence is known
     validation = validation_results(folder, recipe)
     card_data = _model_data(
         repo_id,
@@ -247,7 +248,7 @@ def _pairs(folder: Path, repo_id: str, base_model: str | None, records: list) ->
         pretty_name=short(repo_id),
         task_categories=["image-to-image"],
         tags=["maep", "adversarial-robustness", "adversarial-examples"],
-        source_datasets=[f"extended|{found}"] if (found := hub_id(source)) else None,
+        source_datasets=[f"{EXTENDED}{found}"] if (found := hub_id(source)) else None,
         configs=[{"config_name": "default", "data_files": [{"split": "train", "path": "data/*.parquet"}]}],
     )
     return {

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatch
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError, LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id
+
+from .folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE_RECORD, MODEL_WEIGHTS
 
 
 class PushError(OSError):
@@ -73,3 +76,26 @@ def check_visibility(api: HfApi, repo_id: str, private: bool | None, repo_type: 
     if private is not None and api.repo_info(repo_id, repo_type=repo_type).private != private:
         is_now, wish = ("public", "private") if private else ("private", "public")
         raise ValueError(f"private={private}: {repo_id} exists and is {is_now}; make it {wish} in its settings")
+
+
+def check_no_other_weights(repo_id: str, names: Iterable[str], adapter: bool) -> None:
+    """Refuse a model beside an adapter, which is loaded in its place, and an adapter beside a model that would stay.
+
+    Args:
+        repo_id: the repository.
+        names: paths of its files, on the branch that is pushed to.
+        adapter: whether an adapter is pushed, or else a model.
+
+    Raises:
+        ValueError: the other kind is there; nothing is deleted, since somebody may still need it.
+    """
+    here, there = ("an adapter", "a whole model") if adapter else ("a whole model", "an adapter")
+    patterns = MODEL_WEIGHTS if adapter else (ADAPTER_CONFIG, ADAPTER_WEIGHTS)
+    theirs = (*patterns, "config.json") if adapter else (*patterns, BASE_RECORD)
+    names = sorted(names)
+    if any(fnmatch(name, pattern) for name in names for pattern in patterns):
+        found = ", ".join(name for name in names if any(fnmatch(name, pattern) for pattern in theirs))
+        raise ValueError(
+            f"repo_id: {repo_id} holds {there}, beside which {here} cannot lie, for the wrong weights would load: push "
+            f"to another repo_id, or delete {found} there first"
+        )

@@ -11,7 +11,8 @@ from typing import Any
 
 from ..checkpoints import ADAPTER_CONFIG, BASE_RECORD
 
-_WEIGHTS = ("config.json", "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
+MODEL_WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
+_WEIGHTS = ("config.json", *MODEL_WEIGHTS)
 _RUN = ("run.json", "*_run.json", "metrics.jsonl", "*_metrics.jsonl", "LICENSE")
 RESULTS = "results.jsonl"
 RESULT_TEXTS = (RESULTS, "results.md", "results.csv")

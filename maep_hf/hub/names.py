@@ -8,7 +8,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 # Folders that this package's commands write to and read from: `data/cifar10` has the form of a Hub id and is none.
 _LOCAL = ("adapter", "checkpoints", "data", "datasets", "models", "outputs", "runs")
-_PUBLISHED = {
+PUBLISHED = {
     "cifar10": "uoft-cs/cifar10",
     "cifar100": "uoft-cs/cifar100",
     "imagenet-1k": "ILSVRC/imagenet-1k",
@@ -30,5 +30,5 @@ def dataset_id(name: str | None) -> str | None:
     """The Hub id of a dataset, also of a well-known one that lies in a folder of its name, such as `data/cifar10`."""
     found = hub_id(name)
     if found is None and name:
-        found = _PUBLISHED.get(PurePath(name).name.lower().removeprefix("embedded:"))
+        found = PUBLISHED.get(PurePath(name).name.lower().removeprefix("embedded:"))
     return found

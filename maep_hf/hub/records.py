@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,3 +55,21 @@ def merge_records(into: Path, new: Path) -> None:
     """Add the records of `new` to those of `into`, each in place of an older one of the same protocol."""
     for record in read_results(new):
         append_jsonl(into, record)
+
+
+def merged_folder(folder: Path, records: Path, before: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Write `before` and the records of a file into a new folder, with the tables and charts of both; returns both."""
+    (folder / RESULTS).write_text("".join(json.dumps(record) + "\n" for record in before), encoding="utf-8")
+    merge_records(folder / RESULTS, records)
+    write_report(folder)
+    return read_results(folder / RESULTS)
+
+
+def write_report(folder: Path) -> None:
+    """Write the tables and charts of a folder's records beside them."""
+    from rich.console import Console
+
+    from ..evaluation.report import report
+
+    with open(os.devnull, "w") as silent:
+        report(folder / RESULTS, folder, Console(file=silent))

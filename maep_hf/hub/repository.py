@@ -54,14 +54,23 @@ class Repository:
             if path.is_file():
                 shutil.copy(path, folder / path.name)
 
-    def records_of(self, folder: Path, kind: Kind) -> tuple[list[dict], list]:
-        """Records on the Hub that are of a model's weights; and, where all are of others, what takes them off it.
+    def head(self) -> str | None:
+        """The commit that the push goes on top of, if there is one: a new branch starts from `main`."""
+        for revision in [self.branch] if self.branch.startswith(PULL_REQUESTS) else [self.branch, "main"]:
+            try:
+                return self.api.repo_info(**self.repo, revision=revision).sha
+            except RevisionNotFoundError:
+                continue
+            except RepositoryNotFoundError:
+                break
+        return None
+
+    def records_of(self, folder: Path, kind: Kind, at: str | None) -> tuple[list[dict], list]:
+        """Records of a commit that are of a model's weights; and, where all are of others, what takes them off it.
 
         A model that is pushed again without its records keeps those of an earlier push, unless its weights changed.
         """
-        try:
-            at = self.api.repo_info(**self.repo, revision=self.branch).sha
-        except (RepositoryNotFoundError, RevisionNotFoundError):
+        if at is None:
             return [], []
         path = self.file(RESULTS, at)
         if path is None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult
 
-from ..evaluation.results import UNRELIABLE, Result, attack_name, check_record, results
+from ..evaluation.results import Result, attack_name, check_record, flatten, results
 from ..evaluation.statistics import wilson_interval
 from ..evaluation.tables import markdown_table, percent
 from ..paths import short
@@ -115,26 +115,33 @@ def _clean(named: Sequence[Result]) -> Iterable[EvalResult]:
 
 
 def _robust(each: Result) -> EvalResult:
-    threat_model = each.record["protocol"]["threat_model"]
+    protocol, attack = each.record["protocol"], each.record["protocol"]["attack"]
     what = "accuracy (%) under corruption" if each.control else "robust accuracy (%)"
-    mark = f", {UNRELIABLE.removeprefix('⚠ ')}: failed {', '.join(each.failed)}" if each.failed else ""
-    name = f"{what}, {threat_model}, {attack_name(each.record['protocol']['attack'])}, {_measured(each, each.figure)}"
-    attack = each.record["protocol"]["attack"]
-    protocol = {
-        "threat_model": threat_model, "attack": attack["name"], "norm": attack["norm"], "eps": attack["eps"],
-        "eps_unit": attack.get("eps_unit"), "seed": each.record["protocol"].get("seed"),
+    threat_model = protocol["threat_model"] + (f" from {each.source}" if each.source else "")
+    mark = f", {each.mark.removeprefix('⚠ ')}" if each.mark else ""
+    mark += f": failed {', '.join(each.failed)}" if each.failed else ""
+    args = {
+        "threat_model": protocol["threat_model"], "source": protocol.get("source") if each.source else None,
+        "attack": attack["name"], "norm": attack["norm"], "eps": attack["eps"], "eps_unit": attack.get("eps_unit"),
+        "seed": protocol.get("seed"),
     }  # fmt: skip
-    return _result(each, each.figure, name + mark, **protocol)
+    name = f"{what}, {threat_model}, {attack_name(attack)}, {_measured(each, each.figure)}{mark}"
+    return _result(each, each.figure, name, **args)
 
 
 def _measured(each: Result, share: Mapping[str, Any]) -> str:
     low, high = share["interval_95"]
-    return f"{each.classifier}, n = {share['n']}, 95 % interval {low:.1f} to {high:.1f}"
+    purifier = each.record["protocol"]["purifier"]
+    ways = ["randomised"] if purifier.get("randomised") else []
+    ways += [f"{key} {value}" for key, value in flatten(purifier.get("options") or {}).items()]
+    way = f", purifier {', '.join(ways)}" if ways else ""
+    return f"{each.classifier}{way}, n = {share['n']}, 95 % interval {low:.1f} to {high:.1f}"
 
 
 def _result(each: Result, share: Mapping[str, Any], name: str, **protocol: Any) -> EvalResult:
     data = each.record["protocol"]["dataset"]
     args = {"classifier": each.classifier, "n": share["n"], "interval_95": [round(x, 2) for x in share["interval_95"]]}
+    protocol |= {"purifier_options": each.record["protocol"]["purifier"].get("options") or None}
     args |= {key: value for key, value in protocol.items() if value is not None}
     return EvalResult(
         task_type="image-classification",
