@@ -494,12 +494,12 @@ def test_an_adapter_of_any_name_goes_with_the_record_of_its_base(client, hub):
 
 
 def test_classifier_of_transformers(client, hub, tmp_path):
-    assert client(push_classifier_of_transformers, "someone/regnet")["card"] == "written"
-    files = hub.files("someone/regnet")
+    assert client(push_classifier_of_transformers, "someone/regnet-classifier")["card"] == "written"
+    files = hub.files("someone/regnet-classifier")
     assert set(files) - {".gitattributes"} == {"config.json", "model.safetensors", "preprocessor_config.json",
                                                "README.md"}  # fmt: skip
     assert b"pipeline_tag: image-classification" in files["README.md"]
-    assert {"logits", "defended_or_attacked"} <= set(client(run_code, "someone/regnet", tmp_path))
+    assert {"logits", "defended_or_attacked"} <= set(client(run_code, "someone/regnet-classifier", tmp_path))
 
 
 def test_evaluation_records(client, hub, tmp_path):
