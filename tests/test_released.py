@@ -150,6 +150,25 @@ def test_transfer_is_tabled_from_its_records():
     assert purifiers == {fingerprint(load_purifier())}
 
 
+def test_bases_of_other_domains_are_tabled_from_their_records():
+    folder = ROOT / "checkpoints" / "transfer" / "bases"
+    records, readme = read_results(folder / "results.jsonl"), (folder / "README.md").read_text().splitlines()
+    text = transfer_table.markdown(records)
+    assert (folder / "transfer.md").read_text() == text, "python train/transfer_table.py checkpoints/transfer/bases"
+    across = transfer_table.across(transfer_table.compared(transfer_table.domains(records)))[0]
+    assert all(line in readme for line in across), "README.md beside it: paste the table across domains"
+    held_out = ("resnet56", "lite0")
+    for path in [*folder.glob("*_run.json"), folder / "results.jsonl"]:
+        assert not MACHINE_PATH.search(path.read_text())
+    runs = {path.name: json.loads(path.read_text()) for path in folder.glob("*_run.json")}
+    named = {record["protocol"]["purifier"]["name"] for record in records}
+    assert named == {name.removesuffix("_run.json") for name in runs} and len(named) == 3
+    for run in runs.values():
+        assert run["arguments"]["model"]["size"] == "tiny"  # from random weights
+        assert not any(name in surrogate for surrogate in run["arguments"]["purification"]["surrogates"]
+                       for name in held_out)  # fmt: skip
+
+
 @pytest.mark.parametrize("name, trained", [("peers", 5), ("peers/guidance-both", 3), ("peers/guidance-0.2", 3)])
 def test_peers_are_tabled_from_their_records(name, trained):
     folder = ROOT / "checkpoints" / name
@@ -281,7 +300,7 @@ def test_the_whole_test_set_is_tabled_from_its_records():
     places = {PURIFIER: released_checkpoint(PURIFIER)}
     for record in records:
         protocol = record["protocol"]
-        assert protocol["dataset"]["n"] == 10000 and protocol["classifier"]["name"] == "resnet56"
+        assert protocol["dataset"]["n"] == 10000 and protocol["classifier"]["name"] in ("resnet56", "resnet44")
         name = protocol["purifier"]["name"]
         place = places.get(name, ROOT / "checkpoints" / "ablation" / name)
         assert protocol["purifier"]["fingerprint"] == fingerprint(load_purifier(place))
