@@ -9,6 +9,7 @@ import platform
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -61,9 +62,12 @@ def append_jsonl(path: Path, record: dict[str, Any]) -> None:
     name = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]
     with FileLock(Path(tempfile.gettempdir()) / f"maep-{name}.lock"):  # two evaluations may write into one folder
         records = [known for known in read_jsonl(path) if known.get("key") != record.get("key")] + [record]
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text("".join(json.dumps(entry, default=str) + "\n" for entry in records), encoding="utf-8")
-        os.replace(temporary, path)
+        _replace(path, as_jsonl(records), path.name + ".tmp")
+
+
+def as_jsonl(records: Iterable[Mapping[str, Any]]) -> str:
+    """The text of a JSON-lines file."""
+    return "".join(json.dumps(record, default=str) + "\n" for record in records)
 
 
 def describe_environment() -> dict[str, Any]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from maep_hf.records import write_text
+from maep_hf.records import as_jsonl, write_text
 
 REFERENCE = "reference"
 
@@ -114,5 +113,5 @@ def write_table(folder: Path, records: Sequence[Mapping[str, Any]], order: Seque
     """Write `table.md` and `table.jsonl` in `folder`, each whole or not at all; returns the table's rows."""
     rows = summarise(records, order)
     write_text(folder / "table.md", markdown(rows, records))
-    write_text(folder / "table.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    write_text(folder / "table.jsonl", as_jsonl(rows))
     return rows

@@ -9,7 +9,7 @@ import logging
 import re
 import sys
 import sysconfig
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from pathlib import Path, PurePath
@@ -143,19 +143,29 @@ def _code(function: Any, seen: Seen) -> str:
     raise Opaque(f"{type(function).__name__} cannot be told from another of its kind; give it a method record()")
 
 
-def _instructions(code: CodeType) -> tuple:
+def _pieces(code: CodeType) -> Iterator[CodeType]:
+    """A piece of code and those inside it, such as lambdas and comprehensions."""
+    yield code
+    for value in code.co_consts:
+        if isinstance(value, CodeType):
+            yield from _pieces(value)
+
+
+def _instructions(code: CodeType) -> list[tuple]:
     """What a piece of code does, with the pieces inside it; not where it stands."""
-    constants = [_instructions(c) if isinstance(c, CodeType) else _plain(c) or repr(c) for c in code.co_consts]
-    return code.co_code.hex(), code.co_names, constants
+    return [
+        (
+            piece.co_code.hex(),
+            piece.co_names,
+            [_plain(value) or repr(value) for value in piece.co_consts if not isinstance(value, CodeType)],
+        )
+        for piece in _pieces(code)
+    ]
 
 
 def _globals(function: FunctionType, seen: Seen) -> dict[str, str]:
     """The values that a function finds outside itself, by name, where they can be read."""
-    names, pieces = set(), [function.__code__]
-    while pieces:
-        code = pieces.pop()
-        names.update(code.co_names)
-        pieces += [value for value in code.co_consts if isinstance(value, CodeType)]
+    names = {name for piece in _pieces(function.__code__) for name in piece.co_names}
     found = {}
     for name in sorted(names & function.__globals__.keys()):
         value = function.__globals__[name]

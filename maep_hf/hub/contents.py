@@ -12,6 +12,7 @@ from typing import Any
 from huggingface_hub import CommitOperationAdd, get_token
 
 from ..paths import without_paths
+from ..records import as_jsonl
 from .folders import ADAPTER, ADAPTER_CONFIG, IMAGE_PROCESSOR, PAIRS, PURIFIER, Kind, files_of, read_json, run_record
 
 _TEXT = (".json", ".jsonl", ".md", ".csv", ".py", "")
@@ -97,7 +98,7 @@ def _clean_text(path: Path) -> bytes:
         lines = [json.loads(line) for line in decoded.splitlines() if line.strip()]
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not JSON lines: {error}") from error
-    return "".join(json.dumps(without_paths(line)) + "\n" for line in lines).encode()
+    return as_jsonl(map(without_paths, lines)).encode()
 
 
 def _clean_parquet(path: Path) -> Path | bytes:

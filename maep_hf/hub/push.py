@@ -132,10 +132,12 @@ def push_to_hub(
         push = Repository(api, repo_id, kind_type, revision, create_pr, token)
         what = kind
         cleared: list = []  # what takes figures of other weights off the Hub
+        dropped: list = []  # records of an adapter's other weights that give way
         pictures: list[str] = []  # files on the Hub that the page may show
         at = push.head()
-        if at and what in (PURIFIER, CLASSIFIER, PLAIN_CLASSIFIER, ADAPTER):
-            check_no_other_weights(repo_id, push.names(at), adapter=what is ADAPTER)
+        names = push.names(at) if at else []
+        if what in (PURIFIER, CLASSIFIER, PLAIN_CLASSIFIER, ADAPTER):
+            check_no_other_weights(repo_id, names, adapter=what is ADAPTER)
         if kind is ADAPTER:
             base_model = _base(api, folder, base_model)
         elif kind is EVALUATION:
@@ -145,25 +147,23 @@ def push_to_hub(
             elif at and (path := push.file(RESULTS, at)):
                 shutil.copy(path, staged / RESULTS)
                 push.read_at = at  # records that somebody adds meanwhile are not lost
-                pictures = push.names(at)
+                pictures = names
             kind, dropped = _with_records(staged, folder, repo_id)
             folder = staged
-            if dropped:
-                cleared = push.without(dropped, "with another fingerprint of the adapter")
         there: list[dict] | None = None  # records on the Hub, which the page goes on to show
         merged: Path | None = None  # with the records of the folder too, and their tables
         own = (folder / RESULTS).is_file()
         if what in (PURIFIER, ADAPTER):
             there, cleared = push.records_of(folder, what, at)
-            pictures = push.names(at) if there else []
+            pictures = names if there else []
             if own:
                 push.read_at = at  # records that somebody adds meanwhile are not lost
                 there, dropped = _beside_own(folder, what, there or [], pictures)
-                if dropped:
-                    cleared = push.without(dropped, "with another fingerprint of the adapter")
                 if there is not None:
                     merged = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="maep-push-")))
                     there = merged_folder(merged, folder / RESULTS, there)
+        if dropped:
+            cleared = push.without(dropped, "with another fingerprint of the adapter")
         # all that can be wrong is known before anything is sent
         card = None
         if kind is not IMAGE_PROCESSOR:

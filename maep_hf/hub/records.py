@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ..evaluation.results import read_results
-from ..records import append_jsonl
+from ..records import append_jsonl, as_jsonl
 from .folders import RESULTS
 from .outdated import outdated_records
 
@@ -47,7 +46,7 @@ def drop_outdated(into: Path, new: Path) -> list[Mapping[str, Any]]:
     there = read_results(into) if into.is_file() else []
     dropped = outdated_records(there, read_results(new))
     if dropped:
-        into.write_text("".join(json.dumps(record) + "\n" for record in there if record not in dropped))
+        into.write_text(as_jsonl(record for record in there if record not in dropped))
     return dropped
 
 
@@ -59,7 +58,7 @@ def merge_records(into: Path, new: Path) -> None:
 
 def merged_folder(folder: Path, records: Path, before: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Write `before` and the records of a file into a new folder, with the tables and charts of both; returns both."""
-    (folder / RESULTS).write_text("".join(json.dumps(record) + "\n" for record in before), encoding="utf-8")
+    (folder / RESULTS).write_text(as_jsonl(before))
     merge_records(folder / RESULTS, records)
     write_report(folder)
     return read_results(folder / RESULTS)
