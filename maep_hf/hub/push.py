@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 import tempfile
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +13,9 @@ from typing import Any
 
 from huggingface_hub import CardData, HfApi
 from huggingface_hub.errors import HTTPError
+from huggingface_hub.repocard import RepoCard
 
-from ..evaluation.results import read_results
-from .cards import EXTENDED, base_of_adapter, own_records, picture_captions, render_card
+from .cards import EXTENDED, base_of_adapter, render_card
 from .connection import as_push_errors, check_login, check_no_other_weights, with_owner
 from .contents import operations_of
 from .folders import (
@@ -28,15 +27,13 @@ from .folders import (
     PLAIN_CLASSIFIER,
     PURIFIER,
     RESULT_FILES,
-    RESULT_TEXTS,
-    RESULTS,
     Kind,
     kind_of,
     read_json,
 )
 from .names import PUBLISHED
-from .outdated import README, outdated_records
-from .records import drop_outdated, merge_records, merged_folder, write_report
+from .outdated import README
+from .page import Page, page_of
 from .repository import PULL_REQUESTS, Repository
 from .seal import without_names
 
@@ -130,104 +127,45 @@ def push_to_hub(
         if repo_type not in (None, kind_type):
             raise ValueError(f"repo_type={repo_type!r}: a {kind.name} goes to a {kind_type} repository")
         push = Repository(api, repo_id, kind_type, revision, create_pr, token)
-        what = kind
-        cleared: list = []  # what takes figures of other weights off the Hub
-        dropped: list = []  # records of an adapter's other weights that give way
-        pictures: list[str] = []  # files on the Hub that the page may show
         at = push.head()
         names = push.names(at) if at else []
-        if what in (PURIFIER, CLASSIFIER, PLAIN_CLASSIFIER, ADAPTER):
-            check_no_other_weights(repo_id, names, adapter=what is ADAPTER)
+        if kind in (PURIFIER, CLASSIFIER, PLAIN_CLASSIFIER, ADAPTER):
+            check_no_other_weights(repo_id, names, adapter=kind is ADAPTER)
         if kind is ADAPTER:
             base_model = _base(api, folder, base_model)
-        elif kind is EVALUATION:
-            staged = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="maep-push-")))
-            if kind_type == "model":
-                push.download_model(staged)
-            elif at and (path := push.file(RESULTS, at)):
-                shutil.copy(path, staged / RESULTS)
-                push.read_at = at  # records that somebody adds meanwhile are not lost
-                pictures = names
-            kind, dropped = _with_records(staged, folder, repo_id)
-            folder = staged
-        there: list[dict] | None = None  # records on the Hub, which the page goes on to show
-        merged: Path | None = None  # with the records of the folder too, and their tables
-        own = (folder / RESULTS).is_file()
-        if what in (PURIFIER, ADAPTER):
-            there, cleared = push.records_of(folder, what, at)
-            pictures = names if there else []
-            if own:
-                push.read_at = at  # records that somebody adds meanwhile are not lost
-                there, dropped = _beside_own(folder, what, there or [], pictures)
-                if there is not None:
-                    merged = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="maep-push-")))
-                    there = merged_folder(merged, folder / RESULTS, there)
-        if dropped:
-            cleared = push.without(dropped, "with another fingerprint of the adapter")
+        page = page_of(push, folder, kind, at, names, stack)
         # all that can be wrong is known before anything is sent
         card = None
-        if kind is not IMAGE_PROCESSOR:
-            card = render_card(folder, repo_id, base_model=base_model, kind=kind, results=there, pictures=pictures)
+        if page.kind is not IMAGE_PROCESSOR:
+            shown = {"kind": page.kind, "results": page.records, "pictures": page.pictures}
+            card = render_card(page.folder, repo_id, base_model=base_model, **shown)
             card = without_names(card, _not_there(api, card.data, base_model))
-        operations: list = operations_of(folder, kind, base_model=base_model, token=token)
-        if merged is not None:
-            tables = operations_of(merged, EVALUATION, token=token)
-            replaced = {each.path_in_repo for each in tables}
-            operations = [each for each in operations if each.path_in_repo not in replaced] + tables
-        if card is not None:  # a picture that the page does not show may be anybody's
-            operations = [each for each in operations if _is_shown(each.path_in_repo, card.text)]
-        if what is EVALUATION:  # the model that they are merged with is there already
-            operations = [each for each in operations if _is_result(each.path_in_repo)]
-        new = {each.path_in_repo for each in operations}
-        operations += [each for each in cleared if each.path_in_repo not in new]
+        operations = _operations(page, kind, card, base_model, token)
         if push.going:
             logger.warning("%s: %s go, with their tables and pictures", repo_id, push.going)
         push.prepare(private)
-        push.commit(operations, commit_message or f"Upload {what.name} with maep", parent=push.read_at)
-        how = push.card(card, folder, merge=own or there is None) if card is not None else "none"
-        if how == "kept" and any(each.path_in_repo == README for each in cleared):
+        push.commit(operations, commit_message or f"Upload {kind.name} with maep", parent=push.read_at)
+        merge = page.has_own_records or page.records is None
+        how = push.card(card, page.folder, merge) if card is not None else "none"
+        if how == "kept" and any(each.path_in_repo == README for each in page.cleared):
             how = "merged"
         push.tag(tag)
         return Pushed(repo_id, kind_type, push.url, push.oid, push.branch, how)
 
 
-def _with_records(folder: Path, records: Path, repo_id: str) -> tuple[Kind, list[Mapping[str, Any]]]:
-    """Bring records into a folder, perhaps beside a model, with the tables and charts of all that are then there.
-
-    Returns:
-        What the folder then holds, and the records of an adapter's other weights that gave way.
-    """
-    kind = kind_of(folder) if any(folder.iterdir()) else EVALUATION
-    if kind not in (PURIFIER, ADAPTER, EVALUATION):
-        raise ValueError(f"{repo_id} is the repository of a {kind.name}, not of what these records measured")
-    if kind is PURIFIER:
-        own_records(folder, read_results(records / RESULTS))  # of other weights, they are refused
-    dropped = drop_outdated(folder / RESULTS, records / RESULTS) if kind is ADAPTER else []
-    for name in picture_captions(dropped) if dropped else ():
-        (folder / name).unlink(missing_ok=True)
-    merge_records(folder / RESULTS, records / RESULTS)
-    for picture in records.glob("*.png"):
-        shutil.copy(picture, folder / picture.name)
-    write_report(folder)
-    return kind, dropped
-
-
-def _beside_own(
-    folder: Path, kind: Kind, there: list[dict], names: Collection[str]
-) -> tuple[list[dict] | None, list[Mapping[str, Any]]]:
-    """Records on the Hub that go on beside those of a model's folder, and those of an adapter that give way to them.
-
-    `None` in place of the former where what is in the folder says all, its tables included.
-    """
-    mine = read_results(folder / RESULTS)
-    if kind is PURIFIER:
-        own_records(folder, mine)  # of other weights, they are refused
-    dropped = outdated_records(there, mine) if kind is ADAPTER else []
-    left = [record for record in there if record not in dropped]
-    known = {record["key"] for record in mine}
-    more = any(record["key"] not in known for record in left)
-    stale = any(name in names and not (folder / name).is_file() for name in RESULT_TEXTS)
-    return (left if more or (left and stale) else None), dropped
+def _operations(page: Page, kind: Kind, card: RepoCard | None, base_model: str | None, token: Any) -> list:
+    """What the first commit does: the page's files, and what it takes off the repository."""
+    operations: list = operations_of(page.folder, page.kind, base_model=base_model, token=token)
+    if page.merged is not None:
+        tables = operations_of(page.merged, EVALUATION, token=token)
+        replaced = {each.path_in_repo for each in tables}
+        operations = [each for each in operations if each.path_in_repo not in replaced] + tables
+    if card is not None:  # a picture that the page does not show may be anybody's
+        operations = [each for each in operations if _is_shown(each.path_in_repo, card.text)]
+    if kind is EVALUATION:  # the model that they are merged with is there already
+        operations = [each for each in operations if _is_result(each.path_in_repo)]
+    new = {each.path_in_repo for each in operations}
+    return operations + [each for each in page.cleared if each.path_in_repo not in new]
 
 
 def _not_there(api: HfApi, data: CardData, base_model: str | None) -> set[str]:
