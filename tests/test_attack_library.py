@@ -427,6 +427,27 @@ def test_eot_averages_the_gradient(name):
     assert not torch.equal(mean.sign(), (share[:, None] * draws)[0].sign())
 
 
+@pytest.mark.parametrize("norm", ["Linf", "L2"])
+def test_momentum_sums_gradients_over_their_l1_norm(norm, model, images, labels):
+    """Dong et al. 2018, eq. 6 to 9; foolbox sums signs, of which opposite ones cancel out."""
+    eps, steps = {"Linf": (8 / 255, 10), "L2": (0.5, 10)}[norm]
+    expected, momentum = images.clone(), torch.zeros_like(images)
+    for _ in range(steps):
+        leaf = expected.clone().requires_grad_()
+        gradient = torch.autograd.grad(nn.functional.cross_entropy(model(leaf), labels, reduction="sum"), leaf)[0]
+        momentum = momentum + gradient / gradient.abs().sum((1, 2, 3), keepdim=True)
+        if norm == "Linf":
+            expected = (expected + eps / steps * momentum.sign()).clamp(images - eps, images + eps)
+        else:
+            expected = expected + eps / steps * momentum / momentum.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+            change = expected - images
+            expected = images + change * (eps / change.flatten(1).norm(dim=1)).clamp(max=1).view(-1, 1, 1, 1)
+        expected = expected.clamp(0, 1)
+    attack = make_attack("mi-fgsm", norm=norm, eps=8 if norm == "Linf" else 0.5, steps=steps)
+    torch.testing.assert_close(attack(model, images, labels, seed=0), expected, atol=1e-6, rtol=0)
+    assert attack.record()["gradient_norm"] == "L1"
+
+
 def test_names_of_eot_attacks_say_how_many_passes():
     assert make_attack("eot-pgd").name == make_attack("PGD+EOT").name == "PGD-20+EOT-20"
     assert make_attack("eot-pgd").record()["eot_samples"] == 20

@@ -102,6 +102,42 @@ def test_figures_are_those_of_the_images(classifier, images):
     assert record["cosine"]["true_direction"] == pytest.approx(cosine, rel=1e-3)
 
 
+def test_distances_are_of_the_images_that_the_attack_changed(classifier, images):
+    """AutoAttack leaves alone what the classifier has wrong; such an image is no small perturbation."""
+    wrong = replace(images, labels=torch.cat([images.labels[:5], (images.labels[5:] + 1) % classifier.num_labels]))
+    options = PGD | {"attack": "apgd-ce", "attack_options": {"n_iter": 3}}
+    record = benchmark(classifier, tiny_purifier(), wrong, **options).record
+    x, y = wrong.batch(0, 9, "cpu")
+    attack = make_attack("apgd-ce", eps=8, n_iter=3)
+    attacked = torch.cat([attack(classifier, a, b, seed=0) for a, b in zip(x.split(4), y.split(4), strict=True)])
+    moved = (attacked != x).flatten(1).any(1)
+    assert 0 < moved.sum() <= 5
+    error = (attacked - x)[moved].square().flatten(1).mean(1)
+    assert record["psnr_db"]["attacked"] == pytest.approx((-10 * error.log10()).mean().item(), rel=1e-4)
+    assert record["ssim"]["attacked"] < 1 and record["perturbation"]["images"] == record["cosine"]["images"] == moved.sum()
+    length = (attacked - x)[moved].flatten(1).norm(dim=1).mean().item()
+    assert record["perturbation"]["l2"]["mean"] == pytest.approx(length, rel=1e-4)
+
+
+def test_right_images_that_were_never_attacked_are_told(classifier, images):
+    """A purifier that puts a wrong image right has its figure under attack raised by it, as in papers."""
+    x, predicted = images.batch(0, 9, "cpu")
+    labels = predicted.roll(1)  # each is the class of another image
+
+    class Healer(nn.Module):
+        def forward(self, pixels):  # an image of the class that it should be
+            index = (pixels[:, None] - x[None]).abs().flatten(2).amax(2).argmin(1)
+            return torch.stack([x[(predicted == labels[each]).nonzero()[0, 0]] for each in index])
+
+    found = replace(images, labels=labels)
+    options = PGD | {"attack": "apgd-ce", "attack_options": {"n_iter": 3}, "batch_size": 9}
+    record = benchmark(classifier, Healer(), found, **options).record
+    wrong = int((predicted != labels).sum())
+    assert 0 < wrong < 9 and record["accuracy"]["purified_attacked"]["correct"] == 9
+    assert record["perturbation"]["images"] == 9 - wrong
+    assert record["perturbation"]["right_of_the_others"] == wrong
+
+
 def test_a_perfect_purifier_undoes_everything(classifier, images):
     x, _ = images.batch(0, 9, "cpu")
 

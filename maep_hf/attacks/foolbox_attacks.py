@@ -18,7 +18,7 @@ GRADIENT_STEPS = {
     "fgsm": {"relative_step": 1.0, "steps": 1, "random_start": False},
     "fgsm-rs": {"relative_step": 1.25, "steps": 1, "random_start": True},  # Wong et al. 2020
     "bim": {"relative_step": 0.2, "random_start": False},
-    "mi-fgsm": {"relative_step": None, "random_start": False},  # Dong et al. 2018: eps / steps
+    "mi-fgsm": {"relative_step": None, "random_start": False, "gradient_norm": "L1"},  # Dong et al. 2018: eps / steps
     "pgd": {"relative_step": 0.25},
     "eot-pgd": {"relative_step": 0.25},
     "sparse-l1-descent": {"relative_step": 0.2, "random_start": False},
@@ -80,6 +80,23 @@ class GradientAttack(FoolboxAttack):
         kind = averaged(kind, values["eot_samples"]) if values["eot_samples"] > 1 else kind
         attack = kind(**{name: value for name, value in values.items() if name in taken})
         return attack if values.get("restarts", 1) == 1 else attack.repeat(values["restarts"])
+
+
+@dataclass(frozen=True)
+class MomentumAttack(GradientAttack):
+    """MI-FGSM: gradients are divided by their L1 norm before they are summed up (Dong et al. 2018, eq. 6).
+
+    Foolbox divides them by the norm of the ball, in Linf by taking their signs, of which opposite ones cancel out.
+    """
+
+    def foolbox_class(self, foolbox: Any) -> type:
+        from foolbox.attacks.gradient_descent_base import normalize_lp_norms
+
+        def normalize(self: Any, gradients: Any, *, x: Any, bounds: Any) -> Any:
+            return normalize_lp_norms(gradients, p=1)
+
+        kind = super().foolbox_class(foolbox)
+        return type(f"L1Normalised{kind.__name__}", (kind,), {"normalize": normalize})
 
 
 def averaged(kind: type, samples: int) -> type:
@@ -201,7 +218,7 @@ SPECS = (
         _norms("{}BasicIterativeAttack", *BALLS), {"steps": _steps(10), "step_size": STEP_SIZE, "eot_samples": EOT},
     ),
     AttackSpec(
-        "mi-fgsm", "MI-FGSM", "iterated FGSM with momentum (Dong et al. 2018)", GradientAttack,
+        "mi-fgsm", "MI-FGSM", "iterated FGSM with momentum (Dong et al. 2018)", MomentumAttack,
         _norms("{}MomentumIterativeFastGradientMethod", *BALLS),
         {
             "steps": _steps(10), "step_size": STEP_SIZE, "eot_samples": EOT,

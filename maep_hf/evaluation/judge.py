@@ -130,7 +130,6 @@ def judge_batch(
                 # paper, Fig. 2: is what the purifier changes the way back? Zero where there is nothing to undo.
                 columns["cosine_true_direction"] = torch.cosine_similarity(correction, -delta)
                 columns["undone"] = (correction * -delta).sum(1) / delta.square().sum(1).clamp_min(1e-12)
-                columns["cosine_attacked"] = (delta != 0).any(1)
         for name, passed in rights.items():
             stacked = torch.stack(passed).float()
             columns[f"right_{name}"] = stacked.mean(0)
@@ -144,15 +143,21 @@ def judge_batch(
 
 
 def summarise(rows: list[dict[str, Any]], purified: bool, passes: int) -> dict[str, Any]:
-    """Accuracy with its interval, picture quality, cosines, size of the perturbation and times, over all images."""
-    rows = sorted(rows, key=lambda row: row["index"])
+    """Accuracy with its interval, picture quality, cosines, size of the perturbation and times, over all images.
 
-    def mean(name: str) -> float | None:
-        values = [row[name] for row in rows if name in row]
+    What says how far attacked images are from the clean ones is of those that the attack changed: most attacks leave
+    alone what the model has wrong already.
+    """
+    rows = sorted(rows, key=lambda row: row["index"])
+    moved = [row for row in rows if row["linf_255"] > 0]
+    changed = moved or rows
+
+    def mean(name: str, among: list[dict[str, Any]] = rows) -> float | None:
+        values = [row[name] for row in among if name in row]
         return fmean(values) if values else None
 
     def spread(name: str) -> dict[str, float]:
-        return {"mean": mean(name), "max": max(row[name] for row in rows)}
+        return {"mean": mean(name, changed), "max": max(row[name] for row in rows)}
 
     variants = ("purified_clean", "attacked", "purified_attacked")
     accuracy: dict[str, Any] = {"clean": _share(rows, "right_clean"), "purified_clean": None}
@@ -163,10 +168,9 @@ def summarise(rows: list[dict[str, Any]], purified: bool, passes: int) -> dict[s
         accuracy["purified_attacked"] = _share(rows, "right_purified_attacked")
         if passes > 1:  # the average is the headline, an image that any pass gets wrong is the strict reading
             accuracy["purified_attacked_every_pass"] = _share(rows, "always_right_purified_attacked")
-    record["psnr_db"] = {name: mean(f"psnr_{name}") for name in variants}
-    record["ssim"] = {name: mean(f"ssim_{name}") for name in variants}
-    moved = [row for row in rows if row.get("cosine_attacked")]
-    if moved:
+    for quality, key in (("psnr", "psnr_db"), ("ssim", "ssim")):
+        record[key] = {name: mean(f"{quality}_{name}", changed if name == "attacked" else rows) for name in variants}
+    if purified and moved:
         cosine = fmean(row["cosine_true_direction"] for row in moved)
         # x_a = x + d_a, so the way back to x is minus the perturbation and the paper's two cosines are one number
         record["cosine"] = {
@@ -178,7 +182,9 @@ def summarise(rows: list[dict[str, Any]], purified: bool, passes: int) -> dict[s
     else:
         record["cosine"] = None
     record["perturbation"] = {name: spread(name) for name in ("linf_255", "l2", "l1")}
-    record["perturbation"]["changed_percent"] = mean("changed_percent")
+    record["perturbation"]["changed_percent"] = mean("changed_percent", changed)
+    kept = [row["right_purified_attacked"] for row in rows if not row["linf_255"] > 0]
+    record["perturbation"] |= {"images": len(moved), "right_of_the_others": sum(kept)}
     record["ms_per_image"] = {name: mean(f"ms_{name}") for name in ("attack", "purify", "classify")}
     memory = [row["memory_bytes_per_image"] for row in rows if not isnan(row["memory_bytes_per_image"])]
     record["memory_mb_per_image"] = max(memory) / 2**20 if memory else None
