@@ -5,7 +5,7 @@ import os
 import numpy as np
 import pytest
 from made_up_records import LONG_ATTACKS, PASSED, failed, record, sweep
-from matplotlib.collections import FillBetweenPolyCollection
+from matplotlib.collections import PolyCollection
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.container import BarContainer
 from PIL import Image
@@ -131,7 +131,7 @@ def test_lines_are_the_measured_ones(build):
         assert set(lines) == {COLORS[name] for name in ("undefended", "gray-box", "white-box", "black-box")}
         for points in lines.values():
             assert points[:, 0].tolist() == radii
-        bands = [band for band in axis.collections if isinstance(band, FillBetweenPolyCollection)]
+        bands = [band for band in axis.collections if isinstance(band, PolyCollection)]
         assert len(bands) == len(lines)
     step = 100 / 5
     expected = [92.5, *(100 * round(10 * max(0, 88 - step * i)) / 1000 for i in range(1, 6))]

@@ -137,7 +137,7 @@ def test_a_tiff_of_planes_becomes_one_that_can_be_read(tmp_path):
 
 def test_a_tiff_keeps_when_it_was_taken(tmp_path):
     exif = Image.Exif()
-    exif.get_ifd(0x8769)[0x9003] = "2020:01:01 00:00:00"
+    exif[0x8769] = {0x9003: "2020:01:01 00:00:00"}
     picture("RGB").save(tmp_path / "in.tiff", exif=exif.tobytes())
     after = round_trip(tmp_path / "in.tiff", tmp_path / "out.tiff")
     assert after.getexif().get_ifd(0x8769)[0x9003] == "2020:01:01 00:00:00"

@@ -21,6 +21,9 @@ SMALL = {
     "local_branch_layers": 1,
     "local_branch_channels": 6,
 }
+compiled = pytest.mark.skipif(
+    not hasattr(torch.compiler, "is_exporting"), reason="transformers' own models do not compile with torch 2.6"
+)
 FORMS = [{}, {"local_branch_layers": 0}, {"residual": False}, {"residual": False, "local_branch_layers": 0}]
 
 
@@ -355,6 +358,7 @@ def test_activation_checkpointing_gives_the_same_gradients(reentrant):
         torch.testing.assert_close(first, second)
 
 
+@compiled
 @pytest.mark.parametrize("form", [{}, {"local_branch_layers": 0, "residual": False}])
 def test_compiles_without_graph_breaks(form):
     torch._dynamo.reset()
@@ -367,6 +371,7 @@ def test_compiles_without_graph_breaks(form):
     torch.compile(model, backend="eager", fullgraph=True)(pixels, clean_pixel_values=pixels).loss.backward()
 
 
+@compiled
 def test_exports_with_any_batch_size():
     model, pixels = build(0.2), images(2)
     batch = torch.export.Dim("batch", min=1, max=64)

@@ -75,7 +75,7 @@ def _fingerprint(model: Any, seen: Seen) -> str:
 
 def _settings(module: nn.Module, seen: Seen) -> str:
     """What decides a module's output beside its weights."""
-    parts = [_kind(type(module), seen), module.extra_repr() if not isinstance(module, PreTrainedModel) else ""]
+    parts = [_kind(type(module), seen), _said(module) if not isinstance(module, PreTrainedModel) else ""]
     if callable(getattr(module, "record", None)):
         parts.append(json.dumps(module.record(), sort_keys=True, default=str))
     config = getattr(module, "config", None)
@@ -105,6 +105,14 @@ def _settings(module: nn.Module, seen: Seen) -> str:
             elif not isinstance(value, nn.Module | PreprocessingSpec) and not hasattr(value, "to_diff_dict"):
                 parts.append(f"{name}={_value(value, seen)}")
     return "|".join(parts)
+
+
+def _said(module: nn.Module) -> str:
+    """What a module says of itself, in the words of a newer torch too."""
+    text = module.extra_repr()
+    if isinstance(module, nn.LayerNorm) and "bias=" not in text:  # torch 2.6 does not say it
+        text += f", bias={module.bias is not None}"
+    return text
 
 
 def _plain(value: Any) -> str | None:
