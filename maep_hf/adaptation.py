@@ -20,6 +20,7 @@ from transformers.utils import cached_file
 
 from .checkpoints import BASE_RECORD
 from .modeling_maep import MAEPModel
+from .tensors import tensor_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +29,10 @@ LINEAR_LAYERS = r"(q_proj|k_proj|v_proj|o_proj|fc1|fc2)"
 DEFAULT_RANK = 4
 EVERY_LAYER = "all"
 ADAPTER_FOLDER = "adapter"
+_BASE_DESCRIPTION = "_base_description"
+"""Where a `PeftModel` keeps what it was put on; it goes with it when it is copied, and not with a merged purifier."""
+_MOVES_BASE_WEIGHTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Values of PEFT's `init_lora_weights`, or their beginnings, that take a part out of the base's own weights."""
 
 
 def default_lora_config(
@@ -104,14 +109,24 @@ def add_lora(model: MAEPModel, config: LoraConfig) -> PeftModel:
     """Freeze a trained purifier and put trainable LoRA weights beside it.
 
     Raises:
-        ValueError: the purifier was never trained (its output is still the identity, so there is nothing to adapt).
+        ValueError: the purifier was never trained (its output is still the identity, so there is nothing to adapt), or
+            an initialisation that changes its weights.
     """
     if is_untrained(model):
         raise ValueError(
             "model: this purifier is still the identity it was initialised as; LoRA adapts a trained one. "
             "Train it with train/pretrain.py first, or give a released checkpoint."
         )
-    return get_peft_model(model, config)
+    moved = _moves_base_weights(config)
+    if moved:
+        raise ValueError(
+            f"config: {moved} moves a part of the base's weights into the adapter, and here they stay bit for bit, so "
+            "that other adapters fit beside it; leave init_lora_weights at True, or use 'gaussian'"
+        )
+    base = describe_base(model)
+    adapted = get_peft_model(model, config)
+    setattr(adapted, _BASE_DESCRIPTION, base)
+    return adapted
 
 
 def is_untrained(model: MAEPModel) -> bool:
@@ -135,7 +150,8 @@ def save_adapter(model: PeftModel, folder: str | os.PathLike) -> None:
     """Save the active adapter in `folder` itself, whatever its name, with a record of the weights it was trained on.
 
     Raises:
-        ValueError: several adapters are active together, or none.
+        ValueError: several adapters are active together, or none; or PEFT alone put the adapter on, and it has changed
+            the weights it was put on since: no record of them would be right.
     """
     folder, active = Path(folder), list(model.active_adapters)
     if len(active) != 1:
@@ -143,6 +159,8 @@ def save_adapter(model: PeftModel, folder: str | os.PathLike) -> None:
             f"model: {len(active)} adapters are active ({', '.join(active) or 'none'}), and a folder holds one; choose "
             "it with switch_adapter(model, NAME)"
         )
+    _refuse_to_save(model, model.peft_config[active[0]])
+    base = describe_base(model)
     folder.mkdir(parents=True, exist_ok=True)
     if active == ["default"]:
         model.save_pretrained(folder, selected_adapters=active)
@@ -151,7 +169,24 @@ def save_adapter(model: PeftModel, folder: str | os.PathLike) -> None:
             model.save_pretrained(temporary, selected_adapters=active)
             for path in Path(temporary, *active).iterdir():
                 os.replace(path, folder / path.name)
-    (folder / BASE_RECORD).write_text(json.dumps(describe_base(model), indent=2) + "\n")
+    (folder / BASE_RECORD).write_text(json.dumps(base, indent=2) + "\n")
+
+
+def _refuse_to_save(model: PeftModel, config: PeftConfig) -> None:
+    """An adapter of which a part lies in the base's weights is saved only where that part is known."""
+    moved, bias = _moves_base_weights(config), _trains_base_biases(config)
+    if moved:
+        raise ValueError(
+            f"model: {moved} moved a part of the base's weights into the adapter, which fits no base as it is stored; "
+            "PEFT can save it as plain LoRA: path_initial_model_for_weight_conversion of model.save_pretrained"
+        )
+    if bias and not _known_base(model):
+        raise ValueError(
+            f"model: {bias} trains the base's own biases, and what they were before is not known; put the adapter on "
+            "with add_lora or load_adapter, which remember it"
+        )
+    if bias and _is_merged(model):  # a bias of the update's own would be saved within the base's
+        raise ValueError(f"model: {bias}, and it is merged into its base; call model.unmerge_adapter() first")
 
 
 def save_adapter_run(model: PeftModel, folder: Path) -> None:
@@ -191,7 +226,8 @@ def load_adapter(
         revision: branch, tag or commit of the adapter's Hub repository.
 
     Raises:
-        ValueError: no LoRA adapter, one for a purifier of another shape or with other weights, or a name that is taken.
+        ValueError: no LoRA adapter, one for a purifier of another shape or with other weights, a name that is taken, or
+            two adapters of which one changes the base's own weights.
     """
     source = os.fspath(source)
     hub = {} if revision is None else {"revision": revision}
@@ -205,31 +241,53 @@ def load_adapter(
         raise ValueError(f"adapter {source}: its type is {config.peft_type}, not LoRA")
     if isinstance(model, PeftModel) and name in model.peft_config:
         raise ValueError(f"name={name!r}: this purifier has an adapter of that name; give another one")
-    base = _base_weights(model)
-    problem = _mismatch(config, weights, base)
+    _refuse_changed_base(model, config, source)
+    problem = _mismatch(config, weights, _base_weights(model))
     if problem:
         raise ValueError(
             f"adapter {source}: this is not the base that it was trained on ({problem}); "
             f"its own is {config.base_model_name_or_path or 'not recorded'}"
         )
-    record = _read_base_record(source, revision)
-    if record and not allow_other_base:
-        found = describe_base(model)
-        if found["dtype"] != record.get("dtype"):
-            logger.warning(
-                "adapter %s: the base is in %s here and was in %s there, so that its weights cannot be compared",
-                source, found["dtype"], record.get("dtype"),
-            )  # fmt: skip
-        elif found["fingerprint"] != record.get("fingerprint"):
-            raise ValueError(
-                f"adapter {source}: it was trained on {config.base_model_name_or_path or 'a base'} with other weights "
-                "than these (the same shapes); load that base, or pass allow_other_base=True if you mean it"
-            )
+    record = None if allow_other_base else _read_base_record(source, revision)
+    # taken before anything is put on; of a merged model that PEFT alone made only where it is needed
+    base = describe_base(model) if record or not isinstance(model, PeftModel) else None
+    if record:
+        _refuse_other_base(base, record, config, source)
     if isinstance(model, PeftModel):
         model.load_adapter(source, adapter_name=name, is_trainable=trainable, **hub)
         switch_adapter(model, name, trainable=trainable)
-        return model
-    return PeftModel.from_pretrained(model, source, adapter_name=name, is_trainable=trainable, **hub)
+    else:
+        model = PeftModel.from_pretrained(model, source, adapter_name=name, is_trainable=trainable, **hub)
+    if base:
+        setattr(model, _BASE_DESCRIPTION, base)
+    return model
+
+
+def _refuse_changed_base(model: nn.Module, config: LoraConfig, source: str) -> None:
+    """Adapters that share a base need it as it was; one that changes it goes on alone."""
+    there = getattr(model, "peft_config", None) or {}
+    named = {**there, "this one": config} if there else {}
+    for name, each in named.items():
+        changed = _changes_base(each)
+        if changed:
+            raise ValueError(
+                f"adapter {source}: {name} ({changed}) changes weights of the base that other adapters need as they "
+                "were; load it alone, on a base of its own"
+            )
+
+
+def _refuse_other_base(found: Mapping[str, str], record: Mapping[str, str], config: LoraConfig, source: str) -> None:
+    """What is found below an adapter against what the adapter's folder says of its base."""
+    if found["dtype"] != record.get("dtype"):
+        logger.warning(
+            "adapter %s: the base is in %s here and was in %s there, so that its weights cannot be compared",
+            source, found["dtype"], record.get("dtype"),
+        )  # fmt: skip
+    elif found["fingerprint"] != record.get("fingerprint"):
+        raise ValueError(
+            f"adapter {source}: it was trained on {config.base_model_name_or_path or 'a base'} with other weights "
+            "than these (the same shapes); load that base, or pass allow_other_base=True if you mean it"
+        )
 
 
 def switch_adapter(model: MAEPModel | PeftModel, name: str | None, *, trainable: bool = False) -> None:
@@ -244,11 +302,17 @@ def switch_adapter(model: MAEPModel | PeftModel, name: str | None, *, trainable:
         trainable: whether its weights take gradients.
 
     Raises:
-        ValueError: the purifier has no such adapter.
+        ValueError: the purifier has no such adapter, or `None` where an adapter changed the base's own weights.
     """
     known = list(getattr(model, "peft_config", None) or {})
     if not known or (name is not None and name not in known):
         raise ValueError(f"adapter {name!r}: this purifier has {', '.join(known) if known else 'no adapters'}")
+    changed = [_changes_base(config) for config in model.peft_config.values()]
+    if name is None and any(changed):
+        raise ValueError(
+            f"adapter None: {next(filter(None, changed))} changed weights of the base itself, so that its own output "
+            "is gone; load the base again for it"
+        )
     if name is not None and isinstance(model, PeftModel):
         model.set_adapter(name)
     for module in model.modules():
@@ -262,19 +326,66 @@ def switch_adapter(model: MAEPModel | PeftModel, name: str | None, *, trainable:
 
 
 def describe_base(model: nn.Module) -> dict[str, str]:
-    """The weights below the adapters: their hash and their dtype."""
+    """The weights below the adapters: their hash and their dtype.
+
+    Those that `add_lora` or `load_adapter` found when they put the first adapter on: merging changes them, unmerging
+    rounds them, and an adapter may train the base's biases. Where PEFT alone put it on, those that are there now.
+
+    Raises:
+        ValueError: PEFT alone put an adapter on, and it is merged.
+    """
+    known = _known_base(model)
+    if known:
+        return dict(known)
+    if _is_merged(model):
+        raise ValueError(
+            "model: an adapter is merged into its weights, so that the base's own cannot be told; call "
+            "model.unmerge_adapter() first"
+        )
     weights = _base_weights(model)
     digest = hashlib.sha256()
     for name, value in sorted(weights.items()):
         digest.update(f"{name}{tuple(value.shape)}".encode())
-        unsigned = value.detach().contiguous().cpu() + 0  # averaged weights lose the sign of a zero
-        digest.update(unsigned.flatten().view(torch.uint8).numpy().tobytes())
+        digest.update(tensor_bytes(value.detach().cpu() + 0))  # averaged weights lose the sign of a zero
     dtypes = sorted({str(value.dtype).removeprefix("torch.") for value in weights.values()})
     return {"fingerprint": digest.hexdigest()[:16], "dtype": ",".join(dtypes)}
 
 
+def _known_base(model: nn.Module) -> dict[str, str] | None:
+    return vars(model).get(_BASE_DESCRIPTION)
+
+
+def _is_merged(model: nn.Module) -> bool:
+    return any(module.merged for module in model.modules() if isinstance(module, BaseTunerLayer))
+
+
+def _changes_base(config: PeftConfig) -> str | None:
+    """The setting by which a part of an adapter lies in the base's own weights, in words."""
+    return _moves_base_weights(config) or _trains_base_biases(config)
+
+
+def _moves_base_weights(config: PeftConfig) -> str | None:
+    start = getattr(config, "init_lora_weights", None)
+    if isinstance(start, str) and start.lower().startswith(_MOVES_BASE_WEIGHTS):
+        return f"init_lora_weights={start!r}"
+    return "kasa_config" if getattr(config, "kasa_config", None) else None  # it truncates the base's weights
+
+
+def _trains_base_biases(config: PeftConfig) -> str | None:
+    bias = getattr(config, "bias", "none")
+    return None if bias == "none" else f"bias={bias!r}"
+
+
 def _is_adapter_weight(name: str) -> bool:
     return ".lora_" in name or ".modules_to_save." in name
+
+
+def _plain_name(name: str) -> str:
+    """The name that a weight of the base, or of a layer's trained copy, has without adapters."""
+    plain = name.removeprefix("base_model.model.")
+    for inserted in (".base_layer.", ".original_module.", ".modules_to_save."):
+        plain = plain.replace(inserted, ".")
+    return plain
 
 
 def _base_weights(model: nn.Module, without: Iterable[str] = ()) -> dict[str, Tensor]:
@@ -283,8 +394,7 @@ def _base_weights(model: nn.Module, without: Iterable[str] = ()) -> dict[str, Te
     for name, value in model.state_dict().items():
         if name in without or _is_adapter_weight(name):
             continue
-        plain = name.removeprefix("base_model.model.").replace(".base_layer.", ".").replace(".original_module.", ".")
-        found[plain] = value
+        found[_plain_name(name)] = value
     return found
 
 
@@ -292,19 +402,30 @@ def _mismatch(config: LoraConfig, weights: Mapping[str, Tensor], base: Mapping[s
     """What of an adapter's weights does not fit a base, in words."""
     adapted = set()
     for key, value in weights.items():
-        layer, _, part = key.removeprefix("base_model.model.").partition(".lora_")
+        layer, _, part = _plain_name(key).partition(".lora_")
+        part = part.split(".")[0]
         if part:
             adapted.add(layer)
         name = f"{layer}.weight" if part else layer
         if name not in base:
             return f"it has no {name}"
         shape, found = tuple(value.shape), tuple(base[name].shape)
-        fits = {"A": shape[1:] == found[1:], "B": shape[0] == found[0]}.get(part[:1], shape == found)
-        if not fits:
-            return f"its {name} is {found}, the adapter's {'lora_' + part.split('.')[0] if part else 'own'} {shape}"
+        if not _fits(part, shape, found):
+            return f"its {name} is {found}, the adapter's {'lora_' + part if part else 'own'} {shape}"
     layers = {name.removesuffix(".weight") for name, value in base.items() if value.ndim > 1}
     missing = sorted(layer for layer in layers - adapted if check_target_module_exists(config, layer))
     return f"the adapter has nothing for {missing[0]}" if missing else None
+
+
+def _fits(part: str, shape: tuple[int, ...], found: tuple[int, ...]) -> bool:
+    """Whether a part of an update, or a whole weight (`part` empty), fits a base's weight of shape `found`."""
+    if part == "A":
+        return shape[1:] == found[1:]
+    if part == "B":
+        return shape[0] == found[0]
+    if part == "magnitude_vector":  # DoRA's, one for every output; of a convolution (1, out, 1, 1)
+        return shape == ((1, found[0], 1, 1) if len(found) == 4 else found[:1])
+    return shape == found
 
 
 def _read_base_record(source: str, revision: str | None) -> dict | None:

@@ -36,6 +36,7 @@ from .classifier import PixelClassifier
 from .classifier_sources import match_classes
 from .data import DataError, ImageDataset, decode_image, expect_classes, load_image_dataset
 from .records import describe_environment, write_json
+from .tensors import tensor_bytes
 from .training.run_folder import RunFolder, RunFolderError
 from .training.samples import DECODE_ERRORS, Augmentation, collate
 from .training.stages import AttackArguments, load_surrogates
@@ -422,5 +423,5 @@ def _fingerprint(model: PixelClassifier) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor_bytes(tensor))
     return digest.hexdigest()[:16]

@@ -1,17 +1,18 @@
 """LoRA on a purifier: the right weights move, the rest stay bit for bit, and the saved adapter is the merged model."""
 
+import copy
 import json
 import shutil
 
 import pytest
 import torch
 from conftest import ROOT, tiny_purifier
-from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from peft import IA3Config, KasaConfig, LoraConfig, PeftModel, get_peft_model
 from running import assert_same_run, checkpoints, run, words
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
-from maep_hf import MAEPModel
+from maep_hf import MAEPModel, pairs
 from maep_hf.adaptation import (
     LINEAR_LAYERS,
     add_lora,
@@ -424,6 +425,245 @@ def test_several_active_adapters_are_not_saved_into_one_folder(tmp_path):
     with pytest.raises(ValueError, match="2 adapters are active .one, two.*switch_adapter"):
         save_adapter(model, tmp_path / "both")
     assert not (tmp_path / "both").exists()
+
+
+# --- what a base was before its adapters changed it ----------------------------------------------------------------
+
+
+def varied(base, changed, **options):
+    """A trained adapter with PEFT's settings in place of ours, and what it makes of the pixels."""
+    config = default_lora_config(base, rank=2, **options)
+    for name, value in changed.items():
+        setattr(config, name, value)
+    model = add_lora(base, config)
+    nudge(model)
+    return model.eval()
+
+
+def of_peft_alone(folder, **options):
+    """A trained adapter of which this package knows no base."""
+    model = get_peft_model(MAEPModel.from_pretrained(folder / "base"), LoraConfig(r=2, **options))
+    nudge(model)
+    return model.eval()
+
+
+def merge(model):
+    model.merge_adapter()
+    return model
+
+
+def merge_and_unmerge(model):
+    merge(model).unmerge_adapter()
+    return model
+
+
+def merge_a_copy(model):
+    return merge(copy.deepcopy(model))
+
+
+def by_add_lora(folder, names):
+    return adapted(MAEPModel.from_pretrained(folder / "base"))
+
+
+@pytest.mark.parametrize("load", [by_maep, by_add_lora])
+@pytest.mark.parametrize("change", [merge, merge_and_unmerge, merge_a_copy])
+def test_an_adapter_is_saved_while_or_after_it_is_merged(adapters, tmp_path, load, change):
+    folder, pixels, _ = adapters
+    model = load(folder, ["one"])
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:  # large, so that the sum rounds
+            torch.nn.init.normal_(parameter, std=0.3)
+    expected = purified(model.eval(), pixels)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    model = change(model)
+    assert any(not torch.equal(value, before[key]) for key, value in model.state_dict().items() if "base_layer" in key)
+    save_adapter(model, tmp_path)
+    recorded = json.loads((tmp_path / "base_model.json").read_text())
+    assert recorded == json.loads((folder / "one" / "base_model.json").read_text())
+    assert_purifies_to(load_adapter(MAEPModel.from_pretrained(folder / "base"), tmp_path).eval(), pixels, expected)
+
+
+def test_the_bases_description_outlives_switches_and_copies(adapters, tmp_path):
+    folder, pixels, outputs = adapters
+    model = by_maep(folder, ["one", "two"])
+    for name in (None, "two", "one"):
+        switch_adapter(model, name)
+    model = copy.deepcopy(merge_and_unmerge(model))
+    assert describe_base(model) == describe_base(MAEPModel.from_pretrained(folder / "base"))
+    save_adapter(model, tmp_path)
+    loaded = load_adapter(MAEPModel.from_pretrained(folder / "base"), tmp_path).eval()
+    assert_purifies_to(loaded, pixels, outputs["one"])
+
+
+def test_a_merged_purifier_is_another_base(adapters):
+    folder = adapters[0]
+    merged = by_maep(folder, ["one"]).merge_and_unload()
+    assert describe_base(merged) != describe_base(MAEPModel.from_pretrained(folder / "base"))
+    with pytest.raises(ValueError, match="other weights than these"):
+        load_adapter(merged, folder / "two")
+
+
+def test_an_adapter_is_swapped_for_another_while_it_is_merged(adapters):
+    folder, pixels, outputs = adapters
+    model = merge(by_maep(folder, ["one"]))
+    with pytest.warns(UserWarning, match="Unmerging the model first"):
+        model = load_adapter(model, folder / "two", "two").eval()
+    assert_purifies_to(model, pixels, outputs["two"])
+    switch_adapter(model, "one")
+    assert_purifies_to(model, pixels, outputs["one"])
+
+
+def test_a_merged_adapter_of_peft_alone_is_to_be_unmerged_first(adapters, tmp_path):
+    folder, pixels, outputs = adapters
+    model = merge(by_peft(folder, ["one"]))
+    with pytest.raises(ValueError, match=r"merged.*model.unmerge_adapter\(\) first"):
+        save_adapter(model, tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+    with pytest.raises(ValueError, match=r"merged.*model.unmerge_adapter\(\) first"):
+        load_adapter(model, folder / "two", "two")
+    assert list(model.peft_config) == ["one"]
+    with pytest.warns(UserWarning, match="Unmerging the model first"):
+        model = load_adapter(model, folder / "two", "two", allow_other_base=True).eval()
+    assert_purifies_to(model, pixels, outputs["two"])
+
+
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora", "OLoRA", "corda", "loftq", "lora_ga"])
+def test_an_initialisation_that_changes_the_base_is_refused(start):
+    base = tiny_purifier()
+    config, before = default_lora_config(base, rank=2), describe_base(base)
+    config.init_lora_weights = start
+    with pytest.raises(ValueError, match=f"config: init_lora_weights='{start}' moves a part of the base"):
+        add_lora(base, config)
+    assert describe_base(base) == before and not any("lora" in name for name, _ in base.named_parameters())
+
+
+def test_kasa_which_truncates_the_base_is_refused():
+    config = default_lora_config(tiny_purifier(), rank=2)
+    config.kasa_config = KasaConfig()
+    with pytest.raises(ValueError, match="config: kasa_config moves a part of the base"):
+        add_lora(tiny_purifier(), config)
+
+
+@pytest.mark.parametrize("start", ["gaussian", "orthogonal", False])
+def test_other_initialisations_leave_the_base(adapters, tmp_path, start):
+    folder, pixels, _ = adapters
+    model = varied(MAEPModel.from_pretrained(folder / "base"), {"init_lora_weights": start})
+    save_adapter(model, tmp_path)
+    loaded = load_adapter(MAEPModel.from_pretrained(folder / "base"), tmp_path).eval()
+    assert_purifies_to(loaded, pixels, purified(model, pixels))
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_pissa_of_peft_alone_is_loaded_alone_and_not_saved(adapters, tmp_path, start):
+    folder, pixels, _ = adapters
+    model = of_peft_alone(folder, target_modules=["fc1", "q_proj"], init_lora_weights=start)
+    with pytest.raises(ValueError, match=f"'{start}' moved a part.*path_initial_model_for_weight_conversion"):
+        save_adapter(model, tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+    model.save_pretrained(tmp_path / "peft")
+    loaded = load_adapter(MAEPModel.from_pretrained(folder / "base"), tmp_path / "peft", start).eval()
+    assert_purifies_to(loaded, pixels, purified(model, pixels))
+    with pytest.raises(ValueError, match=f"{start} .init_lora_weights='{start}'. changes weights of the base"):
+        load_adapter(loaded, folder / "one", "one")
+    with pytest.raises(ValueError, match=f"this one .init_lora_weights='{start}'. changes weights of the base"):
+        load_adapter(by_maep(folder, ["one"]), tmp_path / "peft", start)
+    with pytest.raises(ValueError, match=f"init_lora_weights='{start}' changed weights of the base itself"):
+        switch_adapter(loaded, None)
+    switch_adapter(loaded, start)
+
+
+KINDS = [
+    {"use_dora": True}, {"bias": "lora_only"}, {"bias": "all"}, {"bias": "all", "use_dora": True},
+    {"lora_bias": True}, {"use_rslora": True}, {"rank_pattern": {"q_proj": 1}},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("targets", [None, ["all"]])  # those of every layer are convolutions too
+@pytest.mark.parametrize("changed", KINDS, ids=str)
+def test_every_kind_of_lora_loads_as_by_peft_alone(adapters, tmp_path, changed, targets):
+    folder, pixels, _ = adapters
+    model = varied(MAEPModel.from_pretrained(folder / "base"), changed, targets=targets)
+    expected = purified(model, pixels)
+    save_adapter(model, tmp_path)
+    loaded = load_adapter(MAEPModel.from_pretrained(folder / "base"), tmp_path).eval()
+    by_peft_alone = PeftModel.from_pretrained(MAEPModel.from_pretrained(folder / "base"), tmp_path).eval()
+    assert torch.equal(purified(by_peft_alone, pixels), expected)
+    assert torch.equal(purified(loaded, pixels), expected)
+    torch.testing.assert_close(load_purifier(tmp_path).purify(pixels), expected, atol=1e-4, rtol=0)
+    save_adapter(loaded, tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "base_model.json").read_text()) == describe_base(
+        MAEPModel.from_pretrained(folder / "base")
+    )
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"use_dora": True}, r"its encoder.layers.0.* is \(32, 16\), the adapter's lora_magnitude_vector \(16,\)"),
+        ({"bias": "all"}, r"its .*bias is \(32,\), the adapter's own \(16,\)"),
+    ],
+)
+def test_magnitudes_and_biases_of_another_shape_are_refused(adapters, tmp_path, changed, named):
+    save_adapter(varied(MAEPModel.from_pretrained(adapters[0] / "base"), changed), tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    weights = load_file(path)
+    part = "lora_magnitude_vector" if "use_dora" in changed else "base_layer.bias"
+    name = f"base_model.model.encoder.layers.0.mlp.fc1.{part}"
+    save_file(weights | {name: weights[name][:16].clone()}, path)
+    with pytest.raises(ValueError, match=f"not the base.*{named}"):
+        load_adapter(MAEPModel.from_pretrained(adapters[0] / "base"), tmp_path)
+
+
+@pytest.mark.parametrize("bias", ["lora_only", "all"])
+def test_trained_biases_are_the_adapters_and_not_another_base(adapters, tmp_path, bias):
+    folder, pixels, _ = adapters
+    base = load_file(folder / "base" / "model.safetensors")
+    model = varied(MAEPModel.from_pretrained(folder / "base"), {"bias": bias})
+    optimizer = torch.optim.SGD([parameter for parameter in model.parameters() if parameter.requires_grad], lr=0.1)
+    model(
+        pixel_values=pixels[:, :, :16, :16], clean_pixel_values=pixels[:, :, :16, :16], mask_ratio=0.0
+    ).loss.backward()
+    optimizer.step()
+    now = {key.removeprefix("base_model.model.").replace(".base_layer", ""): v for key, v in model.state_dict().items()}
+    moved = {name for name, value in base.items() if name in now and not torch.equal(now[name], value)}
+    assert moved and all(name.endswith(".bias") for name in moved)
+    save_adapter(model, tmp_path)
+    assert (tmp_path / "base_model.json").read_text() == (folder / "one" / "base_model.json").read_text()
+    loaded = load_adapter(MAEPModel.from_pretrained(folder / "base"), tmp_path, bias).eval()
+    assert torch.equal(purified(loaded, pixels), purified(model, pixels))
+    other = tiny_purifier()
+    with torch.no_grad():
+        other.encoder.layernorm.bias.add_(0.1)  # a base that differs in a bias alone is another one still
+    with pytest.raises(ValueError, match="other weights than these"):
+        load_adapter(other, tmp_path)
+    with pytest.raises(ValueError, match=f"{bias} .bias='{bias}'. changes weights of the base"):
+        load_adapter(loaded, folder / "one", "one")
+    with pytest.raises(ValueError, match=f"this one .bias='{bias}'. changes weights of the base"):
+        load_adapter(by_maep(folder, ["one"]), tmp_path, bias)
+    with pytest.raises(ValueError, match=f"bias='{bias}' changed weights of the base itself"):
+        switch_adapter(loaded, None)
+    with pytest.raises(ValueError, match=r"merged into its base; call model.unmerge_adapter\(\) first"):
+        save_adapter(merge(loaded), tmp_path / "merged")
+
+
+def test_trained_biases_over_an_unknown_base_are_not_saved(adapters, tmp_path):
+    model = of_peft_alone(adapters[0], target_modules=["fc1"], bias="lora_only")
+    with pytest.raises(ValueError, match="bias='lora_only' trains the base's own biases.*add_lora or load_adapter"):
+        save_adapter(model, tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
+def test_digests_of_weights_stay_what_records_hold():
+    """Of fixed weights, in words of today: who changes a digest makes every record one of other weights."""
+    model = nn.Sequential(nn.Conv2d(2, 3, 1), nn.BatchNorm2d(3))
+    with torch.no_grad():
+        for index, value in enumerate(model.state_dict().values()):
+            value.copy_((torch.arange(value.numel()) - index).reshape(value.shape) / 8)
+        model[0].bias[0] = -0.0
+    assert describe_base(model) == {"fingerprint": "b64cc9b9db4b2119", "dtype": "float32,int64"}
+    assert pairs._fingerprint(model) == "bcbf5ea4c6ce320b"
+    assert describe_base(model.half()) == {"fingerprint": "837cd619e247d34f", "dtype": "float16,int64"}
+    assert pairs._fingerprint(model) == "048006265f628120"
 
 
 # --- stage 2: LoRA on the decoder ----------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..preprocessing import PixelPreprocessing, PreprocessingSpec
+from ..tensors import tensor_bytes
 
 _BY_REPR = (Enum, bytes, complex, range, slice, re.Pattern, torch.layout, torch.memory_format)
 _SAYS_NOTHING = (torch.device, PurePath, logging.Logger)
@@ -251,8 +252,3 @@ def _value(value: Any, seen: Seen) -> str:
     if callable(value) or attributes is None:
         return _code(value, inside)
     return f"{_kind(type(value), inside)} {_value(attributes, inside)}"
-
-
-def tensor_bytes(tensor: torch.Tensor) -> bytes:
-    """The values of a tensor of any dtype, wherever it lies, as they are stored."""
-    return tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy().tobytes()
