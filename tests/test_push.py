@@ -117,7 +117,7 @@ def push_records_beside_others(folder: Path, repo: str) -> str:
     from huggingface_hub import HfApi
 
     from maep_hf.evaluation.fingerprint import fingerprint
-    from maep_hf.hub import push as module
+    from maep_hf.hub import page as module
 
     merge = module.merge_records
 
