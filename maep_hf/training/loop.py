@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration, PartialState
-from accelerate.utils import gather_object, parse_flag_from_env, set_seed
+from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env, set_seed
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, IterableDataset
@@ -100,7 +100,9 @@ class _Loop:
             precision = self.accelerator.mixed_precision  # what `auto` is here
             self.folder.prepare(arguments, data, 4 * parameter_bytes, kept, overwrite, processes, precision)
         self.accelerator.wait_for_everyone()
-        self.resume_from = self.folder.last_checkpoint()
+        # one process looks: each by itself might see another choice on a shared file system
+        last = self.folder.last_checkpoint(self.accelerator.num_processes) if self.main else None
+        self.resume_from = broadcast_object_list([last])[0]
         self.keeps_others = False
         if self.main and self.resume_from is None:
             record = {"task": task.name, "arguments": arguments, "data": data, **describe_environment()}
@@ -142,7 +144,8 @@ class _Loop:
             accelerator.register_for_checkpointing(self.ema)
         accelerator.register_for_checkpointing(self.scheduler, self.state)
         if self.resume_from is not None:
-            accelerator.load_state(str(self.resume_from))
+            with self.folder.loading(self.resume_from):
+                accelerator.load_state(str(self.resume_from))
             if self.main:
                 self.folder.truncate_metrics(self.state.step)
                 logger.info("resuming from step %d of %d", self.state.step, args.max_steps)

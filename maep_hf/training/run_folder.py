@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+import pickle
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 
 from ..records import describe_environment, write_json
 from .arguments import ADDED_LATER, FREE_ARGUMENTS, KEPT_ARGUMENTS
+from .checkpoint_files import CHECKPOINT_PREFIX, damage, numbered, seal, step_of, sync_folder
 
-CHECKPOINT_PREFIX = "step-"
+logger = logging.getLogger(__name__)
+
+# What Accelerate, torch and safetensors raise over a file that is not what it was.
+_LOAD_ERRORS = (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError, SafetensorError)
 
 
 class RunFolderError(RuntimeError):
@@ -187,10 +194,29 @@ class RunFolder:
             os.replace(entry, target)
         temporary.rmdir()
 
-    def last_checkpoint(self) -> Path | None:
-        """The newest complete checkpoint, or `None`."""
-        found = self._complete_checkpoints()
-        return found[-1] if found else None
+    def last_checkpoint(self, num_processes: int = 1) -> Path | None:
+        """The newest whole checkpoint, or `None` where there is none at all; newer ones that are damaged are warned of.
+
+        Args:
+            num_processes: processes of the run, each with random states of its own.
+
+        Raises:
+            RunFolderError: there are checkpoints, but all are damaged.
+        """
+        damaged = []
+        for path in reversed(numbered(self.checkpoints)):
+            wrong = damage(path, num_processes)
+            if wrong is None:
+                if damaged:
+                    logger.warning("going on from %s, for a newer checkpoint is damaged: %s", path, "; ".join(damaged))
+                return path
+            damaged.append(f"{path} ({wrong})")
+        if damaged:  # to start over by itself would take away the model that is here
+            raise RunFolderError(
+                f"output_dir={str(self.path)!r}: no checkpoint is whole: {'; '.join(damaged)}. Bring back the files, "
+                "give another folder, or start over with --overwrite_output_dir."
+            )
+        return None
 
     @contextmanager
     def writing(self, what: str) -> Iterator[None]:
@@ -198,11 +224,24 @@ class RunFolder:
         try:
             yield
         except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own
-            last = self.last_checkpoint()
+            last = next(iter(self._whole_checkpoints()[::-1]), None)
             raise RunFolderError(
                 f"output_dir={str(self.path)!r}: {what} could not be written: {error}. "
                 + (f"The last whole checkpoint is {last.name}; " if last else "There is no checkpoint yet; ")
                 + "with space on the disk, the same command goes on from there."
+            ) from error
+
+    @contextmanager
+    def loading(self, checkpoint: Path) -> Iterator[None]:
+        """Turn what a checkpoint that is damaged after all raises into a [`RunFolderError`] that says what to do."""
+        try:
+            yield
+        except torch.OutOfMemoryError:  # which is no fault of the checkpoint's
+            raise
+        except _LOAD_ERRORS as error:
+            raise RunFolderError(
+                f"the checkpoint {checkpoint} cannot be loaded ({type(error).__name__}: {error}). Remove this folder "
+                "and start the same command again: it goes on from the checkpoint before, or else starts over."
             ) from error
 
     def save_checkpoint(
@@ -222,19 +261,28 @@ class RunFolder:
                     temporary.mkdir(parents=True)
                 wait()
                 save(temporary)
+                wait()
+                if main:
+                    seal(temporary)
         except RunFolderError:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
-        wait()
         if main:
             shutil.rmtree(target, ignore_errors=True)
             os.replace(temporary, target)
-            for stale in self._complete_checkpoints()[:-limit]:
-                shutil.rmtree(stale, ignore_errors=True)
+            sync_folder(self.checkpoints)
+            self._rotate(step, limit)
         wait()
 
-    def _complete_checkpoints(self) -> list[Path]:
-        return sorted(path for path in self.checkpoints.glob(f"{CHECKPOINT_PREFIX}*") if path.suffix != ".tmp")
+    def _rotate(self, step: int, limit: int) -> None:
+        """Keep the newest whole checkpoints up to this step: those after it were damaged, or it would not be saved."""
+        kept = [path for path in self._whole_checkpoints() if step_of(path) <= step][-limit:]
+        for stale in numbered(self.checkpoints):
+            if stale not in kept:
+                shutil.rmtree(stale, ignore_errors=True)
+
+    def _whole_checkpoints(self) -> list[Path]:
+        return [path for path in numbered(self.checkpoints) if damage(path) is None]
 
 
 def _as_stored(value: Any) -> Any:
