@@ -605,6 +605,13 @@ def test_training_a_classifier_repeats_and_loads(image_folder, tmp_path):
     assert {"accuracy_clean", "accuracy_pgd10_8"} < validated.keys()
 
 
+def test_a_model_without_activation_checkpointing_is_refused_before_anything_is_written(image_folder, tmp_path):
+    argv = words(dataset=image_folder, output_dir=tmp_path / "run", depth=8, max_steps=1, gradient_checkpointing=True)
+    with pytest.raises(ValueError, match="gradient_checkpointing: a CifarResNetForImageClassification cannot"):
+        run("train_classifier", argv)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_classifier_of_any_architecture_trains_and_loads(image_folder, tmp_path):
     argv = words(
         dataset=image_folder, output_dir=tmp_path / "run", architecture="regnet", image_size=16, padding=2, max_steps=1,

@@ -49,6 +49,7 @@ def train(task: Task, args: LoopArguments, arguments: dict[str, dict[str, Any]])
 
     Raises:
         RunFolderError: the folder cannot be written, is too full, or holds another run.
+        ValueError: an argument that this model or machine does not have; nothing is written then.
         NonFiniteLossError: training diverged.
     """
     logging.getLogger("accelerate").setLevel(logging.WARNING)  # a line for every file of every checkpoint
@@ -75,6 +76,10 @@ class _LoopState:
 class _Loop:
     def __init__(self, task: Task, args: LoopArguments, arguments: dict[str, dict[str, Any]]):
         self.task, self.args = task, args
+        if args.gradient_checkpointing and not getattr(task.model, "supports_gradient_checkpointing", False):
+            raise ValueError(
+                f"gradient_checkpointing: a {type(task.model).__name__} cannot recompute its activations; leave it out"
+            )
         self.folder = RunFolder(args.output_dir)
         # the state that the Accelerator would make: the first one made counts, and makes the group of processes
         device = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).device
