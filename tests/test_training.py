@@ -453,6 +453,18 @@ def test_a_folder_that_cannot_be_written(options, tmp_path):
         run("finetune", options(tmp_path / "file" / "run"))
 
 
+def test_a_check_leaves_everything_as_it_is(tmp_path):
+    RunFolder(tmp_path / "a" / "run").check({}, {}, 0, 1, False)
+    assert not list(tmp_path.iterdir())
+    for name in ("run.json", "config.json", "checkpoints/step-0000001.tmp/a"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text('{"arguments": {}}')
+    before = sorted(tmp_path.rglob("*"))
+    for overwrite in (False, True):
+        RunFolder(tmp_path).check({}, {}, 0, 1, overwrite)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_too_little_disk_is_said_before_training(options, tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(2**30, 2**30, 2**10))

@@ -48,7 +48,7 @@ def train(task: Task, args: LoopArguments, arguments: dict[str, dict[str, Any]])
         The run's folder, which loads with the model's `from_pretrained`.
 
     Raises:
-        RunFolderError: the folder cannot be written, is too full, or holds another run.
+        RunFolderError: the folder cannot be written, is too full, holds another run, or only damaged checkpoints.
         ValueError: an argument that this model or machine does not have; nothing is written then.
         NonFiniteLossError: training diverged.
     """
@@ -92,21 +92,25 @@ class _Loop:
             step_scheduler_with_optimizer=False,
         )
         self.main = self.accelerator.is_main_process
-        self.push = self._background_push() if self.main and args.push_to_hub else None
         torch.backends.cudnn.deterministic = True  # a resumed run repeats what an uninterrupted one computes
         if self.accelerator.device.type == "cpu":  # `accelerate launch` leaves a process one thread
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
             torch.set_num_threads(args.cpu_threads or max(1, cores // self.accelerator.num_processes))
         parameter_bytes = sum(p.numel() * p.element_size() for p in task.model.parameters())
+        self.push, last = None, None
         if self.main:
             data = task.describe_data()
             processes = self.accelerator.num_processes
             kept, overwrite = args.save_total_limit, args.overwrite_output_dir
             precision = self.accelerator.mixed_precision  # what `auto` is here
-            self.folder.prepare(arguments, data, 4 * parameter_bytes, kept, overwrite, processes, precision)
+            run = (arguments, data, 4 * parameter_bytes, kept, overwrite, processes, precision)
+            self.folder.check(*run)
+            last = None if overwrite else self.folder.last_checkpoint(processes)
+            if args.push_to_hub:  # between the two: neither a repository nor a changed folder is left by a refusal
+                self.push = self._background_push()
+            self.folder.prepare(*run)
         self.accelerator.wait_for_everyone()
-        # one process looks: each by itself might see another choice on a shared file system
-        last = self.folder.last_checkpoint(self.accelerator.num_processes) if self.main else None
+        # one process looks: each by itself might choose otherwise on a shared file system
         self.resume_from = broadcast_object_list([last])[0]
         self.keeps_others = False
         if self.main and self.resume_from is None:

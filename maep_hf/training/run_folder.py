@@ -7,6 +7,7 @@ import logging
 import os
 import pickle
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,6 +40,47 @@ class RunFolder:
         self.previews = self.path / "previews"
         self.checkpoints = self.path / "checkpoints"
 
+    def check(
+        self,
+        arguments: dict[str, Any],
+        data: dict[str, Any],
+        checkpoint_bytes: int,
+        kept: int,
+        overwrite: bool,
+        num_processes: int = 1,
+        precision: str | None = None,
+    ) -> None:
+        """Check that the run can be written here and is the same run as the one already here; changes nothing.
+
+        Args:
+            arguments: the run's arguments by group, as recorded in `run.json`.
+            data: the data's description, likewise.
+            checkpoint_bytes: estimated size of one checkpoint.
+            kept: checkpoints that exist side by side.
+            overwrite: a run that is already here is to be removed; a folder without a record holds none.
+            num_processes: processes of the run, where their number is a part of what is computed.
+            precision: what `mixed_precision` means on this machine, likewise.
+
+        Raises:
+            RunFolderError: not writable, too little disk, another run's folder, or one of other files without a run.
+        """
+        try:
+            there = next(path for path in (self.path, *self.path.absolute().parents) if path.exists())
+            with tempfile.TemporaryFile(dir=there) as probe:
+                probe.write(b"0" * 4096)
+        except OSError as error:
+            raise self._unwritable(error) from error
+        free, needed = shutil.disk_usage(there).free, checkpoint_bytes * (kept + 2)
+        if free < needed:
+            raise RunFolderError(
+                f"output_dir={str(self.path)!r}: {free / 2**20:.0f} MiB free, but {kept} checkpoints and the model "
+                f"need about {needed / 2**20:.0f} MiB. Free some space, give another folder, or lower save_total_limit."
+            )
+        if kept or overwrite:  # without checkpoints these are no run's: `make_pairs` has a check of its own
+            self._refuse_other_content()
+        if self.record.is_file() and not overwrite:
+            self._refuse_other_run(arguments, data, num_processes, precision)
+
     def prepare(
         self,
         arguments: dict[str, Any],
@@ -49,43 +91,26 @@ class RunFolder:
         num_processes: int = 1,
         precision: str | None = None,
     ) -> None:
-        """Check that the run can be written here and is the same run as the one already here, if any.
+        """[`RunFolder.check`], and then make the folder, or remove from it the run that is to be overwritten.
 
         Args:
-            arguments: the run's arguments by group, as recorded in `run.json`.
-            data, num_processes: the data's description and the number of processes, likewise.
-            checkpoint_bytes: estimated size of one checkpoint.
-            kept: checkpoints that exist side by side.
-            overwrite: remove a run that is already here; a folder without a record holds none.
-            num_processes: processes of the run, where their number is a part of what is computed.
-            precision: what `mixed_precision` means on this machine, likewise.
+            arguments, data, checkpoint_bytes, kept, overwrite, num_processes, precision: as there.
 
         Raises:
-            RunFolderError: not writable, too little disk, another run's folder, or one of other files without a run.
+            RunFolderError: as there.
         """
+        self.check(arguments, data, checkpoint_bytes, kept, overwrite, num_processes, precision)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            probe = self.path / ".writable"
-            probe.write_bytes(b"0" * 4096)
-            probe.unlink()
         except OSError as error:
-            raise RunFolderError(
-                f"output_dir={str(self.path)!r} cannot be written: {error}. Give another folder."
-            ) from error
-        free, needed = shutil.disk_usage(self.path).free, checkpoint_bytes * (kept + 2)
-        if free < needed:
-            raise RunFolderError(
-                f"output_dir={str(self.path)!r}: {free / 2**20:.0f} MiB free, but {kept} checkpoints and the model "
-                f"need about {needed / 2**20:.0f} MiB. Free some space, give another folder, or lower save_total_limit."
-            )
-        if kept or overwrite:  # without checkpoints these are no run's: `make_pairs` has a check of its own
-            self._refuse_other_content()
+            raise self._unwritable(error) from error
         if overwrite:
             self._remove_run()
         for stale in self.checkpoints.glob("*.tmp"):  # of a run that was killed while it wrote them
             shutil.rmtree(stale, ignore_errors=True)
-        if self.record.is_file():
-            self._refuse_other_run(arguments, data, num_processes, precision)
+
+    def _unwritable(self, error: OSError) -> RunFolderError:
+        return RunFolderError(f"output_dir={str(self.path)!r} cannot be written: {error}. Give another folder.")
 
     def _content(self) -> list[Path]:
         """What is here of all that a run writes or removes, but for its record and what trackers log."""
