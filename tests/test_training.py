@@ -636,6 +636,36 @@ def test_a_classifier_of_any_architecture_trains_and_loads(image_folder, tmp_pat
     assert classifier(torch.rand(2, 3, 16, 16)).shape == (2, 3)
 
 
+DINO = '{"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "patch_size": 4}'
+
+
+@pytest.mark.parametrize(("architecture", "unused"), [("cifar_resnet", False), ("dinov2", True)])
+def test_processes_look_for_unused_weights_where_there_may_be_some(
+    image_folder, tmp_path, monkeypatch, architecture, unused
+):
+    monkeypatch.setattr(loop_module._Loop, "run", lambda self: self.accelerator.ddp_handler.find_unused_parameters)
+    argv = words(dataset=image_folder, output_dir=tmp_path / "run", depth=8, image_size=16, architecture=architecture)
+    assert run("train_classifier", argv + words(architecture_options=DINO if unused else "{}")) == unused
+
+
+def test_purifiers_use_all_their_weights(options, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop_module._Loop, "run", lambda self: self.accelerator.ddp_handler.find_unused_parameters)
+    assert run("finetune", options(tmp_path / "run")) is False
+
+
+@pytest.mark.slow
+def test_two_processes_train_a_classifier_with_a_weight_that_is_never_used(image_folder, tmp_path):
+    def argv(folder, **batch) -> list[str]:
+        return words(
+            dataset=image_folder, output_dir=folder, architecture="dinov2", architecture_options=DINO, image_size=16,
+            max_steps=3, warmup_steps=0, validation_images=4, cpu_threads=1, logging_steps=1, optimizer="sgd", **batch,
+        )  # fmt: skip
+
+    run("train_classifier", argv(tmp_path / "one", per_device_train_batch_size=4))
+    assert launch("train_classifier", argv(tmp_path / "two", per_device_train_batch_size=2), processes=2) == [0, 0]
+    assert_close_weights(tmp_path / "one", tmp_path / "two", atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("architecture", "options", "message"),
     [

@@ -13,7 +13,13 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration, PartialState
-from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env, set_seed
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    broadcast_object_list,
+    gather_object,
+    parse_flag_from_env,
+    set_seed,
+)
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, IterableDataset
@@ -90,6 +96,7 @@ class _Loop:
             project_dir=args.output_dir,
             dataloader_config=DataLoaderConfiguration(dispatch_batches=False),
             step_scheduler_with_optimizer=False,
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=task.leaves_weights_unused)],
         )
         self.main = self.accelerator.is_main_process
         torch.backends.cudnn.deterministic = True  # a resumed run repeats what an uninterrupted one computes
