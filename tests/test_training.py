@@ -3,6 +3,7 @@
 import errno
 import json
 import logging
+import os
 import re
 import shutil
 from collections import namedtuple
@@ -30,7 +31,7 @@ from transformers import AutoImageProcessor
 
 from maep_hf import MAEPConfig, MAEPImageProcessor, MAEPModel, PixelClassifier, load_classifier
 from maep_hf.data import DataError, load_image_dataset
-from maep_hf.devices import pick_precision
+from maep_hf.devices import available_cores, pick_precision
 from maep_hf.records import describe_environment
 from maep_hf.training import DataArguments, LoopArguments, NonFiniteLossError, RunFolderError, train
 from maep_hf.training import classification as classification_module
@@ -525,6 +526,14 @@ def test_auto_precision_is_bf16_where_the_processor_multiplies_in_it(options, tm
     for native in (False, True):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, native=native: native)
         assert pick_precision("auto", torch.device("cuda")) == ("bf16" if native else "no")
+
+
+def test_cores_are_those_that_the_process_may_use(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 3, 5}, raising=False)
+    assert available_cores() == 3
+    monkeypatch.delattr(os, "sched_getaffinity")  # as on macOS
+    assert available_cores() == 8
 
 
 def test_fp16_needs_a_gpu(options, tmp_path):

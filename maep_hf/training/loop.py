@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,7 +26,7 @@ from tqdm.auto import tqdm
 from transformers import get_cosine_schedule_with_warmup
 from transformers.utils import logging as transformers_logging
 
-from ..devices import pick_precision, synchronize
+from ..devices import available_cores, pick_precision, synchronize
 from ..records import describe_environment, write_json
 from ..storage import store_weights
 from .arguments import LoopArguments
@@ -101,8 +100,7 @@ class _Loop:
         self.main = self.accelerator.is_main_process
         torch.backends.cudnn.deterministic = True  # a resumed run repeats what an uninterrupted one computes
         if self.accelerator.device.type == "cpu":  # `accelerate launch` leaves a process one thread
-            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-            torch.set_num_threads(args.cpu_threads or max(1, cores // self.accelerator.num_processes))
+            torch.set_num_threads(args.cpu_threads or max(1, available_cores() // self.accelerator.num_processes))
         parameter_bytes = sum(p.numel() * p.element_size() for p in task.model.parameters())
         self.push, last = None, None
         if self.main:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from ..adaptation import ADAPTER_FOLDER
 from ..records import describe_environment, write_json
 from .arguments import ADDED_LATER, FREE_ARGUMENTS, KEPT_ARGUMENTS
 from .checkpoint_files import CHECKPOINT_PREFIX, damage, numbered, seal, step_of, sync_folder
@@ -114,7 +115,7 @@ class RunFolder:
 
     def _content(self) -> list[Path]:
         """What is here of all that a run writes or removes, but for its record and what trackers log."""
-        names = ("checkpoints", "previews", "adapter", "export.tmp", "removed.tmp", "metrics.jsonl", "config.json",
+        names = ("checkpoints", "previews", ADAPTER_FOLDER, "export.tmp", "removed.tmp", "metrics.jsonl", "config.json",
                  "preprocessor_config.json")  # fmt: skip
         found = [path for path in map(self.path.joinpath, names) if path.exists()]
         return found + sorted(self.path.glob("*.safetensors"))
