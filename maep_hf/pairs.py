@@ -35,6 +35,7 @@ from .attacks import KINDS, AttackMixture, AttackParameters, perturb
 from .classifier import PixelClassifier
 from .classifier_sources import match_classes
 from .data import DataError, ImageDataset, decode_image, expect_classes, load_image_dataset
+from .devices import pick_device
 from .records import describe_environment, write_json
 from .tensors import tensor_bytes
 from .training.run_folder import RunFolder, RunFolderError
@@ -188,7 +189,7 @@ class _Attacker:
         mixture: AttackMixture,
     ):
         self.args, self.dataset, self.mixture = args, dataset, mixture
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = pick_device("auto")
         self.surrogates = [model.to(self.device) for model in surrogates]
         self.crop = Augmentation(args.image_size, crop="center", flip=False) if args.image_size else None
         self.true_labels = args.attack_labels == "true"

@@ -223,6 +223,22 @@ def test_a_model_that_cannot_be_pushed_is_refused_before_training(client, hub, r
     assert not (ready / "disco").exists() and ("model", "someone/disco") not in hub.repositories
 
 
+def test_a_folder_that_cannot_be_used_leaves_no_repository(client, hub, ready, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    options = {"output_dir": tmp_path, "hub_model_id": "never-made"}
+    error = client(train_with_token, ready, "unused", hub.token, **options)
+    assert error.startswith("RunFolderError") and "holds files that a run would replace" in error
+    assert ("model", "someone/never-made") not in hub.repositories
+
+
+def test_a_refused_push_leaves_the_run_that_was_to_be_overwritten(client, ready, tmp_path):
+    (tmp_path / "run.json").write_text("{}")
+    (tmp_path / "config.json").write_text("old")
+    options = {"output_dir": tmp_path, "overwrite_output_dir": "true"}
+    assert client(train_with_token, ready, "refused", OTHER_TOKEN, **options).startswith("PushError")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "run.json"]
+
+
 def test_every_kind_of_model_that_can_be_trained_is_known():
     assert [kind_of_model(model()).name for model in (purifier, classifier, transformers_classifier)] == [
         "purifier", "classifier", "classifier of transformers",

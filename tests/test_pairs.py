@@ -74,6 +74,16 @@ def source(tmp_path):
     return write_source(tmp_path / "source")
 
 
+def test_pairs_are_made_where_everything_else_runs(source, surrogate, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    moved = []
+    monkeypatch.setattr(torch.nn.Module, "to", lambda self, device: moved.append(device) or self)
+    args = arguments(source, surrogate, tmp_path, attack_labels="predicted")
+    attacker = pairs._Attacker(args, None, [torch.nn.Identity()], None)
+    assert attacker.device == torch.device("mps") == moved[0]
+
+
 def arguments(source, surrogate, out, **more):
     options = {"batch_size": 3, "shard_images": 5} | more
     return PairsArguments(dataset=source, surrogates=[surrogate], output_dir=str(out), **options)

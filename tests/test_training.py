@@ -3,6 +3,7 @@
 import errno
 import json
 import logging
+import os
 import re
 import shutil
 from collections import namedtuple
@@ -30,7 +31,7 @@ from transformers import AutoImageProcessor
 
 from maep_hf import MAEPConfig, MAEPImageProcessor, MAEPModel, PixelClassifier, load_classifier
 from maep_hf.data import DataError, load_image_dataset
-from maep_hf.devices import pick_precision
+from maep_hf.devices import available_cores, pick_precision
 from maep_hf.records import describe_environment
 from maep_hf.training import DataArguments, LoopArguments, NonFiniteLossError, RunFolderError, train
 from maep_hf.training import classification as classification_module
@@ -453,6 +454,18 @@ def test_a_folder_that_cannot_be_written(options, tmp_path):
         run("finetune", options(tmp_path / "file" / "run"))
 
 
+def test_a_check_leaves_everything_as_it_is(tmp_path):
+    RunFolder(tmp_path / "a" / "run").check({}, {}, 0, 1, False)
+    assert not list(tmp_path.iterdir())
+    for name in ("run.json", "config.json", "checkpoints/step-0000001.tmp/a"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text('{"arguments": {}}')
+    before = sorted(tmp_path.rglob("*"))
+    for overwrite in (False, True):
+        RunFolder(tmp_path).check({}, {}, 0, 1, overwrite)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_too_little_disk_is_said_before_training(options, tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(2**30, 2**30, 2**10))
@@ -513,6 +526,14 @@ def test_auto_precision_is_bf16_where_the_processor_multiplies_in_it(options, tm
     for native in (False, True):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, native=native: native)
         assert pick_precision("auto", torch.device("cuda")) == ("bf16" if native else "no")
+
+
+def test_cores_are_those_that_the_process_may_use(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 3, 5}, raising=False)
+    assert available_cores() == 3
+    monkeypatch.delattr(os, "sched_getaffinity")  # as on macOS
+    assert available_cores() == 8
 
 
 def test_fp16_needs_a_gpu(options, tmp_path):
@@ -605,6 +626,13 @@ def test_training_a_classifier_repeats_and_loads(image_folder, tmp_path):
     assert {"accuracy_clean", "accuracy_pgd10_8"} < validated.keys()
 
 
+def test_a_model_without_activation_checkpointing_is_refused_before_anything_is_written(image_folder, tmp_path):
+    argv = words(dataset=image_folder, output_dir=tmp_path / "run", depth=8, max_steps=1, gradient_checkpointing=True)
+    with pytest.raises(ValueError, match="gradient_checkpointing: a CifarResNetForImageClassification cannot"):
+        run("train_classifier", argv)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_classifier_of_any_architecture_trains_and_loads(image_folder, tmp_path):
     argv = words(
         dataset=image_folder, output_dir=tmp_path / "run", architecture="regnet", image_size=16, padding=2, max_steps=1,
@@ -615,6 +643,36 @@ def test_a_classifier_of_any_architecture_trains_and_loads(image_folder, tmp_pat
     assert classifier.config.model_type == "regnet" and classifier.config.hidden_sizes == [8, 16]
     assert list(classifier.id2label.values()) == CLASSES
     assert classifier(torch.rand(2, 3, 16, 16)).shape == (2, 3)
+
+
+DINO = '{"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "patch_size": 4}'
+
+
+@pytest.mark.parametrize(("architecture", "unused"), [("cifar_resnet", False), ("dinov2", True)])
+def test_processes_look_for_unused_weights_where_there_may_be_some(
+    image_folder, tmp_path, monkeypatch, architecture, unused
+):
+    monkeypatch.setattr(loop_module._Loop, "run", lambda self: self.accelerator.ddp_handler.find_unused_parameters)
+    argv = words(dataset=image_folder, output_dir=tmp_path / "run", depth=8, image_size=16, architecture=architecture)
+    assert run("train_classifier", argv + words(architecture_options=DINO if unused else "{}")) == unused
+
+
+def test_purifiers_use_all_their_weights(options, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop_module._Loop, "run", lambda self: self.accelerator.ddp_handler.find_unused_parameters)
+    assert run("finetune", options(tmp_path / "run")) is False
+
+
+@pytest.mark.slow
+def test_two_processes_train_a_classifier_with_a_weight_that_is_never_used(image_folder, tmp_path):
+    def argv(folder, **batch) -> list[str]:
+        return words(
+            dataset=image_folder, output_dir=folder, architecture="dinov2", architecture_options=DINO, image_size=16,
+            max_steps=3, warmup_steps=0, validation_images=4, cpu_threads=1, logging_steps=1, optimizer="sgd", **batch,
+        )  # fmt: skip
+
+    run("train_classifier", argv(tmp_path / "one", per_device_train_batch_size=4))
+    assert launch("train_classifier", argv(tmp_path / "two", per_device_train_batch_size=2), processes=2) == [0, 0]
+    assert_close_weights(tmp_path / "one", tmp_path / "two", atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ from maep_hf.attacks import AttackParameters, perturb
 from maep_hf.checkpoints import CheckpointError
 from maep_hf.classifier import PixelClassifier
 from maep_hf.configuration_cifar_resnet import CifarResNetConfig
+from maep_hf.devices import available_cores
 from maep_hf.folding import fold_batch_norm
 from maep_hf.modeling_cifar_resnet import CifarResNetForImageClassification
 from maep_hf.records import describe_environment, write_json
@@ -202,8 +203,7 @@ def show(result: dict[str, Any], args: BenchmarkArguments, console: Console) -> 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     (args,) = parse_arguments(BenchmarkArguments, argv=argv)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    torch.set_num_threads(args.cpu_threads or cores)
+    torch.set_num_threads(args.cpu_threads or available_cores())
     machine = {
         "processor": processor_name(torch.device(args.device)),
         "cpu_threads": torch.get_num_threads(),

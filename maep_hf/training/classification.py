@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from ..attacks import pgd
 from ..classifier import PixelClassifier
 from ..data import DataError, ImageDataset
+from ..modeling_cifar_resnet import CifarResNetForImageClassification
 from .samples import Augmentation
 from .task import Task
 
@@ -40,6 +41,8 @@ class ClassificationTask(Task):
         super().__init__(model, train_data, validation_data, augmentation, validation_images)
         if train_data.label_column is None:
             raise DataError("a classifier needs labels: name the dataset's column with label_column")
+        # others may have weights for another purpose, such as the mask token of a dinov2; looking for them takes time
+        self.leaves_weights_unused = not isinstance(model, CifarResNetForImageClassification)
         self.image_processor = image_processor
         self.label_smoothing = label_smoothing
         self._validation: dict[str, Tensor] | None = None

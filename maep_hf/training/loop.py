@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +12,13 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration, PartialState
-from accelerate.utils import gather_object, parse_flag_from_env, set_seed
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    broadcast_object_list,
+    gather_object,
+    parse_flag_from_env,
+    set_seed,
+)
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, IterableDataset
@@ -21,7 +26,7 @@ from tqdm.auto import tqdm
 from transformers import get_cosine_schedule_with_warmup
 from transformers.utils import logging as transformers_logging
 
-from ..devices import pick_precision, synchronize
+from ..devices import available_cores, pick_precision, synchronize
 from ..records import describe_environment, write_json
 from ..storage import store_weights
 from .arguments import LoopArguments
@@ -48,7 +53,8 @@ def train(task: Task, args: LoopArguments, arguments: dict[str, dict[str, Any]])
         The run's folder, which loads with the model's `from_pretrained`.
 
     Raises:
-        RunFolderError: the folder cannot be written, is too full, or holds another run.
+        RunFolderError: the folder cannot be written, is too full, holds another run, or only damaged checkpoints.
+        ValueError: an argument that this model or machine does not have; nothing is written then.
         NonFiniteLossError: training diverged.
     """
     logging.getLogger("accelerate").setLevel(logging.WARNING)  # a line for every file of every checkpoint
@@ -75,6 +81,10 @@ class _LoopState:
 class _Loop:
     def __init__(self, task: Task, args: LoopArguments, arguments: dict[str, dict[str, Any]]):
         self.task, self.args = task, args
+        if args.gradient_checkpointing and not getattr(task.model, "supports_gradient_checkpointing", False):
+            raise ValueError(
+                f"gradient_checkpointing: a {type(task.model).__name__} cannot recompute its activations; leave it out"
+            )
         self.folder = RunFolder(args.output_dir)
         # the state that the Accelerator would make: the first one made counts, and makes the group of processes
         device = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).device
@@ -85,22 +95,28 @@ class _Loop:
             project_dir=args.output_dir,
             dataloader_config=DataLoaderConfiguration(dispatch_batches=False),
             step_scheduler_with_optimizer=False,
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=task.leaves_weights_unused)],
         )
         self.main = self.accelerator.is_main_process
-        self.push = self._background_push() if self.main and args.push_to_hub else None
         torch.backends.cudnn.deterministic = True  # a resumed run repeats what an uninterrupted one computes
         if self.accelerator.device.type == "cpu":  # `accelerate launch` leaves a process one thread
-            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-            torch.set_num_threads(args.cpu_threads or max(1, cores // self.accelerator.num_processes))
+            torch.set_num_threads(args.cpu_threads or max(1, available_cores() // self.accelerator.num_processes))
         parameter_bytes = sum(p.numel() * p.element_size() for p in task.model.parameters())
+        self.push, last = None, None
         if self.main:
             data = task.describe_data()
             processes = self.accelerator.num_processes
             kept, overwrite = args.save_total_limit, args.overwrite_output_dir
             precision = self.accelerator.mixed_precision  # what `auto` is here
-            self.folder.prepare(arguments, data, 4 * parameter_bytes, kept, overwrite, processes, precision)
+            run = (arguments, data, 4 * parameter_bytes, kept, overwrite, processes, precision)
+            self.folder.check(*run)
+            last = None if overwrite else self.folder.last_checkpoint(processes)
+            if args.push_to_hub:  # between the two: neither a repository nor a changed folder is left by a refusal
+                self.push = self._background_push()
+            self.folder.prepare(*run)
         self.accelerator.wait_for_everyone()
-        self.resume_from = self.folder.last_checkpoint()
+        # one process looks: each by itself might choose otherwise on a shared file system
+        self.resume_from = broadcast_object_list([last])[0]
         self.keeps_others = False
         if self.main and self.resume_from is None:
             record = {"task": task.name, "arguments": arguments, "data": data, **describe_environment()}
@@ -142,7 +158,8 @@ class _Loop:
             accelerator.register_for_checkpointing(self.ema)
         accelerator.register_for_checkpointing(self.scheduler, self.state)
         if self.resume_from is not None:
-            accelerator.load_state(str(self.resume_from))
+            with self.folder.loading(self.resume_from):
+                accelerator.load_state(str(self.resume_from))
             if self.main:
                 self.folder.truncate_metrics(self.state.step)
                 logger.info("resuming from step %d of %d", self.state.step, args.max_steps)

@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+import pickle
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 
+from ..adaptation import ADAPTER_FOLDER
 from ..records import describe_environment, write_json
 from .arguments import ADDED_LATER, FREE_ARGUMENTS, KEPT_ARGUMENTS
+from .checkpoint_files import CHECKPOINT_PREFIX, damage, numbered, seal, step_of, sync_folder
 
-CHECKPOINT_PREFIX = "step-"
+logger = logging.getLogger(__name__)
+
+# What Accelerate, torch and safetensors raise over a file that is not what it was.
+_LOAD_ERRORS = (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError, SafetensorError)
 
 
 class RunFolderError(RuntimeError):
@@ -32,6 +41,47 @@ class RunFolder:
         self.previews = self.path / "previews"
         self.checkpoints = self.path / "checkpoints"
 
+    def check(
+        self,
+        arguments: dict[str, Any],
+        data: dict[str, Any],
+        checkpoint_bytes: int,
+        kept: int,
+        overwrite: bool,
+        num_processes: int = 1,
+        precision: str | None = None,
+    ) -> None:
+        """Check that the run can be written here and is the same run as the one already here; changes nothing.
+
+        Args:
+            arguments: the run's arguments by group, as recorded in `run.json`.
+            data: the data's description, likewise.
+            checkpoint_bytes: estimated size of one checkpoint.
+            kept: checkpoints that exist side by side.
+            overwrite: a run that is already here is to be removed; a folder without a record holds none.
+            num_processes: processes of the run, where their number is a part of what is computed.
+            precision: what `mixed_precision` means on this machine, likewise.
+
+        Raises:
+            RunFolderError: not writable, too little disk, another run's folder, or one of other files without a run.
+        """
+        try:
+            there = next(path for path in (self.path, *self.path.absolute().parents) if path.exists())
+            with tempfile.TemporaryFile(dir=there) as probe:
+                probe.write(b"0" * 4096)
+        except OSError as error:
+            raise self._unwritable(error) from error
+        free, needed = shutil.disk_usage(there).free, checkpoint_bytes * (kept + 2)
+        if free < needed:
+            raise RunFolderError(
+                f"output_dir={str(self.path)!r}: {free / 2**20:.0f} MiB free, but {kept} checkpoints and the model "
+                f"need about {needed / 2**20:.0f} MiB. Free some space, give another folder, or lower save_total_limit."
+            )
+        if kept or overwrite:  # without checkpoints these are no run's: `make_pairs` has a check of its own
+            self._refuse_other_content()
+        if self.record.is_file() and not overwrite:
+            self._refuse_other_run(arguments, data, num_processes, precision)
+
     def prepare(
         self,
         arguments: dict[str, Any],
@@ -42,47 +92,30 @@ class RunFolder:
         num_processes: int = 1,
         precision: str | None = None,
     ) -> None:
-        """Check that the run can be written here and is the same run as the one already here, if any.
+        """[`RunFolder.check`], and then make the folder, or remove from it the run that is to be overwritten.
 
         Args:
-            arguments: the run's arguments by group, as recorded in `run.json`.
-            data, num_processes: the data's description and the number of processes, likewise.
-            checkpoint_bytes: estimated size of one checkpoint.
-            kept: checkpoints that exist side by side.
-            overwrite: remove a run that is already here; a folder without a record holds none.
-            num_processes: processes of the run, where their number is a part of what is computed.
-            precision: what `mixed_precision` means on this machine, likewise.
+            arguments, data, checkpoint_bytes, kept, overwrite, num_processes, precision: as there.
 
         Raises:
-            RunFolderError: not writable, too little disk, another run's folder, or one of other files without a run.
+            RunFolderError: as there.
         """
+        self.check(arguments, data, checkpoint_bytes, kept, overwrite, num_processes, precision)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            probe = self.path / ".writable"
-            probe.write_bytes(b"0" * 4096)
-            probe.unlink()
         except OSError as error:
-            raise RunFolderError(
-                f"output_dir={str(self.path)!r} cannot be written: {error}. Give another folder."
-            ) from error
-        free, needed = shutil.disk_usage(self.path).free, checkpoint_bytes * (kept + 2)
-        if free < needed:
-            raise RunFolderError(
-                f"output_dir={str(self.path)!r}: {free / 2**20:.0f} MiB free, but {kept} checkpoints and the model "
-                f"need about {needed / 2**20:.0f} MiB. Free some space, give another folder, or lower save_total_limit."
-            )
-        if kept or overwrite:  # without checkpoints these are no run's: `make_pairs` has a check of its own
-            self._refuse_other_content()
+            raise self._unwritable(error) from error
         if overwrite:
             self._remove_run()
         for stale in self.checkpoints.glob("*.tmp"):  # of a run that was killed while it wrote them
             shutil.rmtree(stale, ignore_errors=True)
-        if self.record.is_file():
-            self._refuse_other_run(arguments, data, num_processes, precision)
+
+    def _unwritable(self, error: OSError) -> RunFolderError:
+        return RunFolderError(f"output_dir={str(self.path)!r} cannot be written: {error}. Give another folder.")
 
     def _content(self) -> list[Path]:
         """What is here of all that a run writes or removes, but for its record and what trackers log."""
-        names = ("checkpoints", "previews", "adapter", "export.tmp", "removed.tmp", "metrics.jsonl", "config.json",
+        names = ("checkpoints", "previews", ADAPTER_FOLDER, "export.tmp", "removed.tmp", "metrics.jsonl", "config.json",
                  "preprocessor_config.json")  # fmt: skip
         found = [path for path in map(self.path.joinpath, names) if path.exists()]
         return found + sorted(self.path.glob("*.safetensors"))
@@ -187,10 +220,29 @@ class RunFolder:
             os.replace(entry, target)
         temporary.rmdir()
 
-    def last_checkpoint(self) -> Path | None:
-        """The newest complete checkpoint, or `None`."""
-        found = self._complete_checkpoints()
-        return found[-1] if found else None
+    def last_checkpoint(self, num_processes: int = 1) -> Path | None:
+        """The newest whole checkpoint, or `None` where there is none at all; newer ones that are damaged are warned of.
+
+        Args:
+            num_processes: processes of the run, each with random states of its own.
+
+        Raises:
+            RunFolderError: there are checkpoints, but all are damaged.
+        """
+        damaged = []
+        for path in reversed(numbered(self.checkpoints)):
+            wrong = damage(path, num_processes)
+            if wrong is None:
+                if damaged:
+                    logger.warning("going on from %s, for a newer checkpoint is damaged: %s", path, "; ".join(damaged))
+                return path
+            damaged.append(f"{path} ({wrong})")
+        if damaged:  # to start over by itself would take away the model that is here
+            raise RunFolderError(
+                f"output_dir={str(self.path)!r}: no checkpoint is whole: {'; '.join(damaged)}. Bring back the files, "
+                "give another folder, or start over with --overwrite_output_dir."
+            )
+        return None
 
     @contextmanager
     def writing(self, what: str) -> Iterator[None]:
@@ -198,11 +250,24 @@ class RunFolder:
         try:
             yield
         except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own
-            last = self.last_checkpoint()
+            last = next(iter(self._whole_checkpoints()[::-1]), None)
             raise RunFolderError(
                 f"output_dir={str(self.path)!r}: {what} could not be written: {error}. "
                 + (f"The last whole checkpoint is {last.name}; " if last else "There is no checkpoint yet; ")
                 + "with space on the disk, the same command goes on from there."
+            ) from error
+
+    @contextmanager
+    def loading(self, checkpoint: Path) -> Iterator[None]:
+        """Turn what a checkpoint that is damaged after all raises into a [`RunFolderError`] that says what to do."""
+        try:
+            yield
+        except torch.OutOfMemoryError:  # which is no fault of the checkpoint's
+            raise
+        except _LOAD_ERRORS as error:
+            raise RunFolderError(
+                f"the checkpoint {checkpoint} cannot be loaded ({type(error).__name__}: {error}). Remove this folder "
+                "and start the same command again: it goes on from the checkpoint before, or else starts over."
             ) from error
 
     def save_checkpoint(
@@ -222,19 +287,28 @@ class RunFolder:
                     temporary.mkdir(parents=True)
                 wait()
                 save(temporary)
+                wait()
+                if main:
+                    seal(temporary)
         except RunFolderError:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
-        wait()
         if main:
             shutil.rmtree(target, ignore_errors=True)
             os.replace(temporary, target)
-            for stale in self._complete_checkpoints()[:-limit]:
-                shutil.rmtree(stale, ignore_errors=True)
+            sync_folder(self.checkpoints)
+            self._rotate(step, limit)
         wait()
 
-    def _complete_checkpoints(self) -> list[Path]:
-        return sorted(path for path in self.checkpoints.glob(f"{CHECKPOINT_PREFIX}*") if path.suffix != ".tmp")
+    def _rotate(self, step: int, limit: int) -> None:
+        """Keep the newest whole checkpoints up to this step: those after it were damaged, or it would not be saved."""
+        kept = [path for path in self._whole_checkpoints() if step_of(path) <= step][-limit:]
+        for stale in numbered(self.checkpoints):
+            if stale not in kept:
+                shutil.rmtree(stale, ignore_errors=True)
+
+    def _whole_checkpoints(self) -> list[Path]:
+        return [path for path in numbered(self.checkpoints) if damage(path) is None]
 
 
 def _as_stored(value: Any) -> Any:

@@ -30,6 +30,7 @@ class Task(ABC):
     """
 
     name = "task"
+    leaves_weights_unused = False  # whether some trainable weights may get no gradient, which DDP must be told
 
     def __init__(
         self,

@@ -1,0 +1,183 @@
+"""Checkpoints that a power cut or a crash damaged: the one before is taken, and what was done is said."""
+
+import json
+import os
+import shutil
+
+import pytest
+import torch
+from conftest import image_rows
+from running import assert_same_run, checkpoints, run, words
+from safetensors.torch import save_file
+
+from maep_hf.training import RunFolder, RunFolderError
+from maep_hf.training import checkpoint_files as checkpoint_files_module
+from maep_hf.training.checkpoint_files import MANIFEST, damage, numbered
+
+FILES = ("model.safetensors", "optimizer.bin", "random_states_0.pkl", "custom_checkpoint_0.pkl")
+
+
+def write_files(folder, ranks: int = 1) -> None:
+    """What Accelerate leaves of a state, in small."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({"a": torch.rand(9)}, folder / FILES[0])
+    for name in (*FILES[1:], *(f"random_states_{rank}.pkl" for rank in range(1, ranks))):
+        torch.save(torch.rand(9), folder / name)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A run folder with whole checkpoints of steps 2, 4 and 6."""
+    found = RunFolder(tmp_path / "run")
+    for step in (2, 4, 6):
+        found.save_checkpoint(step, write_files, lambda: None, True, 3)
+    return found
+
+
+def half(path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def empty(path) -> None:
+    path.write_bytes(b"")
+
+
+def gone(path) -> None:
+    path.unlink()
+
+
+@pytest.mark.parametrize("manifest", [True, False], ids=["manifest", "older version"])
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("spoil", [half, empty, gone])
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(folder, caplog, spoil, name, manifest):
+    for path in numbered(folder.checkpoints):
+        if not manifest:
+            (path / MANIFEST).unlink()
+    assert folder.last_checkpoint().name == "step-0000006" and not caplog.text
+    spoil(folder.checkpoints / "step-0000006" / name)
+    if name == FILES[3] and spoil is gone and not manifest:  # how many there must be is known to the loading alone
+        assert folder.last_checkpoint().name == "step-0000006"
+        return
+    assert folder.last_checkpoint().name == "step-0000004"
+    assert "step-0000006" in caplog.text and name in caplog.text and caplog.records[0].levelname == "WARNING"
+
+
+def test_all_ranks_must_have_left_their_random_states(folder, caplog):
+    folder.save_checkpoint(8, lambda path: write_files(path, ranks=2), lambda: None, True, 4)
+    assert folder.last_checkpoint(2).name == "step-0000008"
+    (folder.checkpoints / "step-0000008" / "random_states_1.pkl").unlink()
+    assert folder.last_checkpoint(1).name == "step-0000006"
+    assert "random_states_1.pkl is missing" in caplog.text
+    (folder.checkpoints / "step-0000006" / MANIFEST).unlink()  # it tells of one process
+    with pytest.raises(RunFolderError, match="no checkpoint is whole: .*step-0000006 .random_states_1.pkl is missing"):
+        folder.last_checkpoint(2)
+
+
+def test_a_manifest_that_is_no_manifest(folder):
+    path = folder.checkpoints / "step-0000006"
+    for text in ("", "[]", '{"files": 3}', '{"files": {"model.safetensors": 1}}'):
+        (path / MANIFEST).write_text(text)
+        assert damage(path)
+
+
+def test_without_a_whole_checkpoint_nothing_starts_over_by_itself(folder):
+    for path in numbered(folder.checkpoints):
+        empty(path / "optimizer.bin")
+    with pytest.raises(RunFolderError, match="no checkpoint is whole: .*optimizer.bin.*--overwrite_output_dir"):
+        folder.last_checkpoint()
+    assert RunFolder(folder.path / "new").last_checkpoint() is None
+
+
+def test_rotation_keeps_whole_checkpoints(folder):
+    empty(folder.checkpoints / "step-0000006" / "optimizer.bin")
+    folder.save_checkpoint(5, write_files, lambda: None, True, 1)
+    assert checkpoints(folder.path) == ["step-0000005"]
+
+
+def test_a_copy_with_a_name_of_its_own_is_no_checkpoint(folder):
+    for name in ("step-0000006-best", "step-best", "step-0000009 (copy)"):
+        write_files(folder.checkpoints / name)
+    (folder.checkpoints / "step-0000011").write_text("a file")
+    assert folder.last_checkpoint().name == "step-0000006"
+    for step in (9_999_999, 10_000_000):  # more digits than names are padded to
+        folder.save_checkpoint(step, write_files, lambda: None, True, 2)
+    assert folder.last_checkpoint().name == "step-10000000"
+    assert checkpoints(folder.path) == [
+        "step-0000006-best", "step-0000009 (copy)", "step-0000011", "step-10000000", "step-9999999", "step-best"
+    ]  # fmt: skip
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    synced, sync, replace = [], os.fsync, os.replace
+
+    def noting(descriptor):
+        synced.append(os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}")))
+        sync(descriptor)
+
+    def renaming(source, target):
+        synced.append("renamed")
+        replace(source, target)
+
+    if not os.path.isdir("/proc/self/fd"):
+        pytest.skip("what a descriptor is of is read from /proc")
+    monkeypatch.setattr(checkpoint_files_module.os, "fsync", noting)
+    monkeypatch.setattr(os, "replace", renaming)
+    RunFolder(tmp_path).save_checkpoint(2, write_files, lambda: None, True, 1)
+    assert synced == [
+        *sorted(FILES), MANIFEST, "step-0000002.tmp", "renamed", "checkpoints"
+    ]  # fmt: skip
+
+
+def test_a_disk_that_fails_at_the_last_moment_leaves_the_checkpoint_before(folder, monkeypatch):
+    def failing(path):
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr(checkpoint_files_module, "_sync", failing)
+    with pytest.raises(RunFolderError, match="checkpoint of step 8.*the disk is gone.*last whole .* is step-0000006"):
+        folder.save_checkpoint(8, write_files, lambda: None, True, 3)
+    assert checkpoints(folder.path) == ["step-0000002", "step-0000004", "step-0000006"]
+
+
+# --- with the loop -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    """A short run, and its command line for another folder."""
+    base = tmp_path_factory.mktemp("whole")
+    image_rows(12).to_parquet(base / "images" / "train.parquet")
+    image_rows(4, first=12).to_parquet(base / "images" / "test.parquet")
+
+    def argv(folder) -> list[str]:
+        return words(
+            dataset=base / "images", depth=8, width=4, image_size=16, padding=2, max_steps=3, warmup_steps=0,
+            per_device_train_batch_size=4, validation_images=4, cpu_threads=1, logging_steps=1, save_steps=1,
+            ema_decay=0.5, output_dir=folder,
+        )  # fmt: skip
+
+    return run("train_classifier", argv(base / "run")), argv
+
+
+def test_a_run_goes_on_from_the_checkpoint_before(whole_run, tmp_path, caplog):
+    whole, argv = whole_run
+    folder = shutil.copytree(whole, tmp_path / "run")
+    manifest = json.loads((folder / "checkpoints" / "step-0000003" / MANIFEST).read_text())
+    assert {*FILES, "custom_checkpoint_1.pkl", "custom_checkpoint_2.pkl"} == set(manifest["files"])
+    half(folder / "checkpoints" / "step-0000003" / "model.safetensors")
+    run("train_classifier", argv(folder))
+    assert_same_run(whole, folder)
+    assert "step-0000002, for a newer checkpoint is damaged" in caplog.text and "step-0000003 (model" in caplog.text
+
+
+def test_what_cannot_be_loaded_after_all_names_the_folder_and_the_fix(whole_run, tmp_path):
+    whole, argv = whole_run
+    folder = shutil.copytree(whole, tmp_path / "run")
+    newest = folder / "checkpoints" / "step-0000003"
+    for name in ("optimizer.bin", "custom_checkpoint_0.pkl"):
+        (newest / name).write_bytes(bytes((newest / name).stat().st_size))  # of the right size, but zeros
+        with pytest.raises(RunFolderError, match="checkpoint .*step-0000003 cannot be loaded.*Remove this folder"):
+            run("train_classifier", argv(folder))
+        shutil.copy(whole / "checkpoints" / "step-0000003" / name, newest)
+    shutil.rmtree(newest)
+    run("train_classifier", argv(folder))
+    assert_same_run(whole, folder)
