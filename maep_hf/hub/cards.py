@@ -21,6 +21,7 @@ from .folders import (
     CLASSIFIER,
     EVALUATION,
     PAIRS,
+    PAIRS_RECORD,
     PLAIN_CLASSIFIER,
     PURIFIER,
     RESULTS,
@@ -240,7 +241,7 @@ def _input_size(folder: Path, config: Any) -> int:
 
 
 def _pairs(folder: Path, repo_id: str, base_model: str | None, records: list) -> dict[str, Any]:
-    record = without_paths(read_json(folder / "make_pairs.json"))
+    record = without_paths(read_json(folder / PAIRS_RECORD))
     arguments, result = record.get("arguments", {}), record.get("result", {})
     pairs, attack = arguments.get("pairs", {}), arguments.get("attack", {})
     source = pairs.get("dataset")

@@ -18,6 +18,7 @@ RESULTS = "results.jsonl"
 RESULT_TEXTS = (RESULTS, "results.md", "results.csv")
 RESULT_FILES = (*RESULT_TEXTS, "*.png")
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+PAIRS_RECORD = "make_pairs.json"
 PURIFIER_CODE = ("configuration_maep.py", "modeling_maep.py", "image_processing_maep.py", "pipeline_maep.py")
 CLASSIFIER_CODE = ("configuration_cifar_resnet.py", "modeling_cifar_resnet.py")
 
@@ -44,7 +45,7 @@ CLASSIFIER = Kind("classifier", (*_WEIGHTS, *_RUN, "preprocessor_config.json"), 
 PLAIN_CLASSIFIER = Kind("classifier of transformers", CLASSIFIER.files)  # its code is in transformers
 ADAPTER = Kind("adapter", (ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE_RECORD, *_RUN, *RESULT_FILES))
 IMAGE_PROCESSOR = Kind("image processor", ("preprocessor_config.json",), ("image_processing_maep.py",))
-PAIRS = Kind("pairs", ("make_pairs.json", "data/*.parquet"), repo_type="dataset")
+PAIRS = Kind("pairs", (PAIRS_RECORD, "data/*.parquet"), repo_type="dataset")
 EVALUATION = Kind("evaluation", RESULT_FILES)
 _OF_MODEL_TYPE = {"maep": PURIFIER, "cifar_resnet": CLASSIFIER}
 
@@ -68,7 +69,7 @@ def kind_of(folder: str | os.PathLike) -> Kind:
                 f"{', '.join(_OF_MODEL_TYPE)}, and is of no image classifier of transformers"
             )
         return kind
-    if (folder / "make_pairs.json").is_file():
+    if (folder / PAIRS_RECORD).is_file():
         if not any((folder / "data").glob("*.parquet")):
             raise ValueError(f"{folder}: its pairs are not complete; run train/make_pairs.py again to go on")
         return PAIRS
@@ -77,7 +78,7 @@ def kind_of(folder: str | os.PathLike) -> Kind:
     if (folder / "preprocessor_config.json").is_file():
         return IMAGE_PROCESSOR
     raise ValueError(
-        f"{folder} holds no config.json, adapter_config.json, make_pairs.json or {RESULTS}: it is not the folder of a "
+        f"{folder} holds no config.json, adapter_config.json, {PAIRS_RECORD} or {RESULTS}: it is not the folder of a "
         "model, an adapter, pairs or an evaluation"
     )
 

@@ -79,10 +79,14 @@ def push_to_hub(
 
     A purifier or adapter keeps the records on the Hub that are of its weights; those of its folder come beside them, or
     in place of those of the same protocol. Those of other weights go, and with them their tables, the pictures of the
-    card, and their results in an edited README's metadata; a warning says so, and no other file is deleted. An
-    adapter's weights are compared with those on the Hub, since the fingerprints in its records, of merged weights,
-    differ between processors. For the same reason records pushed to an adapter replace all that are there when the
-    fingerprint is another: a table never mixes the two.
+    card, and their results in an edited README's metadata. An adapter's weights are compared with those on the Hub,
+    since the fingerprints in its records, of merged weights, differ between processors. For the same reason records
+    pushed to an adapter replace all that are there when the fingerprint is another: a table never mixes the two.
+
+    What is pushed replaces all of its kind that would load in its place or beside it: weights in one file those in
+    several, and the other way round, and pairs the files of older pairs, which another number of files leaves over
+    (`replaced.py`). They go in the same commit, which is refused if somebody committed meanwhile. A warning says what
+    goes, records and files alike; no other file is deleted.
 
     A repository holds a model or an adapter: one is not pushed beside the other, since other weights would load.
 
@@ -141,8 +145,9 @@ def push_to_hub(
             card = render_card(page.folder, repo_id, base_model=base_model, **shown)
             card = without_names(card, _not_there(api, card.data, base_model))
         operations = _operations(page, kind, card, base_model, token)
-        if push.going:
-            logger.warning("%s: %s go, with their tables and pictures", repo_id, push.going)
+        operations += push.without_replaced(at, names, {each.path_in_repo for each in operations})
+        for what in push.going:
+            logger.warning("%s: %s", repo_id, what)
         push.prepare(private)
         push.commit(operations, commit_message or f"Upload {kind.name} with maep", parent=push.read_at)
         merge = page.has_own_records or page.records is None

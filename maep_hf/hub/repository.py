@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import (
     HfHubHTTPError,
     RemoteEntryNotFoundError,
@@ -20,8 +20,9 @@ from ..evaluation.results import read_results
 from .cards import own_records
 from .connection import check_visibility
 from .contents import check_for_leaks
-from .folders import ADAPTER, ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE_RECORD, PURIFIER, RESULTS, Kind
+from .folders import ADAPTER, ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE_RECORD, PAIRS_RECORD, PURIFIER, RESULTS, Kind
 from .outdated import README, outdated_operations, same_adapter
+from .replaced import in_short, is_pairs_record, replaced_shards, replaced_weights
 from .results import records_of
 from .seal import renewed
 
@@ -37,7 +38,7 @@ class Repository:
         self.repo = {"repo_id": repo_id, "repo_type": repo_type}
         self.url, self.oid = "", ""
         self.read_at: str | None = None  # commit that records are merged with or taken from
-        self.going = ""  # what is taken from it, in words
+        self.going: list[str] = []  # what is taken from it, in words
 
     def download_model(self, folder: Path) -> None:
         """The files of the model that records are of, which has to be there."""
@@ -92,8 +93,23 @@ class Repository:
 
     def without(self, records: Sequence[Mapping[str, Any]], which: str) -> list:
         """What takes outdated records off the commit that was read."""
-        self.going = f"{len(records)} records {which}"
+        self.going.append(f"{len(records)} records {which} go, with their tables and pictures")
         return outdated_operations(self.names(self.read_at), self.page(self.read_at), records)
+
+    def without_replaced(self, at: str | None, names: Collection[str], new: Collection[str]) -> list:
+        """What takes weights and pairs off a commit that new ones do not write over.
+
+        Args:
+            at, names: the commit that the push goes on top of, if any, and its files.
+            new: paths that are pushed.
+        """
+        replaced = replaced_weights(names, new)
+        if (shards := replaced_shards(names, new)) and is_pairs_record(self.file(PAIRS_RECORD, at)):
+            replaced += shards
+        if replaced:
+            self.read_at = at  # weights or pairs that somebody pushes meanwhile are not taken for these
+            self.going.append(f"deleted, since what is pushed replaces it: {in_short(replaced)}")
+        return [CommitOperationDelete(name) for name in replaced]
 
     def names(self, revision: str | None) -> list[str]:
         """Paths of the repository's files."""
