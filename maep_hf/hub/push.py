@@ -83,10 +83,12 @@ def push_to_hub(
     since the fingerprints in its records, of merged weights, differ between processors. For the same reason records
     pushed to an adapter replace all that are there when the fingerprint is another: a table never mixes the two.
 
-    What is pushed replaces all of its kind that would load in its place or beside it: weights in one file those in
-    several, and the other way round, and pairs the files of older pairs, which another number of files leaves over
-    (`replaced.py`). They go in the same commit, which is refused if somebody committed meanwhile. A warning says what
-    goes, records and files alike; no other file is deleted.
+    A model's weights replace all that are there, in one file or in several: transformers loads the single file first,
+    however old. Pairs replace older pairs of the same split, whose files have other names where they were more or
+    fewer; without a `make_pairs.json` of ours beside them they are a person's and stay (`replaced.py`).
+
+    All of this goes in the commit that brings the new files, which is refused if somebody committed meanwhile. A
+    warning says what goes; no other file is deleted.
 
     A repository holds a model or an adapter: one is not pushed beside the other, since other weights would load.
 

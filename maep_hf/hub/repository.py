@@ -37,7 +37,7 @@ class Repository:
         self.branch, self.create_pr = revision or "main", create_pr
         self.repo = {"repo_id": repo_id, "repo_type": repo_type}
         self.url, self.oid = "", ""
-        self.read_at: str | None = None  # commit that records are merged with or taken from
+        self.read_at: str | None = None  # commit that what is merged or taken away was read at
         self.going: list[str] = []  # what is taken from it, in words
 
     def download_model(self, folder: Path) -> None:
