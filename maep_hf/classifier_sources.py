@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from .checkpoints import CheckpointError, expanded, released_checkpoint
+from .data import names_that_differ
 from .folding import fold_batch_norm
 
 if TYPE_CHECKING:
@@ -54,6 +55,9 @@ def load_frozen_classifier(name: str | os.PathLike) -> PixelClassifier:
 
 def match_classes(classifiers: Sequence[PixelClassifier], names: Sequence[str] | None) -> None:
     """Put the logits of each into the order of a dataset's class names, where it has the same in another order."""
+    for classifier in classifiers:
+        if differ := names_that_differ(names, list((classifier.id2label or {}).values())):
+            logger.warning("a surrogate's class names are not the dataset's (%s); taken by index", differ)
     if any([classifier.match_classes(names) for classifier in classifiers]):  # a list: of all, not of the first
         logger.warning(
             "the dataset's classes stand in another order than those of the surrogates: they are matched by name"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
 import struct
 import zlib
 from collections.abc import Sequence
@@ -51,6 +52,7 @@ class ImageDataset:
     streaming: bool = False
     origin: str = ""
     stored_columns: Any = None  # features of all columns, where the rows have not all of them
+    no_labels: str = ""  # why a column with a usual name of labels is none
 
     def __len__(self) -> int:
         if self.streaming:
@@ -124,16 +126,36 @@ def expect_classes(found: int | None, classes: int, model: str, hint: str, named
 
 
 def same_names_in_order(own: Sequence[str] | None, wanted: Sequence[str] | None) -> list[int] | None:
-    """Where each of the `wanted` class names stands among one's `own`.
+    """Where each of the `wanted` class names stands among one's `own`; case, underscores and hyphens do not count.
 
     Returns:
         Indices into `own`; `None` where these are not the same names, are so in the same order, or repeat one: then
         nothing is known of their order, or nothing is to be done.
     """
-    own, wanted = list(own or []), list(wanted or [])
+    own, wanted = _normalised(own), _normalised(wanted)
     if own == wanted or len(set(own)) != len(own) or sorted(own) != sorted(wanted):
         return None
     return [own.index(name) for name in wanted]
+
+
+def names_that_differ(own: Sequence[str] | None, wanted: Sequence[str] | None, most: int = 3) -> str | None:
+    """The first class names that one of two sides has alone, as `cat, dog / tabby`, to warn that nothing matches them.
+
+    Returns:
+        `None` where both have the same, or one has none but numbers (`LABEL_3`), which say nothing.
+    """
+    sides = [dict(zip(_normalised(side), side or [], strict=True)) for side in (own, wanted)]
+    if any(all(re.fullmatch(r"(label|class)? *\d*", name) for name in side) for side in sides):
+        return None
+    alone = [[str(name) for plain, name in side.items() if plain not in other] for side, other in (sides, sides[::-1])]
+    if not any(alone):
+        return None
+    shown = (", ".join(names[:most]) + (", ..." if len(names) > most else "") for names in alone)
+    return " / ".join(text or "none" for text in shown)
+
+
+def _normalised(names: Sequence[str] | None) -> list[str]:
+    return [" ".join(re.split(r"[\s_-]+", str(name).casefold())).strip() for name in names or []]
 
 
 def load_image_dataset(
@@ -289,9 +311,13 @@ def _with_columns(rows, source, image_column, label_column, adversarial_column, 
     if image_column is None:
         candidates = [name for name in image_columns if name != adversarial]
         if len(candidates) != 1:
+            paths = "" if candidates else (
+                ", but paths in a column are not read: for them, make a folder of the images with a metadata.csv "
+                "whose column file_name names each"
+            )  # fmt: skip
             raise DataError(
                 f"dataset={source!r} has {len(candidates)} image columns among {list(features)}; "
-                "name one with image_column"
+                f"name one with image_column{paths}"
             )
         image_column = candidates[0]
     if label_column is None:
@@ -300,15 +326,13 @@ def _with_columns(rows, source, image_column, label_column, adversarial_column, 
         if len(classes) == 1 and (classes[0] in known or not known):
             known = classes  # the one that names its classes
         label_column = (known or [None])[0]
+    unusable = [name for name in LABEL_NAMES if name in features] if label_column is None else []
     images = {"image_column": image_column, "adversarial_column": adversarial}
     for argument, name in (images | {"label_column": label_column}).items():
         if name is not None and name not in features:
             raise DataError(f"{argument}={name!r} is not in {source!r}; its columns are {list(features)}")
     if label_column is not None and not _is_label(features[label_column]):
-        raise DataError(
-            f"label_column={label_column!r} of {source!r} holds {features[label_column]}, not class indices; "
-            "turn them into indices with datasets' class_encode_column"
-        )
+        raise DataError(_no_indices(f"label_column={label_column!r} of {source!r}", features[label_column]))
     for argument, name in images.items():
         if name is not None:
             if not _is_image(features[name], named=True):
@@ -325,7 +349,12 @@ def _with_columns(rows, source, image_column, label_column, adversarial_column, 
         class_names=getattr(features.get(label_column), "names", None) if label_column else None,
         streaming=streaming,
         stored_columns=stored,
+        no_labels=_no_indices(f"its column {unusable[0]!r}", features[unusable[0]]) if unusable else "",
     )
+
+
+def _no_indices(column: str, feature: Any) -> str:
+    return f"{column} holds {feature}, not class indices; turn them into indices with datasets' class_encode_column"
 
 
 def _is_plain(feature: Any) -> bool:

@@ -34,6 +34,7 @@ _TIFF_DIRECTORIES = (34665, 34853)
 _TIFF_DESCRIPTIVE = (270, 271, 272, 305, 306, 315, 33432, *_TIFF_DIRECTORIES)
 _GREY_MODES = ("1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L", "F")
 # GIF and palette PNG are rebuilt with a new palette; lossy formats are written at a quality that keeps the correction.
+ICO_SIDE = 256
 _SAVE_OPTIONS = {
     "JPEG": {"quality": 95, "subsampling": 0},
     "WEBP": {"lossless": True, "exact": True},
@@ -64,8 +65,8 @@ class LoadedImage:
         format: PIL name of the file's format, e.g. `PNG`.
         alpha: upright alpha channel (PIL mode `L`), or `None`.
         orientation: EXIF orientation, 1 to 8 (1: stored upright).
-        metadata: what is written back with the picture (`exif`, `icc_profile`, `dpi`), and how, where it needs that
-            (`compression`).
+        metadata: what is written back with the picture (`exif`, `icc_profile`, `dpi`, `comment`), and how, where it
+            needs that (`compression`).
         frames: how many frames the file has; only the first is read.
     """
 
@@ -133,7 +134,7 @@ def save_image(picture: Image.Image, path: str | os.PathLike, format: str, metad
 
     Args:
         format: PIL name, e.g. `PNG`; JPEG is written at quality 95 without chroma subsampling, WebP without loss.
-        metadata: `exif`, `icc_profile`, `dpi`, `compression` as in `LoadedImage.metadata`.
+        metadata: `exif`, `icc_profile`, `dpi`, `comment`, `compression` as in `LoadedImage.metadata`.
 
     Raises:
         OSError: the folder cannot be written or the disk is full; nothing is left behind.
@@ -143,6 +144,10 @@ def save_image(picture: Image.Image, path: str | os.PathLike, format: str, metad
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     options = {**_SAVE_OPTIONS.get(format, {}), **(metadata or {})}
+    if format == "ICO":  # Pillow would write its own sizes that are smaller than the picture
+        if max(picture.size) > ICO_SIDE:
+            raise ImageWriteError(f"{path}: ICO takes no picture of more than {ICO_SIDE} pixels a side; write a PNG")
+        options["sizes"] = [picture.size]
     if format == "TIFF" and picture.mode not in ("L", "RGB", "RGBA"):
         options["compression"] = None
     try:
@@ -208,6 +213,8 @@ def _decode(image: Image.Image) -> LoadedImage:
     exif = image.getexif()
     orientation = exif.get(_ORIENTATION, 1)
     metadata = {key: image.info[key] for key in ("icc_profile", "dpi") if image.info.get(key)}
+    if format_name in ("JPEG", "GIF") and image.info.get("comment"):
+        metadata["comment"] = image.info["comment"]
     if format_name == "TIFF":
         for tag in [tag for tag in exif if tag not in _TIFF_DESCRIPTIVE]:
             del exif[tag]

@@ -11,8 +11,62 @@ import pytest
 from conftest import CLASSES, image_rows, picture
 from PIL import Image
 
-from maep_hf.data import DataError, decode_image, load_image_dataset, to_rgb
+from maep_hf.data import (
+    DataError,
+    decode_image,
+    load_image_dataset,
+    names_that_differ,
+    same_names_in_order,
+    to_rgb,
+)
+from maep_hf.evaluation import read_images
 from maep_hf.training import Augmentation, DataArguments, PositionedImages, StreamedImages
+
+
+def test_names_of_classes_are_the_same_in_other_letters():
+    own, wanted = ["Airplane", "fire-truck", "Cat"], ["cat", "airplane", "fire_truck"]
+    assert same_names_in_order(own, wanted) == [2, 0, 1]
+    assert same_names_in_order(own, [name.upper() for name in own]) is None
+    assert same_names_in_order(["a b", "a_b"], ["a_b", "a b"]) is None  # which is which is not known
+    assert names_that_differ(own, wanted) is None
+
+
+def test_names_of_classes_that_match_nothing_are_told():
+    known = ["airplane", "cat", "dog"]
+    assert names_that_differ(known, ["cat", "dog", "zairplane"]) == "airplane / zairplane"
+    assert names_that_differ(known, known + ["ship"]) == "none / ship"
+    assert names_that_differ([f"n{i:08}" for i in range(1000)], [f"word {i}" for i in range(1000)]).count(",") == 6
+    for silent in (None, [], ["0", "1", "2"], ["LABEL_0", "LABEL_1", "LABEL_2"]):
+        assert names_that_differ(known, silent) is None and names_that_differ(silent, known) is None
+
+
+def test_labels_that_are_no_indices_are_told_at_once(tmp_path):
+    rows = image_rows(3).remove_columns("label").add_column("label", ["cat", "dog", "cat"])
+    rows.to_parquet(tmp_path / "text.parquet")
+    dataset = load_image_dataset(str(tmp_path / "text.parquet"))
+    assert dataset.label_column is None
+    with pytest.raises(DataError, match=r"its column 'label' holds Value\('string'\).*class_encode_column"):
+        read_images(dataset)
+
+
+def test_a_table_of_paths_says_how_it_is_done(tmp_path):
+    pandas.DataFrame({"image": ["a.png"], "label": [0]}).to_csv(tmp_path / "rows.csv", index=False)
+    with pytest.raises(DataError, match="paths in a column are not read.*metadata.csv"):
+        load_image_dataset(str(tmp_path))
+
+
+def test_images_sorted_by_class_are_warned_of(tmp_path, caplog):
+    rows = image_rows(60)  # three classes in turns
+    rows.save_to_disk(tmp_path / "turns")
+    rows.sort("label").save_to_disk(tmp_path / "sorted")
+
+    def said(name: str, count: int) -> str:
+        caplog.clear()
+        read_images(load_image_dataset(str(tmp_path / name)), count, image_size=8)
+        return caplog.text
+
+    assert "the first 20 images are of 1 of 3 classes" in said("sorted", 20)
+    assert said("turns", 20) == said("sorted", 50) == said("sorted", 10) == ""
 
 
 def pixels(dataset) -> list[np.ndarray]:

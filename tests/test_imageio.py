@@ -150,6 +150,23 @@ def test_jpeg_keeps_profile_and_resolution(tmp_path):
     assert after.mode == "L" and after.info["icc_profile"] == b"profile" and after.info["dpi"] == (72, 72)
 
 
+@pytest.mark.parametrize("suffix", ["jpg", "gif"])
+def test_a_comment_is_carried_over(tmp_path, suffix):
+    picture("L").save(tmp_path / f"in.{suffix}", comment=b"taken by me")
+    assert round_trip(tmp_path / f"in.{suffix}", tmp_path / f"out.{suffix}").info["comment"] == b"taken by me"
+
+
+def test_an_icon_keeps_its_size(tmp_path):
+    for side in (27, 100, 256):
+        icon = Image.new("RGBA", (side, side), "red")
+        save_image(icon, tmp_path / "icon.ico", "ICO")
+        with Image.open(tmp_path / "icon.ico") as written:
+            assert written.size == (side, side)
+    with pytest.raises(ImageWriteError, match="ICO takes no picture of more than 256 pixels a side"):
+        save_image(Image.new("RGB", (300, 20)), tmp_path / "wide.ico", "ICO")
+    assert not (tmp_path / "wide.ico").exists()
+
+
 def test_what_is_no_image_is_named(tmp_path):
     buffer = io.BytesIO()
     picture("RGB").save(buffer, "PNG")

@@ -12,10 +12,15 @@ import torch
 from PIL import Image as PILImage
 from torch import Tensor
 
-from ..data import DataError, ImageDataset, decode_image, same_names_in_order
+from ..data import DataError, ImageDataset, decode_image, names_that_differ, same_names_in_order
 from .fingerprint import tensor_bytes
 
 logger = logging.getLogger(__name__)
+
+FEW = 20
+"""Images of which nobody can tell by their classes that they are sorted."""
+SORTED_SHARE = 0.7
+"""Of the classes that images drawn at random would be of; below it they are taken for sorted."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +82,8 @@ class EvaluationImages:
         """
         order = same_names_in_order(names, self.class_names)
         if order is None:
+            if differ := names_that_differ(self.class_names, names):
+                logger.warning("dataset: its class names are not the classifier's (%s); taken by index", differ)
             return self
         logger.warning("dataset: its classes stand in another order than the classifier's; they are matched by name")
         return replace(self, labels=torch.tensor(order)[self.labels.long().cpu()], class_names=tuple(names))
@@ -117,7 +124,8 @@ def read_images(
         DataError: no labels, an image without one, images of different sizes, or none that can be read.
     """
     if dataset.label_column is None:
-        raise DataError("dataset: it has no labels, and accuracy needs them; name them with label_column")
+        held = dataset.no_labels and f"; {dataset.no_labels}"
+        raise DataError(f"dataset: it has no labels, and accuracy needs them{held or '; name them with label_column'}")
     if max_images is not None and max_images < 1:
         raise DataError(f"max_images={max_images}: must be at least 1")
     arrays: list[np.ndarray] = []
@@ -145,9 +153,24 @@ def read_images(
         labels.append(label)
     if not arrays:
         raise DataError("dataset: none of its images can be read")
+    if max_images is not None and len(arrays) == max_images:
+        _warn_if_sorted(labels, dataset.num_classes)
     pixels = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
     names = tuple(dataset.class_names) if dataset.class_names else None
     return EvaluationImages(pixels, torch.tensor(labels), name, split or None, broken, names)
+
+
+def _warn_if_sorted(labels: list[int], classes: int | None) -> None:
+    """A folder of images is listed class by class, so that its first images are of its first classes alone."""
+    found = len(set(labels))
+    if len(labels) < FEW:
+        return
+    drawn = classes * (1 - (1 - 1 / classes) ** len(labels)) if classes else 0  # that as many random images would be of
+    if found < SORTED_SHARE * drawn:
+        logger.warning(
+            "dataset: the first %d images are of %d of %d classes, so they seem to be sorted by class: shuffle the "
+            "dataset, or take more with max_images", len(labels), found, classes,
+        )  # fmt: skip
 
 
 def _center_square(image: PILImage.Image, size: int) -> PILImage.Image:
