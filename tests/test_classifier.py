@@ -14,6 +14,7 @@ from torch import nn
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from maep_hf.classifier import PixelClassifier, PurifiedClassifier, call_purifier, load_classifier
+from maep_hf.classifier_sources import load_frozen_classifier
 from maep_hf.configuration_cifar_resnet import CifarResNetConfig
 from maep_hf.convert_cifar_resnet import image_processor
 from maep_hf.modeling_cifar_resnet import CifarResNetForImageClassification
@@ -442,6 +443,32 @@ def test_load_classifier(tmp_path):
     # a model that was loaded by hand finds the processor that lies beside its weights
     by_hand = PixelClassifier(transformers.AutoModelForImageClassification.from_pretrained(tmp_path))
     assert torch.equal(by_hand(pixels), classifier(pixels))
+
+
+@pytest.mark.parametrize("load", [load_classifier, load_frozen_classifier])
+@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16])
+def test_weights_of_16_bits_are_loaded_in_float32(tmp_path, load, stored):
+    """In float16 the gradients of a confident classifier are rounded to zero, and every attack fails."""
+    model, pixels = cifar_resnet(num_labels=4).eval(), torch.rand(1, 3, 32, 32, requires_grad=True)
+    with torch.no_grad():
+        best, second = PixelClassifier(model, image_processor())(pixels)[0].topk(2).values
+        model.classifier.weight.mul_(30 / (best - second))  # exp(-30) is none of float16's numbers
+        model.classifier.bias.zero_()
+    model.to(stored).save_pretrained(tmp_path)
+    image_processor().save_pretrained(tmp_path)
+    classifier = load(str(tmp_path))
+    logits = classifier(pixels)
+    F.cross_entropy(logits, logits.argmax(1)).backward()
+    assert {parameter.dtype for parameter in classifier.parameters()} == {torch.float32} and pixels.grad.any()
+
+
+@pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
+def test_a_dtype_that_is_asked_for_is_given(tmp_path, name):
+    cifar_resnet().save_pretrained(tmp_path)
+    image_processor().save_pretrained(tmp_path)
+    for dtype in (torch.bfloat16, "float16"):
+        classifier = load_classifier(tmp_path, **{name: dtype}).classifier
+        assert str(classifier.dtype).removeprefix("torch.") == str(dtype).removeprefix("torch.")
 
 
 def test_load_classifier_errors(tmp_path):
