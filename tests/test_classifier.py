@@ -193,7 +193,7 @@ def test_explicit_argument_errors(kwargs, message):
 
 def test_a_filter_without_tensor_form_needs_a_word():
     processor = transformers.ViTImageProcessorPil(resample=1)
-    with pytest.raises(ValueError, match="lanczos"):
+    with pytest.raises(ValueError, match="lanczos.*python:MODULE:FUNCTION"):
         PixelClassifier(Flat(), processor)
     assert PixelClassifier(Flat(), processor, interpolation="bicubic").preprocessing.spec.interpolation == "bicubic"
     with pytest.raises(TypeError, match="image_processor"):
@@ -368,6 +368,30 @@ def test_offloaded_models_are_fed_where_they_compute(tmp_path):
     assert any(parameter.device.type == "meta" for parameter in classifier.parameters())
     offloaded = PurifiedClassifier(accelerate.cpu_offload(purifier, torch.device("cpu")), classifier)
     torch.testing.assert_close(offloaded(pixels), expected)
+
+
+def exported() -> nn.Module:
+    torch.manual_seed(0)
+    model, size = nn.Sequential(nn.Flatten(), nn.Linear(192, 5)), {0: torch.export.Dim("batch", max=64)}
+    return torch.export.export(model.eval(), (torch.rand(4, 3, 8, 8),), dynamic_shapes=(size,)).module()
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_exported_programs_are_taken(nested):
+    """They have no train() and eval(); what stands beside them has, in whatever order."""
+    inner = nn.Sequential(nn.Sequential(exported()), nn.Dropout()) if nested else exported()
+    defended, pixels = PurifiedClassifier(nn.Dropout(), inner), torch.rand(2, 3, 8, 8)
+    assert not any(module.training for module in defended.modules())
+    assert torch.allclose(defended(pixels), exported()(pixels))
+    assert defended.train() is defended and defended.purifier.training
+
+
+def test_logits_that_are_none_are_a_wrong_value_too():
+    """A `ValueError` is what the command line tells in one line."""
+    classifier = PixelClassifier(lambda pixels: (pixels.mean((2, 3)),))
+    for kind in (TypeError, ValueError):
+        with pytest.raises(kind, match="must return a tensor .* got tuple"):
+            classifier(torch.rand(1, 3, 4, 4))
 
 
 def test_construction_errors():
