@@ -7,7 +7,7 @@ Both are plain callables `tensor -> tensor`, as foolbox, RobustBench and AutoAtt
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,10 @@ HUB_ARGUMENTS = (
 )  # fmt: skip
 
 
+class LogitsError(TypeError, ValueError):
+    """A classifier that returns no logits: a wrong type, and what the command line tells in one line."""
+
+
 class PixelClassifier(nn.Module):
     """[0, 1] pixels (B, C, H, W), any H and W, to logits (B, K), differentiable end to end.
 
@@ -39,7 +43,8 @@ class PixelClassifier(nn.Module):
     the classifier is taken to accept [0, 1] pixels itself; for a transformers model that is a warning.
 
     The classifier is put into eval mode here: batch statistics and dropout would make every evaluation wrong.
-    Nothing else of it is changed: its parameters keep `requires_grad`, dtype and device.
+    Nothing else of it is changed: its parameters keep `requires_grad`, dtype and device. A program of `torch.export`
+    keeps the mode that it was exported in.
 
     Args:
         classifier: an `AutoModelForImageClassification`, a timm model, any module or callable that takes a (B, C, H,
@@ -119,7 +124,7 @@ class PixelClassifier(nn.Module):
             (B, K), in float32 whatever the classifier's precision (float64 stays float64). NaN stays NaN.
 
         Raises:
-            TypeError: not a floating-point tensor, or the classifier returns no logits.
+            TypeError: not a floating-point tensor, or the classifier returns no logits ([`LogitsError`]).
             ValueError: another shape, or number of channels, than the classifier takes.
         """
         device, dtype = placement(self.classifier)
@@ -139,6 +144,11 @@ class PixelClassifier(nn.Module):
             )
         logits = logits if self.class_order is None else logits[:, self.class_order.to(logits.device)]
         return logits if logits.dtype == torch.float64 else logits.float()
+
+    def train(self, mode: bool = True) -> Self:
+        """As of any module; exported programs inside keep their mode."""
+        _set_mode(self, mode)
+        return self
 
     def match_classes(self, names: Sequence[str] | None) -> bool:
         """Put the logits into the order of a dataset's class names, where those are the classifier's in another order.
@@ -258,6 +268,11 @@ class PurifiedClassifier(nn.Module):
         """Logits (B, K) of the purified images; `pixel_values` (B, C, H, W) in [0, 1]. Errors as in `purify`."""
         return self.classifier(self.purify(pixel_values))
 
+    def train(self, mode: bool = True) -> Self:
+        """As of any module; exported programs inside keep their mode."""
+        _set_mode(self, mode)
+        return self
+
     @property
     def config(self) -> Any:
         """The classifier's configuration, or None."""
@@ -288,6 +303,9 @@ def load_classifier(
 ) -> PixelClassifier:
     """Load a classifier and its image processor, ready to be attacked: eval mode, no gradients for its parameters.
 
+    It computes in float32, whatever its weights are stored in: in 16 bits the gradients of a confident classifier are
+    rounded to zero, attacks find no way, and it looks robust. Another `dtype` is at the caller's own risk.
+
     Args:
         name_or_path: a model id of the Hub, or a folder.
         image_processor, size, image_mean, image_std, interpolation, do_resize, always_resize: see `PixelClassifier`.
@@ -298,9 +316,10 @@ def load_classifier(
         OSError: there is no such model, or the Hub cannot be reached.
         ValueError: it is no image classifier, or its weights lack some of the network (an untrained head).
     """
+    dtype = {} if "torch_dtype" in hub_kwargs else {"dtype": torch.float32}  # transformers' older name for it
     try:
         model, info = AutoModelForImageClassification.from_pretrained(
-            name_or_path, output_loading_info=True, **hub_kwargs
+            name_or_path, output_loading_info=True, **dtype | hub_kwargs
         )
     except OSError as error:
         raise OSError(
@@ -329,6 +348,16 @@ def load_classifier(
         do_resize=do_resize,
         always_resize=always_resize,
     )
+
+
+def _set_mode(module: nn.Module, mode: bool) -> None:
+    """Training or evaluation mode for a module and what is in it, but for programs of `torch.export`, which refuse."""
+    module.training = mode
+    for child in module.children():
+        try:
+            child.train(mode)
+        except NotImplementedError:  # from it, or from something in it
+            _set_mode(child, mode)
 
 
 def unwrapped(module: Any) -> Any:
@@ -389,7 +418,7 @@ def _as_mapping(config: Any) -> Mapping[str, Any]:
 def _logits(output: Any) -> Tensor:
     logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", output)
     if not isinstance(logits, Tensor):
-        raise TypeError(
+        raise LogitsError(
             f"The classifier must return a tensor (B, K) or an object with `logits`, got {type(output).__name__}; "
             "wrap it in a function that returns its logits."
         )

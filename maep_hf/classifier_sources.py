@@ -49,8 +49,14 @@ def load_frozen_classifier(name: str | os.PathLike) -> PixelClassifier:
         loaded = _from_python(name)
     else:
         loaded = _from_folder_or_hub(expanded(name))
-    # On a processor convolutions are a sixth to a fourth faster with the channels last.
-    return loaded.requires_grad_(False).eval().to(memory_format=torch.channels_last)
+    return _channels_last(loaded.requires_grad_(False).eval())
+
+
+def _channels_last(classifier: PixelClassifier) -> PixelClassifier:
+    """On a processor convolutions are a sixth to a fourth faster so; weights of 3D convolutions have no such format."""
+    if any(weight.dim() == 5 for weight in (*classifier.parameters(), *classifier.buffers())):
+        return classifier
+    return classifier.to(memory_format=torch.channels_last)
 
 
 def match_classes(classifiers: Sequence[PixelClassifier], names: Sequence[str] | None) -> None:
@@ -75,10 +81,15 @@ def call_named(name: str, kind: str) -> Any:
     make = _import_function(module, function, name, kind)
     try:
         return make(argument) if given else make()
-    except (TypeError, ValueError, OSError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"{kind} {name!r}: {function} failed: {' '.join(str(error).split())}") from error
+    except CheckpointError:
+        raise
+    except Exception as error:  # it is the user's own code, which may raise anything
+        raise CheckpointError(f"{kind} {name!r}: {function} failed: {_said(error)}") from error
+
+
+def _said(error: Exception) -> str:
+    """What an error of somebody else's code says and its type, without which a `KeyError` is hardly one, in a line."""
+    return f"{' '.join(str(error).split())} ({type(error).__name__})".lstrip()
 
 
 def _import_function(module_name: str, function_name: str, name: str, kind: str) -> Any:
@@ -88,8 +99,9 @@ def _import_function(module_name: str, function_name: str, name: str, kind: str)
     sys.path.insert(0, here)
     try:
         module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise CheckpointError(f"{kind} {name!r}: the module {module_name} cannot be imported: {error}") from error
+    except Exception as error:
+        told = f"the module {module_name} cannot be imported: {_said(error)}"
+        raise CheckpointError(f"{kind} {name!r}: {told}") from error
     finally:
         sys.path.remove(here)
     function = getattr(module, function_name, None)
@@ -106,7 +118,12 @@ def _from_python(name: str) -> PixelClassifier:
         raise CheckpointError(
             f"classifier {name!r} returned {type(made).__name__}: it must return an nn.Module from pixels to logits"
         )
-    return made if isinstance(made, PixelClassifier) else PixelClassifier(made)
+    if isinstance(made, PixelClassifier):
+        return made
+    try:
+        return PixelClassifier(made)
+    except TypeError as error:  # a purifier before it, say
+        raise CheckpointError(f"classifier {name!r}: {error}") from error
 
 
 def _from_timm(name: str) -> PixelClassifier:

@@ -22,7 +22,7 @@ def share(percent: float, n: int) -> dict:
 def record(
     figure=82.3, threat_model="gray-box", attack="PGD-20", eps=8.0, norm="Linf", *, classifier="resnet56",
     purifier="maep-tiny", n=1000, clean=94.0, purified_clean=92.5, attacked=0.0, checks=None, control=False, seed=0,
-    attack_options=None, purifier_options=None, **protocol,
+    attack_options=None, purifier_options=None, gradient=None, **protocol,
 ):  # fmt: skip
     """One record; `purifier=None` is the bare classifier, whose figure is `figure`."""
     if purifier is None:
@@ -56,6 +56,7 @@ def record(
         },
         "psnr_db": {"purified_clean": 38.1, "attacked": 31.2, "purified_attacked": 33.3} if purifier else None,
         "checks": checks,
+        **({"gradient": gradient} if gradient else {}),
         "environment": {"command": ["maep", "evaluate"]},
     }
 

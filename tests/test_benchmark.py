@@ -27,7 +27,9 @@ from maep_hf.classifier_sources import load_frozen_classifier
 from maep_hf.data import DataError, load_image_dataset
 from maep_hf.evaluation import EvaluationImages, benchmark, read_images
 from maep_hf.evaluation.fingerprint import Opaque, fingerprint
+from maep_hf.evaluation.gradient_probe import gradient_probe
 from maep_hf.evaluation.judge import judge_batch
+from maep_hf.evaluation.tables import markdown_table
 from maep_hf.evaluation.threat_models import attacked_model
 from maep_hf.records import read_jsonl
 
@@ -527,6 +529,83 @@ class Spoiled(nn.Module):
 
     def forward(self, pixels):
         return self.inner(pixels + 0.05 * torch.from_numpy(np.random.standard_normal(pixels.shape)).float())
+
+
+class Blind(nn.Module):
+    """A classifier that gives the pixels no gradient, in one of the usual ways."""
+
+    ways = {
+        "no_grad": torch.no_grad()(lambda classifier, pixels: classifier(pixels)),
+        "8 bits": lambda classifier, pixels: classifier((pixels * 255).to(torch.uint8).float() / 255),
+        "rounding": lambda classifier, pixels: classifier((pixels * 255).round() / 255),
+    }
+
+    def __init__(self, classifier, way):
+        super().__init__()
+        self.inner, self.way = classifier, way
+
+    def forward(self, pixels):
+        return self.ways[self.way](self.inner, pixels)
+
+
+@pytest.mark.parametrize("way", Blind.ways)
+def test_a_classifier_without_a_gradient_is_no_robust_one(classifier, images, way):
+    blind = PixelClassifier(Blind(classifier, way))
+    for purifier in (None, tiny_purifier()):
+        with pytest.raises(ValueError, match="classifier deaf gives the pixels no gradient.*square"):
+            benchmark(blind, purifier, images, classifier_name="deaf", **PGD)
+    source = PurifiedClassifier(None, blind)
+    with pytest.raises(ValueError, match="source deaf gives the pixels no gradient"):
+        benchmark(classifier, None, images, threat_model="transfer", source=source, source_name="deaf", **PGD)
+    square = PGD | {"attack": "square", "attack_options": {"n_queries": 2}}
+    assert "gradient" not in benchmark(blind, None, images, **square).record
+
+
+@pytest.mark.parametrize("threat_model", ["white-box", "transfer"])
+def test_purifiers_without_a_gradient_are_left_to_the_checks(classifier, images, threat_model):
+    def rounding(pixels):
+        return pixels.round()
+
+    source = PurifiedClassifier(rounding, classifier) if threat_model == "transfer" else None
+    record = benchmark(classifier, rounding, images, threat_model=threat_model, source=source, **PGD).record
+    assert "gradient" not in record
+
+
+def test_images_without_a_gradient_are_told_and_marked(images):
+    """Saturated logits, or half precision, leave the cross-entropy of some images no gradient at all."""
+    fragile = FragileClassifier(pixels_of(9).float() / 255)
+
+    class Saturated(nn.Module):
+        def forward(self, pixels):
+            logits = fragile(pixels)
+            return (
+                torch.where((pixels - fragile.mean).flatten(1).norm(dim=1, keepdim=True) > self.bound, 1e4, 1) * logits
+            )
+
+    saturated, (x, _) = Saturated(), images.batch(0, 4, "cpu")
+    saturated.bound = (x - fragile.mean).flatten(1).norm(dim=1).sort().values[:2].mean()  # three of four are beyond it
+    with pytest.warns(UserWarning, match="classifier hot: the gradient is zero for 3 of the first 4 images"):
+        record = benchmark(PixelClassifier(saturated), None, images, classifier_name="hot", **PGD | {"eps": 1}).record
+    assert record["gradient"] == {"images": 4, "zero": 3} and record["accuracy"]["attacked"]["correct"] > 0
+    assert "⚠ unreliable: failed gradient (zero for 3 of 4 images)" in markdown_table([record])
+
+
+def test_asking_for_the_gradient_leaves_nothing_behind(images, monkeypatch):
+    """Not a figure of a random classifier, no random state, nothing in its parameters; no warning of a sound one."""
+    inner = FragileClassifier(pixels_of(9).float() / 255).requires_grad_(True)
+    random, options = PixelClassifier(Spoiled(inner)), PGD | {"batch_size": 9}
+    np.random.seed(5)
+    expected = np.random.random()
+    np.random.seed(5)
+    found = gradient_probe(random, *images.batch(0, 9, "cpu"), name="", seed=0)
+    assert found == {"images": 9, "zero": 0} and np.random.random() == expected
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        asked = benchmark(random, None, images, **options).record
+    assert inner.projection.weight.requires_grad and inner.projection.weight.grad is None
+    module = importlib.import_module("maep_hf.evaluation.benchmark")
+    monkeypatch.setattr(module, "gradient_probe", lambda *_, **__: {"images": 9, "zero": 0})
+    assert stable(asked) == stable(benchmark(random, None, images, **options).record)
 
 
 class Interrupted(RuntimeError):

@@ -14,6 +14,7 @@ from torch import nn
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from maep_hf.classifier import PixelClassifier, PurifiedClassifier, call_purifier, load_classifier
+from maep_hf.classifier_sources import load_frozen_classifier
 from maep_hf.configuration_cifar_resnet import CifarResNetConfig
 from maep_hf.convert_cifar_resnet import image_processor
 from maep_hf.modeling_cifar_resnet import CifarResNetForImageClassification
@@ -192,7 +193,7 @@ def test_explicit_argument_errors(kwargs, message):
 
 def test_a_filter_without_tensor_form_needs_a_word():
     processor = transformers.ViTImageProcessorPil(resample=1)
-    with pytest.raises(ValueError, match="lanczos"):
+    with pytest.raises(ValueError, match="lanczos.*python:MODULE:FUNCTION"):
         PixelClassifier(Flat(), processor)
     assert PixelClassifier(Flat(), processor, interpolation="bicubic").preprocessing.spec.interpolation == "bicubic"
     with pytest.raises(TypeError, match="image_processor"):
@@ -369,6 +370,30 @@ def test_offloaded_models_are_fed_where_they_compute(tmp_path):
     torch.testing.assert_close(offloaded(pixels), expected)
 
 
+def exported() -> nn.Module:
+    torch.manual_seed(0)
+    model, size = nn.Sequential(nn.Flatten(), nn.Linear(192, 5)), {0: torch.export.Dim("batch", max=64)}
+    return torch.export.export(model.eval(), (torch.rand(4, 3, 8, 8),), dynamic_shapes=(size,)).module()
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_exported_programs_are_taken(nested):
+    """They have no train() and eval(); what stands beside them has, in whatever order."""
+    inner = nn.Sequential(nn.Sequential(exported()), nn.Dropout()) if nested else exported()
+    defended, pixels = PurifiedClassifier(nn.Dropout(), inner), torch.rand(2, 3, 8, 8)
+    assert not any(module.training for module in defended.modules())
+    assert torch.allclose(defended(pixels), exported()(pixels))
+    assert defended.train() is defended and defended.purifier.training
+
+
+def test_logits_that_are_none_are_a_wrong_value_too():
+    """A `ValueError` is what the command line tells in one line."""
+    classifier = PixelClassifier(lambda pixels: (pixels.mean((2, 3)),))
+    for kind in (TypeError, ValueError):
+        with pytest.raises(kind, match="must return a tensor .* got tuple"):
+            classifier(torch.rand(1, 3, 4, 4))
+
+
 def test_construction_errors():
     with pytest.raises(TypeError, match="load_classifier"):
         PixelClassifier("some/name")
@@ -442,6 +467,32 @@ def test_load_classifier(tmp_path):
     # a model that was loaded by hand finds the processor that lies beside its weights
     by_hand = PixelClassifier(transformers.AutoModelForImageClassification.from_pretrained(tmp_path))
     assert torch.equal(by_hand(pixels), classifier(pixels))
+
+
+@pytest.mark.parametrize("load", [load_classifier, load_frozen_classifier])
+@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16])
+def test_weights_of_16_bits_are_loaded_in_float32(tmp_path, load, stored):
+    """In float16 the gradients of a confident classifier are rounded to zero, and every attack fails."""
+    model, pixels = cifar_resnet(num_labels=4).eval(), torch.rand(1, 3, 32, 32, requires_grad=True)
+    with torch.no_grad():
+        best, second = PixelClassifier(model, image_processor())(pixels)[0].topk(2).values
+        model.classifier.weight.mul_(30 / (best - second))  # exp(-30) is none of float16's numbers
+        model.classifier.bias.zero_()
+    model.to(stored).save_pretrained(tmp_path)
+    image_processor().save_pretrained(tmp_path)
+    classifier = load(str(tmp_path))
+    logits = classifier(pixels)
+    F.cross_entropy(logits, logits.argmax(1)).backward()
+    assert {parameter.dtype for parameter in classifier.parameters()} == {torch.float32} and pixels.grad.any()
+
+
+@pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
+def test_a_dtype_that_is_asked_for_is_given(tmp_path, name):
+    cifar_resnet().save_pretrained(tmp_path)
+    image_processor().save_pretrained(tmp_path)
+    for dtype in (torch.bfloat16, "float16"):
+        classifier = load_classifier(tmp_path, **{name: dtype}).classifier
+        assert str(classifier.dtype).removeprefix("torch.") == str(dtype).removeprefix("torch.")
 
 
 def test_load_classifier_errors(tmp_path):

@@ -23,12 +23,28 @@ def wrong():
     return 3
 def of(classes):
     return nn.Sequential(nn.Flatten(), nn.Linear(192, int(classes)))
+def key():
+    return {}["weights"]
+def weights():
+    bare().load_state_dict({})
+def silent():
+    raise RuntimeError
+def purified():
+    from maep_hf import PurifiedClassifier
+    return PurifiedClassifier(lambda pixels: pixels, bare())
+class Volume(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.flat, self.deep = nn.Conv2d(3, 3, 3), nn.Conv3d(1, 7, (3, 6, 6))
+    def forward(self, pixels):
+        return self.deep(self.flat(pixels)[:, None]).flatten(1)
 """
 
 
 @pytest.fixture
 def module(tmp_path, monkeypatch):
     (tmp_path / "my_classifiers.py").write_text(MODULE)
+    (tmp_path / "broken_module.py").write_text("def f(:")
     monkeypatch.chdir(tmp_path)
     yield "python:my_classifiers"
     sys.modules.pop("my_classifiers", None)
@@ -57,11 +73,21 @@ def test_a_python_function_takes_an_argument(module):
         ("python:no_such_module:f", "no_such_module cannot be imported"),
         ("python:my_classifiers:absent", "has no function absent"),
         ("python:my_classifiers:wrong", "returned int"),
+        ("python:my_classifiers:key", r"key failed: 'weights' \(KeyError\)"),
+        ("python:my_classifiers:weights", r"weights failed: Error\(s\) in loading .* \(RuntimeError\)"),
+        ("python:my_classifiers:silent", r"silent failed: \(RuntimeError\)"),
+        ("python:my_classifiers:purified", "PurifiedClassifier already"),
+        ("python:broken_module:f", r"broken_module cannot be imported: .* \(SyntaxError\)"),
     ],
 )
 def test_a_wrong_python_name_is_a_clear_error(module, name, message):
     with pytest.raises(CheckpointError, match=message):
         load_frozen_classifier(name)
+
+
+def test_weights_of_three_dimensions_keep_their_format(module):
+    """Channels last is a format of 4D weights, and others with it an error."""
+    assert load_frozen_classifier(f"{module}:Volume")(torch.rand(2, 3, 8, 8)).shape == (2, 7)
 
 
 def test_timm_is_asked_for_when_it_is_missing(monkeypatch):

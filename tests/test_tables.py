@@ -220,6 +220,27 @@ def test_failed_checks_are_marked_and_named(form):
 
 
 @pytest.mark.parametrize("form", FORMS)
+def test_figures_of_a_classifier_without_gradient_are_marked(form):
+    few = record(80, attacked=60, gradient={"images": 100, "zero": 5})
+    many = record(80, attacked=60, gradient={"images": 100, "zero": 6})
+    broken = record(80, attacked=0, gradient={"images": 100, "zero": 6})  # the attack needed none
+    bare = record(60, "white-box", purifier=None, gradient={"images": 100, "zero": 6})
+    said, sign = "gradient (zero for 6 of 100 images)", "unreliable"
+    for sound in (few, broken):
+        assert sign not in FORMS[form]([sound])
+    for doubtful in (many, bare):
+        text = FORMS[form]([doubtful])
+        assert said in text and sign in text
+
+
+def test_the_undefended_figure_beside_a_marked_one_is_marked():
+    text = markdown_table([record(80, attacked=60, gradient={"images": 100, "zero": 6})])
+    (row,) = tables_of(text)[0]
+    assert "⚠ unreliable" in row["undefended"] and "⚠ unreliable" in row["gray-box"]
+    assert text.count("failed gradient") == 1
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_adaptive_results_without_checks_say_so(form):
     for threat_model in ("white-box", "bpda"):
         assert FORMS[form]([record(3, threat_model)]).count("not checked") == 1
@@ -428,6 +449,8 @@ def changed(field, value=None, purifier="maep-tiny"):
         ("accuracy.attacked.n", None, "accuracy.attacked must have"),
         ("checks", {"reliable": "no", "failed": []}, "checks must be null or have reliable"),
         ("checks", {"reliable": False}, "checks must be null or have reliable"),
+        ("gradient", {"images": 4}, "gradient must be null or have images and zero"),
+        ("gradient", {"images": 4, "zero": 5}, "gradient must be null or have images and zero"),
     ],
 )  # fmt: skip
 def test_fields_are_checked(field, value, message):

@@ -28,6 +28,7 @@ from ..records import append_jsonl, describe_environment, read_jsonl
 from .attacked_store import AttackedStore
 from .checks import MaskingReport, attack_check, gradient_masking_checks, zero_check
 from .fingerprint import Opaque, fingerprint
+from .gradient_probe import gradient_probe
 from .images import EvaluationImages, fingerprint_images, read_images
 from .judge import judge_batch, peak_memory, summarise, timed
 from .kept_attacks import KeptAttacks
@@ -122,7 +123,7 @@ def benchmark(
     Raises:
         DataError: the dataset cannot be used.
         ValueError: an unknown name or option, labels outside the classifier's classes, logits that are not finite, an
-            attack that the threat model does not allow.
+            attack that the threat model does not allow, a classifier without a gradient that the attack needs.
     """
     state = process_state()
     if not isinstance(classifier, PixelClassifier):
@@ -190,6 +191,11 @@ def benchmark(
     if known is not None:
         return BenchmarkResult(known, _pictures(store, images.batch(0, batch_size, device), defended, seed), resumed=-1)
 
+    gradient = None
+    # where there is a purifier before the classifier, the checks ask
+    if attack.needs_gradient and (target is classifier or (target is source and _alone(source))):
+        gradient = _probed(target, images.batch(0, batch_size, device), protocol, state)
+
     rows: list[dict[str, Any]] = []
     resumed = 0
     starts = range(0, len(images), batch_size)
@@ -220,6 +226,8 @@ def benchmark(
         report = _checks(defended, images.batch(0, checked, device), attack, rows, options, folder, progress)
     record = protocol.record() | summarise(rows, purified=purifier is not None, passes=passes)
     record["checks"] = report
+    if gradient is not None:
+        record["gradient"] = gradient
     record["environment"] = describe_environment() | {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "threads": torch.get_num_threads(),
@@ -263,6 +271,25 @@ def _put_in_order(source: nn.Module, names: Sequence[str]) -> None:
         warnings.warn(
             "source: its classes stand in another order than the classifier's; they are matched by name", stacklevel=3
         )
+
+
+def _alone(source: nn.Module) -> bool:
+    """Whether nothing stands before the source's classifier."""
+    return getattr(source, "purifier", None) is None
+
+
+def _probed(target: nn.Module, batch: tuple[Tensor, Tensor], protocol: Protocol, state: PartialState) -> dict[str, int]:
+    """How many of the first images give the attacked classifier's pixels no gradient; some are a warning."""
+    argument = "classifier" if protocol.source is None else "source"
+    name = f"{argument} {getattr(protocol, argument)['name']}"
+    found = gradient_probe(target, *batch, name=name, seed=protocol.seed)
+    if found["zero"] and state.is_main_process:
+        warnings.warn(
+            f"{name}: the gradient is zero for {found['zero']} of the first {found['images']} images, on which an "
+            "attack that follows it fails; 16 bits or saturated logits do that, and the figure is too high",
+            stacklevel=3,
+        )
+    return found
 
 
 def _device(classifier: nn.Module, state: PartialState) -> torch.device:

@@ -18,6 +18,9 @@ NO_PURIFIER = "none (undefended)"
 UNRELIABLE = "⚠ unreliable"
 NOT_CHECKED = "not checked"
 
+WITHOUT_GRADIENT = 0.05
+"""Share of the images from which an attack that finds no gradient there makes a figure unreliable."""
+
 _MISSING = object()
 _SEEING_THE_CLASSIFIER = ("gray-box", "bpda", "white-box")  # one and the same without a purifier
 
@@ -82,6 +85,16 @@ def check_record(record: Any, where: str = "record") -> None:
         and isinstance(checks.get("failed"), Sequence)
     ):
         raise ResultsError(f"{where}: checks must be null or have reliable (true or false) and failed (names)")
+    _check_gradient(record.get("gradient"), where)
+
+
+def _check_gradient(value: Any, where: str) -> None:
+    """Older records have none, nor have those of attacks that follow no gradient or one through a purifier."""
+    if value is None:
+        return
+    images, zero = (value.get(name) if isinstance(value, Mapping) else None for name in ("images", "zero"))
+    if not (isinstance(images, int) and isinstance(zero, int) and 0 <= zero <= images and images > 0):
+        raise ResultsError(f"{where}: gradient must be null or have images and zero, how many of them: {value!r}")
 
 
 def _check_share(value: Any, where: str) -> None:
@@ -119,7 +132,7 @@ class Result:
         undefended: the share of the bare classifier under an attack made on itself, if the record has it.
         control: a corruption, which is no attack.
         mark: `UNRELIABLE`, `NOT_CHECKED` or nothing.
-        failed: names of the failed checks.
+        failed: names of the failed checks; that of a classifier's gradient tells of how many images.
         source: name of the pipeline that a transferred attack was made on, or nothing.
     """
 
@@ -179,6 +192,8 @@ def _figures(record: Mapping) -> dict[str, Any]:
         mark = NOT_CHECKED if threat_model in ADAPTIVE and not bare and not control else ""
     elif not checks["reliable"]:
         mark, failed = UNRELIABLE, tuple(map(str, checks["failed"]))
+    if masked := _without_gradient(record):
+        mark, failed = UNRELIABLE, (*failed, masked)
     return {
         "column": column,
         "figure": accuracy["attacked" if bare else "purified_attacked"],
@@ -188,6 +203,19 @@ def _figures(record: Mapping) -> dict[str, Any]:
         "failed": failed,
         "source": str((protocol.get("source") or {}).get("name", "")) if threat_model == "transfer" else "",
     }
+
+
+def _without_gradient(record: Mapping) -> str:
+    """The failed check of a classifier that gave too many images no gradient; of an attack that left none right none,
+    since a figure of zero is not too high."""
+    found = record.get("gradient")
+    if (
+        not found
+        or found["zero"] <= WITHOUT_GRADIENT * found["images"]
+        or not record["accuracy"]["attacked"]["percent"]
+    ):
+        return ""
+    return f"gradient (zero for {found['zero']} of {found['images']} images)"
 
 
 def _dataset_name(dataset: Mapping) -> str:

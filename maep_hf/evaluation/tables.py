@@ -238,10 +238,12 @@ def _part(title: str, rows: Sequence[Row], notes: dict[str, int], digits: int) -
         if column == "purified clean":
             return _Cell(percent(row.purified_clean, digits))
         result = row.cells.get(column)
-        if result is None:
-            return _Cell(percent(row.undefended if column == UNDEFENDED else None, digits))
-        note = _note(result)
-        return _Cell(percent(result.figure, digits), result.mark, notes.setdefault(note, len(notes) + 1) if note else 0)
+        figure = None if result is None else result.figure
+        if result is None and column == UNDEFENDED:
+            result, figure = row.beside, row.undefended
+        note = _note(result) if result else ""
+        mark = result.mark if result else ""
+        return _Cell(percent(figure, digits), mark, notes.setdefault(note, len(notes) + 1) if note else 0)
 
     return _Part(title, common, header, [[cell(row, column) for column in header] for row in rows])
 
@@ -304,6 +306,7 @@ class Row:
         clean, purified_clean: shares before the attack; the second is `None` without a purifier.
         cells: results by column.
         undefended: share of the bare classifier under an attack made on itself, where a result has it.
+        beside: that result.
     """
 
     names: dict[str, str]
@@ -311,6 +314,7 @@ class Row:
     purified_clean: Mapping | None
     cells: dict[str, Result]
     undefended: Mapping | None = None
+    beside: Result | None = None
 
 
 def rows_of(part: Sequence[Result]) -> list[Row]:
@@ -365,5 +369,6 @@ def _rows_by(group: Sequence[Result], fields: Sequence[Mapping[str, Any]]) -> li
         key = (name, n, *(share and (share["percent"], share["n"]) for share in before))
         row = rows.setdefault(key, Row(names, *before, {}))
         row.cells[result.column] = result
-        row.undefended = row.undefended or result.undefended
+        if row.undefended is None and result.undefended is not None:
+            row.undefended, row.beside = result.undefended, result
     return list(rows.values())

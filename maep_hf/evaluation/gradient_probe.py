@@ -1,0 +1,58 @@
+"""Whether attacked classifiers give the pixels a gradient: without one, an attack fails and anything looks robust."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..attacks.guard import Watched, isolated
+from .checks import _margin_gradient
+
+PARTS = 16  # far less memory than an attack takes, whose peak the record tells
+
+
+def gradient_probe(model: nn.Module, pixels: Tensor, labels: Tensor, *, name: str, seed: int) -> dict[str, int]:
+    """For how many clean images an attack sees nothing but zeros as the gradient of the cross-entropy at the pixels.
+
+    Nothing is left behind: no random state, gradient or `requires_grad` is another one afterwards.
+
+    Args:
+        model: as an attack is given it.
+        pixels: (B, C, H, W) in [0, 1].
+        labels: (B,).
+        name: what the error calls the model.
+        seed: of a randomised model's draws.
+
+    Returns:
+        `images`, how many there are, and `zero`, how many of them have no gradient, be it zero or not finite.
+
+    Raises:
+        ValueError: none of them has one, of the logits' margin neither, which does not saturate as the cross-entropy
+            does; or as an attack on this model.
+    """
+    size = -(-len(pixels) // PARTS)
+    batches = list(zip(pixels.split(size), labels.split(size), strict=True))
+    with isolated(model, seed), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the attack says so itself
+        watched = Watched(model, labels)
+        zero = sum(_without(_loss_gradient(watched, *batch)) for batch in batches)
+        if zero == len(pixels) == sum(_without(_margin_gradient(watched, *batch)) for batch in batches):
+            raise ValueError(
+                f"{name} gives the pixels no gradient, so that an attack that follows one fails and the figure says "
+                "nothing: use an attack that needs none, such as square, or give it a forward that can be "
+                "differentiated, without no_grad, detach and rounding"
+            )
+    return {"images": len(pixels), "zero": zero}
+
+
+def _loss_gradient(model: nn.Module, pixels: Tensor, labels: Tensor) -> Tensor:
+    inputs = pixels.detach().clone().requires_grad_()
+    return torch.autograd.grad(F.cross_entropy(model(inputs), labels, reduction="sum"), inputs)[0]
+
+
+def _without(gradient: Tensor) -> int:
+    """Number of images whose gradient is zero everywhere."""
+    return int((gradient == 0).flatten(1).all(1).sum())
