@@ -13,7 +13,7 @@ from maep_hf.hub.replaced import in_short, is_pairs_record, replaced_shards, rep
 pytest_plugins = ["hub_client"]
 INDEX = "model.safetensors.index.json"
 MAKERS = {"purifier": purifier, "classifier": classifier, "transformers": transformers_classifier}
-OWN = ("model-best-of-3.safetensors", "old/model.safetensors", "pytorch_model.bin", "model.onnx")  # a person's
+OWN = ("model-best-of-3.safetensors", "old/model.safetensors", "tf_model.h5", "model.onnx")  # a person's
 OWN_DATA = ("data/extra.parquet", "data/validation-00000-of-00001.parquet", "old/train-00000-of-00004.parquet")
 OWN_DATA += ("data/old/train-00000-of-00004.parquet", "data/train-00000-of-00004.csv")
 RECORD = {"arguments": {"pairs": {"seed": 0}, "attack": {"eps_min": 2.0, "eps_max": 12.0}}, "result": {}}

@@ -309,6 +309,26 @@ def test_the_whole_test_set_is_tabled_from_its_records():
     assert not MACHINE_PATH.search((folder / "results.jsonl").read_text())
 
 
+def test_all_images_of_imagenet_are_tabled_from_their_records():
+    folder, readme = ROOT / "checkpoints" / "transfer" / "whole-set", (ROOT / "README.md").read_text().splitlines()
+    records = read_results(folder / "results.jsonl")
+    for text in ((folder / "results.md").read_text().splitlines(), readme):
+        assert all(line in text for line in table_of(records)), (
+            "maep report checkpoints/transfer/whole-set; paste its table"
+        )
+    long = ROOT / "checkpoints" / "ablation" / "lora-imagenet-900"
+    names = {record["protocol"]["purifier"]["name"] for record in records}
+    assert names == {PURIFIER, f"{PURIFIER}-lora-imagenet", long.name, "defence:jpeg"}
+    for record in records:
+        assert record["protocol"]["dataset"]["n"] == 1000 and record["perturbation"]["images"] == 916
+        name = record["protocol"]["purifier"]["name"]
+        assert name == "defence:jpeg" or Path(name).name in {Path(each).name for each in named_purifiers(record)}
+    assert not MACHINE_PATH.search((folder / "results.jsonl").read_text())
+    base = load_purifier(released_checkpoint(PURIFIER))
+    load_adapter(base, long)  # refuses another base
+    assert json.loads((long / "run.json").read_text())["arguments"]["loop"]["max_steps"] == 900
+
+
 def test_the_release_before_is_tabled_from_its_records():
     folder, recipe = ROOT / "checkpoints" / "ablation" / "diverse", read_recipe("finetune_diverse_tiny_cifar10")
     assert_tabled(folder, AGAIN[2] | {"resnet20-cifar10"})
