@@ -454,15 +454,23 @@ def test_a_folder_that_cannot_be_written(options, tmp_path):
         run("finetune", options(tmp_path / "file" / "run"))
 
 
-def test_a_check_leaves_everything_as_it_is(tmp_path):
-    RunFolder(tmp_path / "a" / "run").check({}, {}, 0, 1, False)
+def test_what_refuses_after_the_checks_leaves_everything_as_it_is(tmp_path):
+    class Refused(Exception):
+        pass
+
+    def refuse() -> None:
+        raise Refused
+
+    with pytest.raises(Refused):
+        RunFolder(tmp_path / "a" / "run").prepare({}, {}, 0, 1, False, checked=refuse)
     assert not list(tmp_path.iterdir())
     for name in ("run.json", "config.json", "checkpoints/step-0000001.tmp/a"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text('{"arguments": {}}')
     before = sorted(tmp_path.rglob("*"))
     for overwrite in (False, True):
-        RunFolder(tmp_path).check({}, {}, 0, 1, overwrite)
+        with pytest.raises(Refused):
+            RunFolder(tmp_path).prepare({}, {}, 0, 1, overwrite, checked=refuse)
     assert sorted(tmp_path.rglob("*")) == before
 
 

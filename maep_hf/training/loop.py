@@ -102,21 +102,17 @@ class _Loop:
         if self.accelerator.device.type == "cpu":  # `accelerate launch` leaves a process one thread
             torch.set_num_threads(args.cpu_threads or max(1, available_cores() // self.accelerator.num_processes))
         parameter_bytes = sum(p.numel() * p.element_size() for p in task.model.parameters())
-        self.push, last = None, None
+        self.push, self.resume_from = None, None
         if self.main:
             data = task.describe_data()
             processes = self.accelerator.num_processes
             kept, overwrite = args.save_total_limit, args.overwrite_output_dir
             precision = self.accelerator.mixed_precision  # what `auto` is here
             run = (arguments, data, 4 * parameter_bytes, kept, overwrite, processes, precision)
-            self.folder.check(*run)
-            last = None if overwrite else self.folder.last_checkpoint(processes)
-            if args.push_to_hub:  # between the two: neither a repository nor a changed folder is left by a refusal
-                self.push = self._background_push()
-            self.folder.prepare(*run)
+            self.folder.prepare(*run, checked=self._look_around)
         self.accelerator.wait_for_everyone()
         # one process looks: each by itself might choose otherwise on a shared file system
-        self.resume_from = broadcast_object_list([last])[0]
+        self.resume_from = broadcast_object_list([self.resume_from])[0]
         self.keeps_others = False
         if self.main and self.resume_from is None:
             record = {"task": task.name, "arguments": arguments, "data": data, **describe_environment()}
@@ -190,6 +186,13 @@ class _Loop:
         if self.push is not None:
             self.push.finish(state.step)
         return self.folder.path
+
+    def _look_around(self) -> None:
+        """What may still refuse the run: it then leaves neither a repository nor a changed folder."""
+        if not self.args.overwrite_output_dir:
+            self.resume_from = self.folder.last_checkpoint(self.accelerator.num_processes)
+        if self.args.push_to_hub:
+            self.push = self._background_push()
 
     def _background_push(self) -> Any:
         """What cannot be pushed is known before anything is trained."""

@@ -41,7 +41,7 @@ class RunFolder:
         self.previews = self.path / "previews"
         self.checkpoints = self.path / "checkpoints"
 
-    def check(
+    def prepare(
         self,
         arguments: dict[str, Any],
         data: dict[str, Any],
@@ -50,17 +50,19 @@ class RunFolder:
         overwrite: bool,
         num_processes: int = 1,
         precision: str | None = None,
+        checked: Callable[[], None] | None = None,
     ) -> None:
-        """Check that the run can be written here and is the same run as the one already here; changes nothing.
+        """Check that the run can be written here and is the same run as the one already here, and make the folder.
 
         Args:
             arguments: the run's arguments by group, as recorded in `run.json`.
             data: the data's description, likewise.
             checkpoint_bytes: estimated size of one checkpoint.
             kept: checkpoints that exist side by side.
-            overwrite: a run that is already here is to be removed; a folder without a record holds none.
+            overwrite: remove a run that is already here; a folder without a record holds none.
             num_processes: processes of the run, where their number is a part of what is computed.
             precision: what `mixed_precision` means on this machine, likewise.
+            checked: called between the checks and the first change; if it raises, everything is as it was.
 
         Raises:
             RunFolderError: not writable, too little disk, another run's folder, or one of other files without a run.
@@ -81,26 +83,8 @@ class RunFolder:
             self._refuse_other_content()
         if self.record.is_file() and not overwrite:
             self._refuse_other_run(arguments, data, num_processes, precision)
-
-    def prepare(
-        self,
-        arguments: dict[str, Any],
-        data: dict[str, Any],
-        checkpoint_bytes: int,
-        kept: int,
-        overwrite: bool,
-        num_processes: int = 1,
-        precision: str | None = None,
-    ) -> None:
-        """[`RunFolder.check`], and then make the folder, or remove from it the run that is to be overwritten.
-
-        Args:
-            arguments, data, checkpoint_bytes, kept, overwrite, num_processes, precision: as there.
-
-        Raises:
-            RunFolderError: as there.
-        """
-        self.check(arguments, data, checkpoint_bytes, kept, overwrite, num_processes, precision)
+        if checked is not None:
+            checked()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
