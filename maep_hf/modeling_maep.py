@@ -165,6 +165,13 @@ class MAEPLayer(GradientCheckpointingLayer):
         return hidden_states + F.dropout(update, self.dropout, training=use_dropout), weights
 
 
+def _positions(own: torch.Tensor, grid: tuple[int, int] | None, dtype: torch.dtype) -> torch.Tensor:
+    """`(1, num_patches, width)`: a part's `own` positions, or those of another `grid` laid over that square one."""
+    if grid is not None:
+        own = sincos_positions(*grid, own.shape[2], math.isqrt(own.shape[1]), own.device)
+    return own.to(dtype)
+
+
 class MAEPEncoder(nn.Module):
     """Linear patch embedding, positions and transformer blocks over the visible patches."""
 
@@ -181,9 +188,12 @@ class MAEPEncoder(nn.Module):
         self.layernorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
 
     def forward(
-        self, patches: torch.Tensor, positions: torch.Tensor, ids_keep: torch.Tensor | None, use_dropout: bool
+        self, patches: torch.Tensor, grid: tuple[int, int] | None, ids_keep: torch.Tensor | None, use_dropout: bool
     ) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
-        """`(batch, num_patches, channels * patch_size**2)` to `(batch, visible patches, hidden_size)`."""
+        """`(batch, num_patches, channels * patch_size**2)` to `(batch, visible patches, hidden_size)`; `grid` where it
+        is not the native one."""
+        # Read here, not by the model: where they are kept elsewhere, only this part's own hook brings them.
+        positions = _positions(self.position_embeddings, grid, patches.dtype)
         if ids_keep is not None:
             patches = patches.gather(1, ids_keep[:, :, None].expand(-1, -1, patches.shape[2]))
             positions = positions[0][ids_keep]
@@ -213,9 +223,10 @@ class MAEPDecoder(nn.Module):
         self.head = nn.Linear(width, config.patch_size**2 * out_channels)
 
     def forward(
-        self, visible: torch.Tensor, positions: torch.Tensor, ids_keep: torch.Tensor | None, use_dropout: bool
+        self, visible: torch.Tensor, grid: tuple[int, int] | None, ids_keep: torch.Tensor | None, use_dropout: bool
     ) -> torch.Tensor:
         """`(batch, visible patches, hidden_size)` to `(batch, num_patches, patch_size**2 * out_channels)`."""
+        positions = _positions(self.position_embeddings, grid, self.mask_token.dtype)
         hidden_states = self.embed(visible)
         mask_token = self.mask_token.to(hidden_states.dtype)
         if ids_keep is None:
@@ -274,7 +285,6 @@ class MAEPPreTrainedModel(PreTrainedModel):
     input_modalities = ("image",)
     supports_gradient_checkpointing = True
     _supports_sdpa = True
-    # The model reads the positions of encoder and decoder itself.
     _no_split_modules = ["MAEPEncoder", "MAEPDecoder", "MAEPLocalBranch"]
 
     @torch.no_grad()
@@ -414,6 +424,7 @@ class MAEPModel(MAEPPreTrainedModel):
             [`MAEPOutput`]
 
         Raises:
+            TypeError: `pixel_values` is not a tensor.
             ValueError: a tensor of the wrong shape or dtype, a mask ratio out of range, unequal rows of
                 `bool_masked_pos`, or attention weights asked of an attention that does not form them.
         """
@@ -438,14 +449,10 @@ class MAEPModel(MAEPPreTrainedModel):
         mean, std = self.image_mean.to(pixel_values.dtype), self.image_std.to(pixel_values.dtype)
         normalised = ((pixel_values - mean) / std).to(self.decoder.mask_token.dtype)
         patches = normalised.view(batch, config.num_channels, rows, patch, columns, patch).permute(0, 2, 4, 1, 3, 5)
-        positions = [part.position_embeddings.to(normalised.dtype) for part in (self.encoder, self.decoder)]
-        if interpolate_pos_encoding and (height, width) != (config.image_size, config.image_size):
-            native = config.image_size // patch
-            positions = [sincos_positions(rows, columns, p.shape[2], native, p.device).to(p.dtype) for p in positions]
-        visible, states, attentions = self.encoder(
-            patches.flatten(3).flatten(1, 2), positions[0], ids_keep, use_dropout
-        )
-        decoded = self.decoder(visible, positions[1], ids_keep, use_dropout)
+        other = interpolate_pos_encoding and (height, width) != (config.image_size, config.image_size)
+        grid = (rows, columns) if other else None
+        visible, states, attentions = self.encoder(patches.flatten(3).flatten(1, 2), grid, ids_keep, use_dropout)
+        decoded = self.decoder(visible, grid, ids_keep, use_dropout)
 
         pixel_mask = None
         if masked:
@@ -515,6 +522,7 @@ class MAEPModel(MAEPPreTrainedModel):
             Tensor of the shape and dtype of `pixel_values`, in [0, 1].
 
         Raises:
+            TypeError: `pixel_values` is not a tensor.
             ValueError: wrong shape, dtype or range of `pixel_values`, unknown mode, overlap or batch size out of
                 range.
         """
@@ -552,6 +560,8 @@ class MAEPModel(MAEPPreTrainedModel):
             ).purified_pixel_values
 
         height, width = pixel_values.shape[2:]
+        if torch.jit.is_tracing():  # tensors there, and the trace is of this size alone
+            height, width = int(height), int(width)
         if (height, width) == (size, size):
             parts = [run(part) for part in pixel_values.split(limit)]
             return parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -576,6 +586,11 @@ class MAEPModel(MAEPPreTrainedModel):
 
     def _check_pixels(self, pixel_values: torch.Tensor, any_size: bool | str) -> None:
         channels, size, patch = self.config.num_channels, self.config.image_size, self.config.patch_size
+        if not isinstance(pixel_values, torch.Tensor):
+            raise TypeError(
+                f"pixel_values must be a tensor (batch, {channels}, height, width) in [0, 1], got "
+                f"{type(pixel_values).__name__}: MAEPImageProcessor makes one of pictures and arrays."
+            )
         shape = tuple(pixel_values.shape)
         if len(shape) != 4 or shape[1] != channels:
             raise ValueError(f"pixel_values must have shape (batch, {channels}, height, width), got {shape}.")
@@ -625,7 +640,8 @@ class MAEPModel(MAEPPreTrainedModel):
         else:
             if not 0 <= mask_ratio < 1:
                 raise ValueError(f"mask_ratio={mask_ratio} must be at least 0 and less than 1.")
-            masked = min(round(num_patches * mask_ratio), num_patches - 1)
+            # Under torch.jit.trace the number of patches is a tensor, which has no round().
+            masked = min(round(num_patches * mask_ratio), num_patches - 1) if mask_ratio else 0
         if masked == 0:
             ids = torch.arange(num_patches, device=device).expand(shape)
             return torch.zeros(shape, device=device), None, ids, 0

@@ -181,6 +181,15 @@ def test_a_model_is_split_over_devices(folder, tmp_path, share):
         assert torch.equal(split.purify(pixels), model.purify(pixels))
 
 
+def test_buffers_may_lie_on_the_disk_too(folder, tmp_path):
+    model, pixels = MAEPModel.from_pretrained(folder).eval(), torch.rand(1, 3, 16, 16)
+    places = {name: "disk" for name, _ in model.named_children()}
+    split = MAEPModel.from_pretrained(folder, device_map=places, offload_folder=tmp_path, offload_buffers=True)
+    assert split.encoder.position_embeddings.is_meta
+    with torch.no_grad():
+        assert torch.equal(split.purify(pixels), model.purify(pixels))
+
+
 def test_another_model_is_refused(tmp_path):
     sizes = {k: v for k, v in SMALL.items() if not k.startswith("local")}
     ViTMAEModel(ViTMAEConfig(**sizes, patch_size=4)).save_pretrained(tmp_path)

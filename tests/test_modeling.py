@@ -218,6 +218,9 @@ def test_pixel_values_are_checked():
             model(pixels)
     with pytest.raises(ValueError, match="clean_pixel_values"):
         model(images(), clean_pixel_values=images(2))
+    for call in (model, model.purify):
+        with pytest.raises(TypeError, match="must be a tensor .*, got ndarray: MAEPImageProcessor"):
+            call(images().numpy())
 
 
 # ---------------------------------------------------------------- losses
@@ -372,6 +375,24 @@ def test_compiles_without_graph_breaks(form):
 
 
 @compiled
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.trace:DeprecationWarning")
+@pytest.mark.parametrize("size", [16, 40])
+def test_purify_can_be_traced(size):
+    class Purify(torch.nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def forward(self, pixels):
+            return self.model.purify(pixels)
+
+    pixels = images(size=size)
+    with torch.no_grad():
+        module = Purify(build(0.2))
+        traced = torch.jit.trace(module, pixels)
+        torch.testing.assert_close(traced(pixels.flip(0)), module(pixels.flip(0)))
+
+
 def test_exports_with_any_batch_size():
     model, pixels = build(0.2), images(2)
     batch = torch.export.Dim("batch", min=1, max=64)
