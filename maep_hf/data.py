@@ -354,7 +354,11 @@ def _with_columns(rows, source, image_column, label_column, adversarial_column, 
 
 
 def _no_indices(column: str, feature: Any) -> str:
-    return f"{column} holds {feature}, not class indices; turn them into indices with datasets' class_encode_column"
+    # class_encode_column would put numbers into the order of the alphabet: 0, 1, 10, 11, 2, ...
+    return (
+        f"{column} holds {feature}, not class indices; turn them into indices with datasets' class_encode_column if "
+        "they are names, or cast_column(..., Value('int64')) if they are numbers"
+    )
 
 
 def _is_plain(feature: Any) -> bool:

@@ -33,8 +33,8 @@ _ORIENTATION = 0x0112
 _TIFF_DIRECTORIES = (34665, 34853)
 _TIFF_DESCRIPTIVE = (270, 271, 272, 305, 306, 315, 33432, *_TIFF_DIRECTORIES)
 _GREY_MODES = ("1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L", "F")
-# GIF and palette PNG are rebuilt with a new palette; lossy formats are written at a quality that keeps the correction.
 ICO_SIDE = 256
+# GIF and palette PNG are rebuilt with a new palette; lossy formats are written at a quality that keeps the correction.
 _SAVE_OPTIONS = {
     "JPEG": {"quality": 95, "subsampling": 0},
     "WEBP": {"lossless": True, "exact": True},

@@ -47,6 +47,11 @@ def test_labels_that_are_no_indices_are_told_at_once(tmp_path):
     assert dataset.label_column is None
     with pytest.raises(DataError, match=r"its column 'label' holds Value\('string'\).*class_encode_column"):
         read_images(dataset)
+    numbers = saved(tmp_path / "numbers", image=[picture(0)], label=[1.0])
+    with pytest.raises(
+        DataError, match=r"holds Value\('float64'\).*cast_column\(..., Value\('int64'\)\) if .* numbers"
+    ):
+        read_images(load_image_dataset(numbers))
 
 
 def test_a_table_of_paths_says_how_it_is_done(tmp_path):
@@ -67,6 +72,11 @@ def test_images_sorted_by_class_are_warned_of(tmp_path, caplog):
 
     assert "the first 20 images are of 1 of 3 classes" in said("sorted", 20)
     assert said("turns", 20) == said("sorted", 50) == said("sorted", 10) == ""
+    many = datasets.ClassLabel(names=[f"class {index}" for index in range(1000)])
+    rows.cast_column("label", many).save_to_disk(tmp_path / "few of many")
+    rows.map(lambda row, index: {"label": index // 59}, with_indices=True).save_to_disk(tmp_path / "one is rare")
+    rows.sort("label").select(range(20)).save_to_disk(tmp_path / "whole")
+    assert said("few of many", 50) == said("one is rare", 20) == said("whole", 20) == ""
 
 
 def pixels(dataset) -> list[np.ndarray]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -130,9 +131,10 @@ def read_images(
         raise DataError(f"max_images={max_images}: must be at least 1")
     arrays: list[np.ndarray] = []
     labels: list[int] = []
-    broken = 0
+    broken, cut = 0, False
     for index, row in enumerate(dataset.rows):
         if max_images is not None and len(arrays) == max_images:
+            cut = True
             break
         try:
             image = decode_image(row[dataset.image_column])
@@ -153,23 +155,30 @@ def read_images(
         labels.append(label)
     if not arrays:
         raise DataError("dataset: none of its images can be read")
-    if max_images is not None and len(arrays) == max_images:
-        _warn_if_sorted(labels, dataset.num_classes)
+    if cut and not dataset.streaming:
+        _warn_if_sorted(labels, Counter(dataset.rows[dataset.label_column]))
     pixels = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
     names = tuple(dataset.class_names) if dataset.class_names else None
     return EvaluationImages(pixels, torch.tensor(labels), name, split or None, broken, names)
 
 
-def _warn_if_sorted(labels: list[int], classes: int | None) -> None:
-    """A folder of images is listed class by class, so that its first images are of its first classes alone."""
+def _warn_if_sorted(labels: list[int], stored: Counter[int | None]) -> None:
+    """A folder of images is listed class by class, so that its first images are of its first classes alone.
+
+    Args:
+        labels: of the first images.
+        stored: how often the whole dataset has each label; a class that is only named, or rare, is not missed.
+    """
     found = len(set(labels))
+    counts = [count for label, count in stored.items() if label is not None and label >= 0]
     if len(labels) < FEW:
         return
-    drawn = classes * (1 - (1 - 1 / classes) ** len(labels)) if classes else 0  # that as many random images would be of
+    total = sum(counts)
+    drawn = sum(1 - (1 - count / total) ** len(labels) for count in counts)  # that as many random images would be of
     if found < SORTED_SHARE * drawn:
         logger.warning(
             "dataset: the first %d images are of %d of %d classes, so they seem to be sorted by class: shuffle the "
-            "dataset, or take more with max_images", len(labels), found, classes,
+            "dataset, or take more with max_images", len(labels), found, len(counts),
         )  # fmt: skip
 
 
