@@ -132,10 +132,12 @@ def same_names_in_order(own: Sequence[str] | None, wanted: Sequence[str] | None)
         Indices into `own`; `None` where these are not the same names, are so in the same order, or repeat one: then
         nothing is known of their order, or nothing is to be done.
     """
-    own, wanted = _normalised(own), _normalised(wanted)
-    if own == wanted or len(set(own)) != len(own) or sorted(own) != sorted(wanted):
-        return None
-    return [own.index(name) for name in wanted]
+    for own, wanted in ((list(own or []), list(wanted or [])), (_normalised(own), _normalised(wanted))):
+        if own == wanted:
+            return None
+        if len(set(own)) == len(own) and sorted(own) == sorted(wanted):
+            return [own.index(name) for name in wanted]
+    return None
 
 
 def names_that_differ(own: Sequence[str] | None, wanted: Sequence[str] | None, most: int = 3) -> str | None:

@@ -27,7 +27,8 @@ def test_names_of_classes_are_the_same_in_other_letters():
     own, wanted = ["Airplane", "fire-truck", "Cat"], ["cat", "airplane", "fire_truck"]
     assert same_names_in_order(own, wanted) == [2, 0, 1]
     assert same_names_in_order(own, [name.upper() for name in own]) is None
-    assert same_names_in_order(["a b", "a_b"], ["a_b", "a b"]) is None  # which is which is not known
+    assert same_names_in_order(["a b", "a_b"], ["a_b", "a b"]) == [1, 0]  # as they are written
+    assert same_names_in_order(["a b", "a_b"], ["A_b", "A b"]) is None  # which is which is not known
     assert names_that_differ(own, wanted) is None
 
 
