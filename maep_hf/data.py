@@ -132,11 +132,11 @@ def same_names_in_order(own: Sequence[str] | None, wanted: Sequence[str] | None)
         Indices into `own`; `None` where these are not the same names, are so in the same order, or repeat one: then
         nothing is known of their order, or nothing is to be done.
     """
-    for own, wanted in ((list(own or []), list(wanted or [])), (_normalised(own), _normalised(wanted))):
-        if own == wanted:
+    for mine, theirs in ((list(own or []), list(wanted or [])), (_normalised(own), _normalised(wanted))):
+        if mine == theirs:
             return None
-        if len(set(own)) == len(own) and sorted(own) == sorted(wanted):
-            return [own.index(name) for name in wanted]
+        if len(set(mine)) == len(mine) and sorted(mine) == sorted(theirs):
+            return [mine.index(name) for name in theirs]
     return None
 
 
