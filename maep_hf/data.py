@@ -52,7 +52,6 @@ class ImageDataset:
     streaming: bool = False
     origin: str = ""
     stored_columns: Any = None  # features of all columns, where the rows have not all of them
-    no_labels: str = ""  # why a column with a usual name of labels is none
 
     def __len__(self) -> int:
         if self.streaming:
@@ -85,6 +84,12 @@ class ImageDataset:
             return None
         labels = [label for label in self.rows.unique(self.label_column) if label is not None]
         return max(labels, default=-1) + 1
+
+    @property
+    def no_labels(self) -> str:
+        """Why a column with a usual name of labels holds none, where one has the name."""
+        unusable = [name for name in LABEL_NAMES if name in (self.stored_columns or {})]
+        return _no_indices(f"its column {unusable[0]!r}", self.stored_columns[unusable[0]]) if unusable else ""
 
     def find_class_names(self) -> list[str]:
         """Names of the classes; where the labels are bare numbers, the numbers up to the largest one.
@@ -328,7 +333,6 @@ def _with_columns(rows, source, image_column, label_column, adversarial_column, 
         if len(classes) == 1 and (classes[0] in known or not known):
             known = classes  # the one that names its classes
         label_column = (known or [None])[0]
-    unusable = [name for name in LABEL_NAMES if name in features] if label_column is None else []
     images = {"image_column": image_column, "adversarial_column": adversarial}
     for argument, name in (images | {"label_column": label_column}).items():
         if name is not None and name not in features:
@@ -351,7 +355,6 @@ def _with_columns(rows, source, image_column, label_column, adversarial_column, 
         class_names=getattr(features.get(label_column), "names", None) if label_column else None,
         streaming=streaming,
         stored_columns=stored,
-        no_labels=_no_indices(f"its column {unusable[0]!r}", features[unusable[0]]) if unusable else "",
     )
 
 

@@ -216,7 +216,7 @@ def _percent(right: Tensor) -> float:
     return 100 * right.float().mean().item()
 
 
-def _margin_gradient(model: nn.Module, pixels: Tensor, labels: Tensor) -> Tensor:
+def margin_gradient(model: nn.Module, pixels: Tensor, labels: Tensor) -> Tensor:
     """Of the logit margin, which does not saturate as the cross-entropy does."""
     inputs = pixels.detach().clone().requires_grad_()
     with torch.enable_grad():
@@ -228,7 +228,7 @@ def _margin_gradient(model: nn.Module, pixels: Tensor, labels: Tensor) -> Tensor
 
 
 def _gradient(model: nn.Module, pixels: Tensor, labels: Tensor, batch_size: int) -> CheckResult:
-    gradient = torch.cat([_margin_gradient(model, *batch) for batch in _batches(pixels, labels, batch_size)])
+    gradient = torch.cat([margin_gradient(model, *batch) for batch in _batches(pixels, labels, batch_size)])
     flat = gradient.flatten(1)
     finite = torch.isfinite(flat).all(1)
     nonzero = (flat != 0).float().mean(1)

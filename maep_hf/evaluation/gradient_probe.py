@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..attacks.guard import Watched, isolated
-from .checks import _margin_gradient
+from .checks import margin_gradient
 
 PARTS = 16  # far less memory than an attack takes, whose peak the record tells
 
@@ -39,7 +39,7 @@ def gradient_probe(model: nn.Module, pixels: Tensor, labels: Tensor, *, name: st
         warnings.simplefilter("ignore")  # the attack says so itself
         watched = Watched(model, labels)
         zero = sum(_without(_loss_gradient(watched, *batch)) for batch in batches)
-        if zero == len(pixels) == sum(_without(_margin_gradient(watched, *batch)) for batch in batches):
+        if zero == len(pixels) == sum(_without(margin_gradient(watched, *batch)) for batch in batches):
             raise ValueError(
                 f"{name} gives the pixels no gradient, so that an attack that follows one fails and the figure says "
                 "nothing: use an attack that needs none, such as square, or give it a forward that can be "

@@ -14,7 +14,7 @@ from PIL import Image as PILImage
 from torch import Tensor
 
 from ..data import DataError, ImageDataset, decode_image, names_that_differ, same_names_in_order
-from .fingerprint import tensor_bytes
+from ..tensors import tensor_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -169,10 +169,10 @@ def _warn_if_sorted(labels: list[int], stored: Counter[int | None]) -> None:
         labels: of the first images.
         stored: how often the whole dataset has each label; a class that is only named, or rare, is not missed.
     """
-    found = len(set(labels))
-    counts = [count for label, count in stored.items() if label is not None and label >= 0]
     if len(labels) < FEW:
         return
+    found = len(set(labels))
+    counts = [count for label, count in stored.items() if label is not None and label >= 0]
     total = sum(counts)
     drawn = sum(1 - (1 - count / total) ** len(labels) for count in counts)  # that as many random images would be of
     if found < SORTED_SHARE * drawn:

@@ -305,16 +305,19 @@ class Row:
         names: `dataset`, `classifier`, `purifier`, `attack` and `n`, as they are shown.
         clean, purified_clean: shares before the attack; the second is `None` without a purifier.
         cells: results by column.
-        undefended: share of the bare classifier under an attack made on itself, where a result has it.
-        beside: that result.
+        beside: the result that has the share of the bare classifier under an attack made on itself, if one has it.
     """
 
     names: dict[str, str]
     clean: Mapping
     purified_clean: Mapping | None
     cells: dict[str, Result]
-    undefended: Mapping | None = None
     beside: Result | None = None
+
+    @property
+    def undefended(self) -> Mapping | None:
+        """The share of the bare classifier under an attack made on itself, where a result has it."""
+        return self.beside.undefended if self.beside else None
 
 
 def rows_of(part: Sequence[Result]) -> list[Row]:
@@ -369,6 +372,6 @@ def _rows_by(group: Sequence[Result], fields: Sequence[Mapping[str, Any]]) -> li
         key = (name, n, *(share and (share["percent"], share["n"]) for share in before))
         row = rows.setdefault(key, Row(names, *before, {}))
         row.cells[result.column] = result
-        if row.undefended is None and result.undefended is not None:
-            row.undefended, row.beside = result.undefended, result
+        if row.beside is None and result.undefended is not None:
+            row.beside = result
     return list(rows.values())

@@ -108,8 +108,9 @@ class _Loop:
             processes = self.accelerator.num_processes
             kept, overwrite = args.save_total_limit, args.overwrite_output_dir
             precision = self.accelerator.mixed_precision  # what `auto` is here
-            run = (arguments, data, 4 * parameter_bytes, kept, overwrite, processes, precision)
-            self.folder.prepare(*run, checked=self._look_around)
+            self.folder.prepare(
+                arguments, data, 4 * parameter_bytes, kept, overwrite, processes, precision, checked=self._look_around
+            )
         self.accelerator.wait_for_everyone()
         # one process looks: each by itself might choose otherwise on a shared file system
         self.resume_from = broadcast_object_list([self.resume_from])[0]
