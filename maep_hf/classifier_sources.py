@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from .checkpoints import CheckpointError, expanded, released_checkpoint
-from .data import names_that_differ
+from .data import names_that_differ, numbers_as_text
 from .folding import fold_batch_norm
 
 if TYPE_CHECKING:
@@ -62,8 +62,11 @@ def _channels_last(classifier: PixelClassifier) -> PixelClassifier:
 def match_classes(classifiers: Sequence[PixelClassifier], names: Sequence[str] | None) -> None:
     """Put the logits of each into the order of a dataset's class names, where it has the same in another order."""
     for classifier in classifiers:
-        if differ := names_that_differ(names, list((classifier.id2label or {}).values())):
+        own = list((classifier.id2label or {}).values())
+        if differ := names_that_differ(names, own):
             logger.warning("a surrogate's class names are not the dataset's (%s); taken by index", differ)
+        if doubt := numbers_as_text(own, names):
+            logger.warning("the dataset: %s", doubt)
     if any([classifier.match_classes(names) for classifier in classifiers]):  # a list: of all, not of the first
         logger.warning(
             "the dataset's classes stand in another order than those of the surrogates: they are matched by name"

@@ -161,6 +161,28 @@ def names_that_differ(own: Sequence[str] | None, wanted: Sequence[str] | None, m
     return " / ".join(text or "none" for text in shown)
 
 
+def numbers_as_text(own: Sequence[str] | None, wanted: Sequence[str] | None) -> str | None:
+    """That a dataset's classes (`wanted`) are numbers in the order of the alphabet, which nothing confirms.
+
+    Folders named 0, 1, ..., 10 are listed as 0, 1, 10, 2, ...: right for a classifier trained on the same listing, and
+    wrong for one whose indices the numbers are.
+
+    Returns:
+        What to say of it; `None` where they are not, or a classifier (`own`) has the same names.
+    """
+    names = [str(name) for name in wanted or []]
+    if not names or not all(name.isdecimal() for name in names) or {str(name) for name in own or []} == set(names):
+        return None
+    numbers = [int(name) for name in names]
+    if names != sorted(names) or numbers == sorted(numbers):
+        return None
+    index = next(at for at, number in enumerate(numbers) if number > numbers[at + 1])
+    return (
+        f"its classes are numbers in the order of the alphabet, class {names[index]} the one of index {index}: if they "
+        f"are the classifier's indices, pad the names with zeros ({names[0].zfill(max(map(len, names)))}, ...)"
+    )
+
+
 def _normalised(names: Sequence[str] | None) -> list[str]:
     return [" ".join(re.split(r"[\s_-]+", str(name).casefold())).strip() for name in names or []]
 

@@ -2,12 +2,14 @@
 
 import hashlib
 import io
+import re
 import shutil
 
 import datasets
 import numpy as np
 import pandas
 import pytest
+import torch
 from conftest import CLASSES, image_rows, picture
 from PIL import Image
 
@@ -16,10 +18,11 @@ from maep_hf.data import (
     decode_image,
     load_image_dataset,
     names_that_differ,
+    numbers_as_text,
     same_names_in_order,
     to_rgb,
 )
-from maep_hf.evaluation import read_images
+from maep_hf.evaluation import EvaluationImages, read_images
 from maep_hf.training import Augmentation, DataArguments, PositionedImages, StreamedImages
 
 
@@ -39,6 +42,19 @@ def test_names_of_classes_that_match_nothing_are_told():
     assert names_that_differ([f"n{i:08}" for i in range(1000)], [f"word {i}" for i in range(1000)]).count(",") == 6
     for silent in (None, [], ["0", "1", "2"], ["LABEL_0", "LABEL_1", "LABEL_2"]):
         assert names_that_differ(known, silent) is None and names_that_differ(silent, known) is None
+
+
+def test_numbers_in_the_order_of_the_alphabet_are_doubted(caplog):
+    listed = sorted(str(index) for index in range(12))  # 0, 1, 10, 11, 2, ...
+    for own in (None, [f"LABEL_{index}" for index in range(12)], [f"class {index}" for index in range(12)]):
+        assert re.search(r"class 11 the one of index 3.*pad .*\(00, \.\.\.\)", numbers_as_text(own, listed))
+    in_order = [str(index) for index in range(12)]
+    assert numbers_as_text(in_order, listed) is None  # they are matched by name
+    for sure in (None, in_order, in_order[:10], [name.zfill(2) for name in in_order], ["1", "a", "10"], ["5", "3"]):
+        assert numbers_as_text(None, sure) is None
+    images = EvaluationImages(torch.zeros(2, 3, 4, 4), torch.tensor([0, 2]), class_names=tuple(listed))
+    assert images.in_order_of(None) is images and "in the order of the alphabet" in caplog.text
+    assert images.in_order_of(in_order).labels.tolist() == [0, 10]
 
 
 def test_labels_that_are_no_indices_are_told_at_once(tmp_path):

@@ -7,6 +7,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from accelerate.data_loader import IterableDatasetShard
 from conftest import SIZE, image_rows, picture
 from PIL import Image
 from torch.utils.data import DataLoader
@@ -16,7 +17,7 @@ from maep_hf.data import DataError, ImageDataset, load_image_dataset
 from maep_hf.training import Augmentation, PositionedImages, StreamedImages
 from maep_hf.training import samples as samples_module
 from maep_hf.training.purification import PairDraw
-from maep_hf.training.samples import collate, read_first
+from maep_hf.training.samples import Share, collate, read_first
 
 CUT = Augmentation(SIZE)
 DRAW = PairDraw(AttackMixture(num_surrogates=2), SIZE, patches=16)
@@ -141,6 +142,33 @@ def test_a_stream_ends_whole_when_its_last_image_is_broken():
     order = [sample["labels"] for sample in StreamedImages(with_broken(set(), streaming=True), 12, CUT)]
     found = list(StreamedImages(with_broken({order[-1]}, streaming=True), 12, CUT))
     assert [sample["position"] for sample in found] == list(range(12)) and found[-1]["broken"] == 11
+
+
+@pytest.mark.parametrize("start", [0, 12])
+@pytest.mark.parametrize("broken", [set(), {3, 4, 9}])
+def test_each_process_decodes_its_own_samples_of_a_stream(broken, start, monkeypatch):
+    """With Accelerate's own division of a stream, the processes have together what one has, decoded once."""
+    made: list[int] = []
+
+    def counting(dataset, row, augmentation, draw, seed, position):
+        made.append(position)
+        return make_sample(dataset, row, augmentation, draw, seed, position)
+
+    make_sample = samples_module.make_sample
+    monkeypatch.setattr(samples_module, "make_sample", counting)
+    whole = list(StreamedImages(with_broken(broken, streaming=True), 24, CUT, start=start))
+    at_once, batch, processes = len(made), 2, 3
+    made.clear()
+    found = []
+    for process in range(processes):
+        share = Share(process, processes, batch)
+        stream = StreamedImages(with_broken(broken, streaming=True), 24, CUT, start=start, share=share)
+        own = list(IterableDatasetShard(stream, batch, num_processes=processes, process_index=process))
+        assert len(own) * processes == len(whole) and all(share.has(sample["position"]) for sample in own)
+        found += own
+    assert_same(collate(whole), collate(sorted(found, key=lambda sample: sample["position"])))
+    assert sorted(set(made)) == list(range(start, 24))
+    assert len(made) == len(whole) if not broken else len(made) < 2 * at_once
 
 
 @pytest.mark.timeout(60)

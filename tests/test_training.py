@@ -293,6 +293,17 @@ def test_two_processes_equal_one_with_twice_the_batch(options, tmp_path, torn_fo
     assert_same_run(tmp_path / "two", tmp_path / "killed")
 
 
+@pytest.mark.slow
+def test_two_processes_share_a_stream(options, tmp_path, torn_folder):
+    usual = {"dataset": torn_folder, "streaming": True, "max_steps": 6, "optimizer": "sgd", "learning_rate": 0.1}
+    run("finetune", options(tmp_path / "one", **usual))
+    shared = usual | {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "dataloader_num_workers": 1}
+    assert launch("finetune", options(tmp_path / "two", **shared), processes=2) == [0, 0]
+    assert_close_weights(tmp_path / "one", tmp_path / "two", atol=1e-6)
+    assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "two"), rel=1e-5)
+    assert records(tmp_path / "one")[-2]["broken_images"] == records(tmp_path / "two")[-2]["broken_images"] == 2
+
+
 def test_broken_images_are_counted_and_warned_of(options, tmp_path, torn_folder, caplog):
     words = options(tmp_path / "run", dataset=torn_folder, max_steps=6)
     run("finetune", words, stop=("log", 5))

@@ -13,7 +13,7 @@ import torch
 from PIL import Image as PILImage
 from torch import Tensor
 
-from ..data import DataError, ImageDataset, decode_image, names_that_differ, same_names_in_order
+from ..data import DataError, ImageDataset, decode_image, names_that_differ, numbers_as_text, same_names_in_order
 from ..tensors import tensor_bytes
 
 logger = logging.getLogger(__name__)
@@ -85,6 +85,8 @@ class EvaluationImages:
         if order is None:
             if differ := names_that_differ(self.class_names, names):
                 logger.warning("dataset: its class names are not the classifier's (%s); taken by index", differ)
+            if doubt := numbers_as_text(names, self.class_names):
+                logger.warning("dataset: %s", doubt)
             return self
         logger.warning("dataset: its classes stand in another order than the classifier's; they are matched by name")
         return replace(self, labels=torch.tensor(order)[self.labels.long().cpu()], class_names=tuple(names))

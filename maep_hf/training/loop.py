@@ -31,7 +31,7 @@ from ..records import describe_environment, write_json
 from ..storage import store_weights
 from .arguments import LoopArguments
 from .run_folder import RunFolder, RunFolderError
-from .samples import collate
+from .samples import Share, collate
 from .task import Task
 
 logger = logging.getLogger(__name__)
@@ -216,7 +216,10 @@ class _Loop:
             args.per_device_train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
         )
         samples = self.task.samples(
-            total=args.max_steps * images_per_step, start=state.step * images_per_step, seed=args.seed
+            total=args.max_steps * images_per_step,
+            start=state.step * images_per_step,
+            seed=args.seed,
+            share=Share(accelerator.process_index, accelerator.num_processes, args.per_device_train_batch_size),
         )
         sampler = None if isinstance(samples, IterableDataset) else range(state.step * images_per_step, len(samples))
         workers = args.dataloader_num_workers

@@ -149,10 +149,23 @@ class PositionedImages(Dataset):
         raise DataError("none of the dataset's images can be decoded")
 
 
+@dataclass(frozen=True)
+class Share:
+    """One of several processes that take turns at a stream, `batch_size` samples each: only these need be decoded."""
+
+    process: int = 0
+    processes: int = 1
+    batch_size: int = 1
+
+    def has(self, position: int) -> bool:
+        return position // self.batch_size % self.processes == self.process
+
+
 class StreamedImages(IterableDataset):
     """The same over a streamed dataset: shuffled in a buffer, epoch after epoch, from `start` on.
 
-    A stream is read in one piece, so a loader may use one worker at most.
+    A stream is read in one piece, so a loader may use one worker at most. Every process reads it whole and decodes its
+    own `share`; in the place of the others' samples there is `None`, which Accelerate's loader leaves out.
     """
 
     def __init__(
@@ -163,13 +176,14 @@ class StreamedImages(IterableDataset):
         draw: Draw | None = None,
         seed: int = 0,
         start: int = 0,
+        share: Share | None = None,
         shuffle_buffer: int = 10_000,
     ):
         self.dataset, self.total, self.augmentation, self.draw, self.seed = dataset, total, augmentation, draw, seed
-        self.start = start
+        self.start, self.share = start, share or Share()
         self._rows = dataset.rows.shuffle(seed=seed, buffer_size=shuffle_buffer)
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Iterator[dict[str, Any] | None]:
         worker = get_worker_info()
         if worker is not None and worker.num_workers > 1:
             raise ValueError(f"dataloader_num_workers={worker.num_workers}: a stream is read by one at most")
@@ -183,7 +197,10 @@ class StreamedImages(IterableDataset):
             positions = [*waiting, position] if position < self.total else waiting
             try:
                 samples = [
-                    make_sample(self.dataset, row, self.augmentation, self.draw, self.seed, each) for each in positions
+                    make_sample(self.dataset, row, self.augmentation, self.draw, self.seed, each)
+                    if self.share.has(each)
+                    else None
+                    for each in positions
                 ]
             except DECODE_ERRORS:
                 waiting_since = waiting_since if waiting else epoch
@@ -191,8 +208,8 @@ class StreamedImages(IterableDataset):
                     raise DataError("none of the dataset's images can be decoded") from None
                 waiting = positions
                 continue
-            for sample in samples:
-                yield sample | {"broken": -1 if sample["position"] == position else sample["position"]}
+            for each, sample in zip(positions, samples, strict=True):
+                yield sample and sample | {"broken": -1 if each == position else each}
             waiting = []
 
     def _endless(self) -> Iterator[tuple[int, dict]]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
 
 from ..data import ImageDataset
-from .samples import Augmentation, Draw, PositionedImages, StreamedImages, collate, read_first
+from .samples import Augmentation, Draw, PositionedImages, Share, StreamedImages, collate, read_first
 
 logger = logging.getLogger(__name__)
 
@@ -55,10 +55,10 @@ class Task(ABC):
         """Random numbers that a sample carries besides its picture."""
         return None
 
-    def samples(self, total: int, start: int, seed: int) -> Dataset | IterableDataset:
-        """The run's samples; see `samples.py` for what makes them resumable."""
+    def samples(self, total: int, start: int, seed: int, share: Share | None = None) -> Dataset | IterableDataset:
+        """The run's samples, of a stream this process's share; see `samples.py` for what makes them resumable."""
         if self.train_data.streaming:
-            return StreamedImages(self.train_data, total, self.augmentation, self.draw(), seed, start)
+            return StreamedImages(self.train_data, total, self.augmentation, self.draw(), seed, start, share)
         return PositionedImages(self.train_data, total, self.augmentation, self.draw(), seed)
 
     def validation_batch(self) -> dict[str, Tensor]:
