@@ -248,6 +248,14 @@ def test_doubt_shows_in_the_bars(build):
     ]  # fmt: skip
 
 
+def test_the_bare_classifier_is_marked_as_in_the_table(build):
+    blind = record(60, attacked=20.0, gradient={"images": 10, "zero": 9})
+    figure = build(bars_over_attacks, [blind])
+    for axis in figure.axes:
+        assert [bool(hatch) for _, _, hatch in bars_of(axis)] == [True]
+        assert [text.get_text().endswith("⚠") for text in axis.texts] == [True]
+
+
 def test_whiskers_and_reference_line(build):
     entry = record(60, purified_clean=91)
     figure = build(bars_over_attacks, [entry])

@@ -104,7 +104,7 @@ def perturb(
             if len(rows) == 0:
                 continue
             view = views[rows, step % views.shape[1]] if views.shape[1] else None
-            gradient = _input_gradient(classifier, adversarial[rows], labels[rows], view)
+            gradient = input_gradient(classifier, adversarial[rows], labels[rows], view)
             if any_smoothing:
                 gradient = _smooth(gradient, smoothing[rows])
             norm = gradient.abs().mean(dim=(1, 2, 3), keepdim=True).clamp_min(torch.finfo(gradient.dtype).tiny)
@@ -157,7 +157,15 @@ def _length(change: Tensor) -> Tensor:
     return torch.linalg.vector_norm(change, dim=(1, 2, 3), keepdim=True).clamp_min(torch.finfo(change.dtype).tiny)
 
 
-def _input_gradient(classifier: Classifier, pixel_values: Tensor, labels: Tensor, view: Tensor | None) -> Tensor:
+def input_gradient(classifier: Classifier, pixel_values: Tensor, labels: Tensor, view: Tensor | None = None) -> Tensor:
+    """Gradient of the cross-entropy at the pixels, of each image on its own, (B, C, H, W).
+
+    Args:
+        classifier: pixels to logits.
+        pixel_values: (B, C, H, W).
+        labels: (B,).
+        view: what the classifier sees in place of the images, (B, 3) as in [`AttackParameters`].
+    """
     with torch.enable_grad():
         leaf = pixel_values.detach().requires_grad_()
         seen = leaf if view is None else _look(leaf, view)

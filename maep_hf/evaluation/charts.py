@@ -265,8 +265,8 @@ class _Panels:
                 bars[row.names["attack"], row.names["purifier"]] = (result.figure, result.mark)
         if column == UNDEFENDED:
             for row in self.rows:
-                if row.undefended is not None:
-                    bars.setdefault((row.names["attack"], NO_PURIFIER), (row.undefended, ""))
+                if row.beside is not None:
+                    bars.setdefault((row.names["attack"], NO_PURIFIER), (row.beside.undefended, row.beside.mark))
         return [(*names, *bar) for names, bar in bars.items()]
 
     def before(self, column: str) -> list[tuple[str, float]]:

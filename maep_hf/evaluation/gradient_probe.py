@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import warnings
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..attacks.gradient import input_gradient
 from ..attacks.guard import Watched, isolated
 from .checks import margin_gradient
 
@@ -38,7 +37,7 @@ def gradient_probe(model: nn.Module, pixels: Tensor, labels: Tensor, *, name: st
     with isolated(model, seed), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the attack says so itself
         watched = Watched(model, labels)
-        zero = sum(_without(_loss_gradient(watched, *batch)) for batch in batches)
+        zero = sum(_without(input_gradient(watched, *batch)) for batch in batches)
         if zero == len(pixels) == sum(_without(margin_gradient(watched, *batch)) for batch in batches):
             raise ValueError(
                 f"{name} gives the pixels no gradient, so that an attack that follows one fails and the figure says "
@@ -46,11 +45,6 @@ def gradient_probe(model: nn.Module, pixels: Tensor, labels: Tensor, *, name: st
                 "differentiated, without no_grad, detach and rounding"
             )
     return {"images": len(pixels), "zero": zero}
-
-
-def _loss_gradient(model: nn.Module, pixels: Tensor, labels: Tensor) -> Tensor:
-    inputs = pixels.detach().clone().requires_grad_()
-    return torch.autograd.grad(F.cross_entropy(model(inputs), labels, reduction="sum"), inputs)[0]
 
 
 def _without(gradient: Tensor) -> int:
