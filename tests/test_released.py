@@ -329,6 +329,29 @@ def test_all_images_of_imagenet_are_tabled_from_their_records():
     assert json.loads((long / "run.json").read_text())["arguments"]["loop"]["max_steps"] == 900
 
 
+def test_the_longer_adapter_is_tabled_beside_the_released_one():
+    checkpoints = ROOT / "checkpoints"
+    places = {"the released one": checkpoints / f"{PURIFIER}-lora-imagenet",
+              "lora-imagenet-900": checkpoints / "ablation" / "lora-imagenet-900"}  # fmt: skip
+    columns = [("nips2017-dev", 4.0, 500), ("nips2017-dev", 4.0, 200), ("nips2017-dev", 8.0, 250),
+               ("tiny-imagenet", 4.0, 500), ("cifar10", 8.0, 500)]  # fmt: skip
+    readme = (checkpoints / "ablation" / "README.md").read_text().splitlines()
+    images = []
+    for name, folder in places.items():
+        found, weights = {}, fingerprint(load_purifier(folder))
+        for record in read_results(folder / "results.jsonl"):
+            protocol = record["protocol"]
+            assert protocol["purifier"]["fingerprint"] == weights
+            if protocol["threat_model"] == "gray-box":
+                found[protocol["dataset"]["name"], protocol["attack"]["eps"], protocol["dataset"]["n"]] = record
+        rows = [found[column] for column in columns]
+        cells = [f"{accuracy['purified_clean']['percent']:.1f} / {accuracy['purified_attacked']['percent']:.1f}"
+                 for accuracy in (record["accuracy"] for record in rows)]  # fmt: skip
+        assert f"| {name} | {' | '.join(cells)} |" in readme
+        images.append([record["protocol"]["dataset"]["fingerprint"] for record in rows])
+    assert images[0] == images[1]
+
+
 def test_the_release_before_is_tabled_from_its_records():
     folder, recipe = ROOT / "checkpoints" / "ablation" / "diverse", read_recipe("finetune_diverse_tiny_cifar10")
     assert_tabled(folder, AGAIN[2] | {"resnet20-cifar10"})
