@@ -1,4 +1,4 @@
-"""The mixture of attacks that training pairs are drawn from (DESIGN: one attack in training leaves holes)."""
+"""The mixture of attacks that training pairs are drawn from (one attack in training leaves holes)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class AttackMixture:
         pgd_l2: share of PGD in the L2 norm.
         pgd_random_start: share of the PGD samples that start at a random point; the others start at the clean image
             (BIM); of `pgd_l2` too.
-        eps_min, eps_max: L-infinity radius drawn uniformly between, units of 1/255 (DESIGN: up to 1.5x the nominal 8).
+        eps_min, eps_max: L-infinity radius drawn uniformly between, units of 1/255, up to 1.5 times the nominal 8.
         l2_eps_min, l2_eps_max: L2 radius drawn uniformly between, lengths of images with pixels in [0, 1] (0.5 is
             usual for 32 x 32 pixels).
         max_steps: largest number of steps of MI-FGSM and PGD (drawn from 2 and 1).

@@ -89,7 +89,7 @@ def benchmark(
     out: str | Path | None = None,
     progress: bool = True,
 ) -> BenchmarkResult:
-    """Clean and robust accuracy of a purifier in front of a classifier, with the whole protocol (DESIGN, section 3).
+    """Clean and robust accuracy of a purifier in front of a classifier, with the whole protocol.
 
     Args:
         classifier: see [`PixelClassifier`]; may be one already.

@@ -12,7 +12,7 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class Protocol:
-    """What was measured and how (DESIGN, section 3).
+    """What was measured and how.
 
     Attributes:
         threat_model: what the attack saw.

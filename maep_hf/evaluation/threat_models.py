@@ -1,4 +1,4 @@
-"""Threat models: which model an attack sees, while the defended one is what is measured (DESIGN: never mix them)."""
+"""Threat models: which model an attack sees, while the defended one is what is measured; they are never mixed."""
 
 from __future__ import annotations
 
