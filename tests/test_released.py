@@ -169,7 +169,10 @@ def test_bases_of_other_domains_are_tabled_from_their_records():
                        for name in held_out)  # fmt: skip
 
 
-@pytest.mark.parametrize("name, trained", [("peers", 5), ("peers/guidance-both", 3), ("peers/guidance-0.2", 3)])
+@pytest.mark.parametrize(
+    "name, trained",
+    [("peers", 5), ("peers/guidance-both", 3), ("peers/guidance-both-seed-1", 3), ("peers/guidance-0.2", 3)],
+)
 def test_peers_are_tabled_from_their_records(name, trained):
     folder = ROOT / "checkpoints" / name
     told_in = folder if (folder / "README.md").is_file() else ROOT
