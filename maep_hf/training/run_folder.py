@@ -56,7 +56,8 @@ class RunFolder:
 
         Args:
             arguments: the run's arguments by group, as recorded in `run.json`.
-            data: the data's description, likewise.
+            data: the data's description, likewise; under `start` the fingerprints of the weights that the run starts
+                from, by the argument that names them, which a record of an older version lacks.
             checkpoint_bytes: estimated size of one checkpoint.
             kept: checkpoints that exist side by side.
             overwrite: remove a run that is already here; a folder without a record holds none.
@@ -143,8 +144,10 @@ class RunFolder:
             for group, name, there, now in _changes(stored, _as_stored(arguments))
             if name not in FREE_ARGUMENTS
         ]
-        if record.get("data", data) != _as_stored(data):
-            different.append(f"the data: {record['data']} there, {data} now")
+        there, now = record.get("data", data), _as_stored(data)
+        if _without_start(there) != _without_start(now):
+            different.append(f"the data: {_without_start(there)} there, {_without_start(now)} now")
+        different += _other_start(stored, there, now, _as_stored(arguments))
         before = record.get("num_processes", num_processes)
         if before != num_processes:
             different.append(f"num_processes: {before} there, {num_processes} now")
@@ -157,7 +160,7 @@ class RunFolder:
                 "Give another folder, or start over with --overwrite_output_dir."
             )
 
-    def take_over(self, arguments: dict[str, Any]) -> bool:
+    def take_over(self, arguments: dict[str, Any], data: dict[str, Any] | None = None) -> bool:
         """Record what a later start of the run changed; whether it changed which of its weights are kept.
 
         Where arguments changed, command, versions and revision become the later start's as well; those that the run
@@ -168,6 +171,8 @@ class RunFolder:
         if before != record["arguments"]:
             now = describe_environment()
             record.setdefault("first_start", {name: record[name] for name in now if name in record})
+            if "start" in (data or {}) and "start" in record.get("data", {}):  # a share of other weights, perhaps
+                record["data"]["start"] = data["start"]
             write_json(self.record, record | now)
         return any(name in KEPT_ARGUMENTS for _, name, _, _ in _changes(before, record["arguments"]))
 
@@ -298,6 +303,25 @@ class RunFolder:
 def _as_stored(value: Any) -> Any:
     """As it comes back from a record."""
     return json.loads(json.dumps(value, default=str))
+
+
+def _without_start(data: Any) -> Any:
+    return {name: value for name, value in data.items() if name != "start"} if isinstance(data, dict) else data
+
+
+def _other_start(stored: dict[str, Any], there: Any, now: dict[str, Any], arguments: dict[str, Any]) -> list[str]:
+    """Arguments of the same value whose weights are others than those that a run started from, in words.
+
+    The checkpoint would bring back the old ones: an adapter would be saved as one of the new base, and a share of the
+    new ones be mixed into what was trained from the old.
+    """
+    changed = {name for _, name, _, _ in _changes(stored, arguments)}
+    before = there.get("start", {}) if isinstance(there, dict) else {}
+    return [
+        f"{name}: its weights are not those that the run started from (fingerprint {before[name]} there, {found} now)"
+        for name, found in now.get("start", {}).items()
+        if name not in changed and before.get(name, found) != found
+    ]
 
 
 def _changes(stored: dict[str, Any], current: dict[str, Any]) -> list[tuple[str, str, Any, Any]]:
