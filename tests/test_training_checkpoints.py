@@ -88,6 +88,18 @@ def test_without_a_whole_checkpoint_nothing_starts_over_by_itself(folder):
     assert RunFolder(folder.path / "new").last_checkpoint() is None
 
 
+@pytest.mark.parametrize("made", ["model.safetensors", "model-00001-of-00002.safetensors", "adapter"])
+def test_a_model_without_its_checkpoints_is_not_trained_over_by_itself(folder, made):
+    shutil.rmtree(folder.checkpoints)
+    assert folder.last_checkpoint() is None  # of a run that was killed before the first
+    (folder.path / "previews").mkdir()
+    (folder.path / "metrics.jsonl").write_text("")
+    assert folder.last_checkpoint() is None
+    (folder.path / made).mkdir()
+    with pytest.raises(RunFolderError, match=f"output_dir=.*{made}.*another output_dir.*--overwrite_output_dir"):
+        folder.last_checkpoint()
+
+
 def test_rotation_keeps_whole_checkpoints(folder):
     empty(folder.checkpoints / "step-0000006" / "optimizer.bin")
     folder.save_checkpoint(5, write_files, lambda: None, True, 1)
@@ -180,4 +192,16 @@ def test_what_cannot_be_loaded_after_all_names_the_folder_and_the_fix(whole_run,
         shutil.copy(whole / "checkpoints" / "step-0000003" / name, newest)
     shutil.rmtree(newest)
     run("train_classifier", argv(folder))
+    assert_same_run(whole, folder)
+
+
+def test_a_finished_run_whose_checkpoints_were_deleted_is_left_as_it_is(whole_run, tmp_path):
+    whole, argv = whole_run
+    folder = shutil.copytree(whole, tmp_path / "run")
+    shutil.rmtree(folder / "checkpoints")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises(RunFolderError, match="no checkpoint to go on from: give another output_dir"):
+        run("train_classifier", argv(folder))
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    run("train_classifier", [*argv(folder), "--overwrite_output_dir", "true"])
     assert_same_run(whole, folder)

@@ -216,7 +216,7 @@ class RunFolder:
             num_processes: processes of the run, each with random states of its own.
 
         Raises:
-            RunFolderError: there are checkpoints, but all are damaged.
+            RunFolderError: there are checkpoints, but all are damaged; or there are none, but a model that they made.
         """
         damaged = []
         for path in reversed(numbered(self.checkpoints)):
@@ -230,6 +230,12 @@ class RunFolder:
             raise RunFolderError(
                 f"output_dir={str(self.path)!r}: no checkpoint is whole: {'; '.join(damaged)}. Bring back the files, "
                 "give another folder, or start over with --overwrite_output_dir."
+            )
+        exported = [*sorted(self.path.glob("*.safetensors")), self.path / ADAPTER_FOLDER]
+        if found := [path.name for path in exported if path.exists()]:  # they are written after a checkpoint
+            raise RunFolderError(
+                f"output_dir={str(self.path)!r} holds what a run made ({', '.join(found[:3])}), and no checkpoint to "
+                "go on from: give another output_dir to keep it, or start over with --overwrite_output_dir."
             )
         return None
 
