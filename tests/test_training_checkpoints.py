@@ -7,9 +7,12 @@ import shutil
 import pytest
 import torch
 from conftest import image_rows
+from made_up_records import record
+from rich.console import Console
 from running import assert_same_run, checkpoints, run, words
 from safetensors.torch import save_file
 
+from maep_hf.evaluation.report import report
 from maep_hf.training import RunFolder, RunFolderError
 from maep_hf.training import checkpoint_files as checkpoint_files_module
 from maep_hf.training.checkpoint_files import MANIFEST, damage, numbered
@@ -98,6 +101,20 @@ def test_a_model_without_its_checkpoints_is_not_trained_over_by_itself(folder, m
     (folder.path / made).mkdir()
     with pytest.raises(RunFolderError, match=f"output_dir=.*{made}.*another output_dir.*--overwrite_output_dir"):
         folder.last_checkpoint()
+
+
+@pytest.mark.parametrize("of_a_run", [True, False])
+def test_overwriting_takes_the_results_of_the_old_weights_too(tmp_path, of_a_run):
+    (tmp_path / "results.jsonl").write_text(json.dumps(record()) + "\n" + json.dumps(record(eps=4.0, attack="FGSM")))
+    report(tmp_path / "results.jsonl", tmp_path, Console(quiet=True))
+    results = {path.name for path in tmp_path.iterdir()}
+    assert results == {"results.jsonl", "results.md", "results.csv", "attacks.png", "accuracy_against_eps.png"}
+    (tmp_path / "notes.png").write_text("a person's")
+    if of_a_run:
+        (tmp_path / "run.json").write_text("{}")
+        (tmp_path / "model.safetensors").write_text("old")
+    RunFolder(tmp_path).prepare({}, {}, 0, 2, overwrite=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"notes.png"} | (set() if of_a_run else results)
 
 
 def test_rotation_keeps_whole_checkpoints(folder):

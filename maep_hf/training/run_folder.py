@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 # What Accelerate, torch and safetensors raise over a file that is not what it was.
 _LOAD_ERRORS = (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError, SafetensorError)
+_CHARTS = ("attacks.png", "accuracy_against_eps.png")
+"""As `maep_hf.evaluation.report` names them."""
 
 
 class RunFolderError(RuntimeError):
@@ -105,6 +107,14 @@ class RunFolder:
         found = [path for path in map(self.path.joinpath, names) if path.exists()]
         return found + sorted(self.path.glob("*.safetensors"))
 
+    def _results(self) -> list[Path]:
+        """An evaluation of the run's weights beside them, which a push would refuse beside others; without a run it is
+        an evaluation's own folder."""
+        from ..hub.folders import RESULT_TEXTS
+
+        names = (*RESULT_TEXTS, *_CHARTS) if self.record.is_file() else ()
+        return [path for path in map(self.path.joinpath, names) if path.is_file()]
+
     def _refuse_other_content(self) -> None:
         """Neither a run nor an overwrite may take away files that no run wrote."""
         if not self.record.is_file() and (found := self._content()):
@@ -117,7 +127,7 @@ class RunFolder:
         # The record goes last: whatever an interruption leaves is still known as the old run's.
         # The weights go too: until the first save the folder would hold the old ones under the new record.
         doomed = self.path / "removed.tmp"
-        for stale in self._content():
+        for stale in [*self._content(), *self._results()]:
             if stale == doomed:
                 continue
             if stale.is_dir():
