@@ -812,6 +812,14 @@ def task_of(image_folder, classifier_folder):
     return build
 
 
+def test_a_surrogate_with_weights_of_five_dimensions_can_be_moved(task_of):
+    task = task_of()
+    flat = torch.nn.Conv2d(3, 3, 3).to(memory_format=torch.channels_last)
+    task.surrogates = [flat, torch.nn.Conv3d(1, 2, 3)]
+    task.to(torch.device("cpu"))
+    assert flat.weight.is_contiguous(memory_format=torch.channels_last)  # as it was loaded
+
+
 def batch_of(task, count: int = 12) -> dict[str, torch.Tensor]:
     samples = task.samples(total=count, start=0, seed=0)
     return task.prepare(collate([samples[i] for i in range(count)]))

@@ -252,7 +252,7 @@ class PurificationTask(Task):
     def to(self, device: torch.device) -> None:
         super().to(device)
         for surrogate in self.surrogates:
-            surrogate.to(device, memory_format=torch.channels_last)
+            surrogate.to(device)
 
     @torch.no_grad()
     def kept(self, model: nn.Module) -> nn.Module:
