@@ -167,6 +167,41 @@ def test_a_disk_that_fails_at_the_last_moment_leaves_the_checkpoint_before(folde
     assert checkpoints(folder.path) == ["step-0000002", "step-0000004", "step-0000006"]
 
 
+@pytest.mark.parametrize("name", FILES)
+def test_only_a_file_that_cannot_be_read_is_a_fault_of_the_checkpoints(folder, name, monkeypatch):
+    newest = folder.checkpoints / "step-0000006"
+    path = newest / name
+    whole = path.read_bytes()
+
+    def loading(error: Exception) -> str:
+        with pytest.raises(RunFolderError) as raised, folder.loading(newest):
+            raise error
+        return str(raised.value)
+
+    for error in (RuntimeError("size mismatch for a"), RuntimeError("DefaultCPUAllocator: can't allocate")):
+        said = loading(error)
+        assert str(error) in said and "No file of it was found damaged" in said and "away" not in said
+    spoiled = [bytes(len(whole)), whole[:-1]]
+    if name != FILES[0]:  # safetensors have no checksums
+        middle = whole.index(torch.load(path).numpy().tobytes())
+        spoiled.append(whole[:middle] + b"????" + whole[middle + 4 :])
+    for content in spoiled:
+        path.write_bytes(content)
+        said = loading(RuntimeError("what torch says"))
+        assert f"({name}" in said and "Move this folder away" in said
+    path.write_bytes(whole)
+    opened = type(path).open
+
+    def may_not(self, *args, **options):
+        if self == path:
+            raise PermissionError(13, "Permission denied", str(path))
+        return opened(self, *args, **options)
+
+    monkeypatch.setattr(type(path), "open", may_not)
+    said = loading(RuntimeError("what torch says"))
+    assert "PermissionError" in said and name in said and "away" not in said
+
+
 # --- with the loop -------------------------------------------------------------------------------------------------
 
 
@@ -204,7 +239,8 @@ def test_what_cannot_be_loaded_after_all_names_the_folder_and_the_fix(whole_run,
     newest = folder / "checkpoints" / "step-0000003"
     for name in ("optimizer.bin", "custom_checkpoint_0.pkl"):
         (newest / name).write_bytes(bytes((newest / name).stat().st_size))  # of the right size, but zeros
-        with pytest.raises(RunFolderError, match="checkpoint .*step-0000003 cannot be loaded.*Remove this folder"):
+        message = f"checkpoint .*step-0000003 cannot be loaded .{name}.*Move this folder away"
+        with pytest.raises(RunFolderError, match=message):
             run("train_classifier", argv(folder))
         shutil.copy(whole / "checkpoints" / "step-0000003" / name, newest)
     shutil.rmtree(newest)

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from ..adaptation import ADAPTER_FOLDER
 from ..records import describe_environment, write_json
 from .arguments import ADDED_LATER, FREE_ARGUMENTS, KEPT_ARGUMENTS
-from .checkpoint_files import CHECKPOINT_PREFIX, damage, numbered, seal, step_of, sync_folder
+from .checkpoint_files import CHECKPOINT_PREFIX, damage, numbered, seal, step_of, sync_folder, unreadable
 
 logger = logging.getLogger(__name__)
 
@@ -264,15 +264,27 @@ class RunFolder:
 
     @contextmanager
     def loading(self, checkpoint: Path) -> Iterator[None]:
-        """Turn what a checkpoint that is damaged after all raises into a [`RunFolderError`] that says what to do."""
+        """Turn what loading a checkpoint raises into a [`RunFolderError`] that says whether it is damaged after all."""
         try:
             yield
         except torch.OutOfMemoryError:  # which is no fault of the checkpoint's
             raise
-        except _LOAD_ERRORS as error:
+        except _LOAD_ERRORS as raised:
+            error: Exception = raised
+            try:
+                wrong = unreadable(checkpoint)
+            except OSError as unread:
+                wrong, error = None, unread
+            if wrong is not None:
+                raise RunFolderError(
+                    f"the checkpoint {checkpoint} cannot be loaded ({wrong}). Move this folder away and start the same "
+                    "command again: it goes on from the checkpoint before; without one, give another output_dir, or "
+                    "start over with --overwrite_output_dir."
+                ) from error
             raise RunFolderError(
-                f"the checkpoint {checkpoint} cannot be loaded ({type(error).__name__}: {error}). Remove this folder "
-                "and start the same command again: it goes on from the checkpoint before, or else starts over."
+                f"the checkpoint {checkpoint} cannot be loaded ({type(error).__name__}: {error}). No file of it was "
+                "found damaged: mend what is said here (a model of other shapes, memory, a permission) and start the "
+                "same command again."
             ) from error
 
     def save_checkpoint(
