@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from maep_hf.evaluation.report import report
 from maep_hf.training import RunFolder, RunFolderError
 from maep_hf.training import checkpoint_files as checkpoint_files_module
+from maep_hf.training import run_folder as run_folder_module
 from maep_hf.training.checkpoint_files import MANIFEST, damage, numbered
 
 FILES = ("model.safetensors", "optimizer.bin", "random_states_0.pkl", "custom_checkpoint_0.pkl")
@@ -121,6 +122,27 @@ def test_rotation_keeps_whole_checkpoints(folder):
     empty(folder.checkpoints / "step-0000006" / "optimizer.bin")
     folder.save_checkpoint(5, write_files, lambda: None, True, 1)
     assert checkpoints(folder.path) == ["step-0000005"]
+
+
+def test_what_was_just_written_is_never_rotated_away(folder, monkeypatch):
+    monkeypatch.setattr(run_folder_module, "damage", lambda path, processes=1: "a disk that lies")
+    folder._rotate(6, 1)
+    assert checkpoints(folder.path) == ["step-0000006"]
+
+
+def test_a_state_in_shards_is_refused_at_the_first_save(folder):
+    def write_shards(path) -> None:
+        """As FSDP leaves them."""
+        write_files(path)
+        (path / "model.safetensors").unlink()
+        (path / "pytorch_model_fsdp_0").mkdir()
+        (path / "pytorch_model_fsdp_0" / "__0_0.distcp").write_text("a shard")
+
+    before = checkpoints(folder.path)
+    message = r"step 8 \(model.safetensors is missing\).*sharded state of FSDP.*is not supported"
+    with pytest.raises(RunFolderError, match=message):
+        folder.save_checkpoint(8, write_shards, lambda: None, True, 1)
+    assert checkpoints(folder.path) == before
 
 
 def test_a_copy_with_a_name_of_its_own_is_no_checkpoint(folder):

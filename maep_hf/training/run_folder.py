@@ -293,7 +293,8 @@ class RunFolder:
         """Write a checkpoint beside the others and give it its name only when it is whole, then rotate.
 
         Raises:
-            RunFolderError: it could not be written; the checkpoints before it are whole.
+            RunFolderError: it could not be written, or not in the form that it is looked for when the run goes on; the
+                checkpoints before it are whole.
         """
         target = self.checkpoints / f"{CHECKPOINT_PREFIX}{step:07d}"
         temporary = target.with_name(target.name + ".tmp")
@@ -307,6 +308,12 @@ class RunFolder:
                 wait()
                 if main:
                     seal(temporary)
+            if main and (wrong := damage(temporary)):
+                raise RunFolderError(
+                    f"output_dir={str(self.path)!r}: no run could go on from the checkpoint of step {step} ({wrong}). "
+                    "The sharded state of FSDP, DeepSpeed and such is not supported: start without them, on one device "
+                    "or with `accelerate launch --multi_gpu`."
+                )
         except RunFolderError:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
@@ -318,10 +325,13 @@ class RunFolder:
         wait()
 
     def _rotate(self, step: int, limit: int) -> None:
-        """Keep the newest whole checkpoints up to this step: those after it were damaged, or it would not be saved."""
-        kept = [path for path in self._whole_checkpoints() if step_of(path) <= step][-limit:]
+        """Keep the newest whole checkpoints up to this step: those after it were damaged, or it would not be saved.
+
+        The one of this step stays whatever is found of it, for nothing newer is there.
+        """
+        whole = [path for path in self._whole_checkpoints() if step_of(path) <= step][-limit:]
         for stale in numbered(self.checkpoints):
-            if stale not in kept:
+            if stale not in whole and step_of(stale) != step:
                 shutil.rmtree(stale, ignore_errors=True)
 
     def _whole_checkpoints(self) -> list[Path]:
