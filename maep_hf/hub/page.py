@@ -67,7 +67,7 @@ def page_of(
 def _of_records(push: Repository, records: Path, at: str | None, names: Collection[str], staged: Path) -> Page:
     pictures: Collection[str] = ()
     if push.repo_type == "model":
-        push.download_model(staged)
+        push.download_model(staged, at)
     elif at and (path := push.file(RESULTS, at)):
         shutil.copy(path, staged / RESULTS)
         push.read_at = at  # records that somebody adds meanwhile are not lost

@@ -40,11 +40,11 @@ class Repository:
         self.read_at: str | None = None  # commit that what is merged or taken away was read at
         self.going: list[str] = []  # what is taken from it, in words
 
-    def download_model(self, folder: Path) -> None:
-        """The files of the model that records are of, which has to be there."""
+    def download_model(self, folder: Path, at: str | None) -> None:
+        """The files of the model that records are of, which has to be at the commit that the push goes on top of."""
         wanted = [*PURIFIER.files, *ADAPTER.files]
         try:
-            downloaded = self.api.snapshot_download(**self.repo, revision=self.branch, allow_patterns=wanted)
+            downloaded = self.api.snapshot_download(**self.repo, revision=at or self.branch, allow_patterns=wanted)
         except (RepositoryNotFoundError, RevisionNotFoundError) as error:
             raise ValueError(
                 f"{self.repo_id}: no such repository or revision ({self.branch}) for these records; push the purifier "
