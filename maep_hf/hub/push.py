@@ -87,8 +87,8 @@ def push_to_hub(
     however old. Pairs replace older pairs of the same split, whose files have other names where they were more or
     fewer; without a `make_pairs.json` of ours beside them they are a person's and stay (`replaced.py`).
 
-    All of this goes in the commit that brings the new files, which is refused if somebody committed meanwhile. A
-    warning says what goes; no other file is deleted.
+    All of this goes in the commit that brings the new files. It is refused if somebody committed since the repository
+    was read, but for an image processor's. A warning says what goes; no other file is deleted.
 
     A repository holds a model or an adapter: one is not pushed beside the other, since other weights would load.
 
@@ -135,6 +135,8 @@ def push_to_hub(
         push = Repository(api, repo_id, kind_type, revision, create_pr, token)
         at = push.head()
         names = push.names(at) if at else []
+        if kind is not IMAGE_PROCESSOR:  # it has no page, and stands beside anything
+            push.read_at = at  # a commit since is neither checked nor merged, so that it stops the push
         if kind in (PURIFIER, CLASSIFIER, PLAIN_CLASSIFIER, ADAPTER):
             check_no_other_weights(repo_id, names, adapter=kind is ADAPTER)
         if kind is ADAPTER:
