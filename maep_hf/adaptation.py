@@ -10,6 +10,7 @@ import os
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
@@ -125,7 +126,7 @@ def add_lora(model: MAEPModel, config: LoraConfig) -> PeftModel:
         )
     base = describe_base(model)
     adapted = get_peft_model(model, config)
-    setattr(adapted, _BASE_DESCRIPTION, base)
+    _remember_base(adapted, base)
     return adapted
 
 
@@ -259,7 +260,7 @@ def load_adapter(
     else:
         model = PeftModel.from_pretrained(model, source, adapter_name=name, is_trainable=trainable, **hub)
     if base:
-        setattr(model, _BASE_DESCRIPTION, base)
+        _remember_base(model, base)
     return model
 
 
@@ -329,10 +330,11 @@ def describe_base(model: nn.Module) -> dict[str, str]:
     """The weights below the adapters: their hash and their dtype.
 
     Those that `add_lora` or `load_adapter` found when they put the first adapter on: merging changes them, unmerging
-    rounds them, and an adapter may train the base's biases. Where PEFT alone put it on, those that are there now.
+    rounds them, and an adapter may train the base's biases; or those that `load_state_dict` brought since, as a
+    training checkpoint does. Where PEFT alone put it on, those that are there now.
 
     Raises:
-        ValueError: PEFT alone put an adapter on, and it is merged.
+        ValueError: an adapter is merged that PEFT alone put on, or that was merged when the base's weights were loaded.
     """
     known = _known_base(model)
     if known:
@@ -353,6 +355,26 @@ def describe_base(model: nn.Module) -> dict[str, str]:
 
 def _known_base(model: nn.Module) -> dict[str, str] | None:
     return vars(model).get(_BASE_DESCRIPTION)
+
+
+def _remember_base(model: PeftModel, base: Mapping[str, str]) -> None:
+    if _renew_base not in model._load_state_dict_post_hooks.values():
+        model.register_load_state_dict_post_hook(_renew_base)
+    setattr(model, _BASE_DESCRIPTION, dict(base))
+
+
+def _renew_base(model: PeftModel, loaded: Any) -> None:
+    """Describe the base anew where `load_state_dict` brought other weights of it, as a training checkpoint does.
+
+    What is known stays where an adapter alone was loaded, as PEFT does, and where one trains the base's biases: those
+    that come with a checkpoint are trained ones, and what they were before is known from nowhere else.
+    """
+    own = sum(not _is_adapter_weight(name) for name in model.state_dict())
+    missing = sum(not _is_adapter_weight(name) for name in loaded.missing_keys)
+    if missing < own and not any(map(_trains_base_biases, model.peft_config.values())):
+        vars(model).pop(_BASE_DESCRIPTION, None)
+        if not _is_merged(model):
+            setattr(model, _BASE_DESCRIPTION, describe_base(model))
 
 
 def _is_merged(model: nn.Module) -> bool:

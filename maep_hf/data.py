@@ -137,7 +137,7 @@ def same_names_in_order(own: Sequence[str] | None, wanted: Sequence[str] | None)
         Indices into `own`; `None` where these are not the same names, are so in the same order, or repeat one: then
         nothing is known of their order, or nothing is to be done.
     """
-    for mine, theirs in ((list(own or []), list(wanted or [])), (_normalised(own), _normalised(wanted))):
+    for mine, theirs in ((list(own or []), list(wanted or [])), (normalised_names(own), normalised_names(wanted))):
         if mine == theirs:
             return None
         if len(set(mine)) == len(mine) and sorted(mine) == sorted(theirs):
@@ -151,7 +151,7 @@ def names_that_differ(own: Sequence[str] | None, wanted: Sequence[str] | None, m
     Returns:
         `None` where both have the same, or one has none but numbers (`LABEL_3`), which say nothing.
     """
-    sides = [dict(zip(_normalised(side), side or [], strict=True)) for side in (own, wanted)]
+    sides = [dict(zip(normalised_names(side), side or [], strict=True)) for side in (own, wanted)]
     if any(all(re.fullmatch(r"(label|class)? *\d*", name) for name in side) for side in sides):
         return None
     alone = [[str(name) for plain, name in side.items() if plain not in other] for side, other in (sides, sides[::-1])]
@@ -183,7 +183,8 @@ def numbers_as_text(own: Sequence[str] | None, wanted: Sequence[str] | None) -> 
     )
 
 
-def _normalised(names: Sequence[str] | None) -> list[str]:
+def normalised_names(names: Sequence[str] | None) -> list[str]:
+    """Class names as they are compared: case, underscores, hyphens and repeated blanks do not count."""
     return [" ".join(re.split(r"[\s_-]+", str(name).casefold())).strip() for name in names or []]
 
 

@@ -495,6 +495,28 @@ def test_the_bases_description_outlives_switches_and_copies(adapters, tmp_path):
     assert_purifies_to(loaded, pixels, outputs["one"])
 
 
+def test_the_bases_description_is_of_the_weights_that_a_checkpoint_brought(adapters):
+    folder = adapters[0]
+    model = by_add_lora(folder, [])
+    before, state = describe_base(model), {name: value.clone() for name, value in model.state_dict().items()}
+    own = {name: value for name, value in state.items() if ".lora_" in name or ".modules_to_save." in name}
+    nudge(model)
+    merge(model).load_state_dict(own, strict=False)
+    assert describe_base(model) == before  # an adapter alone says nothing of the base
+    model.unmerge_adapter()
+    model.load_state_dict({name: value + 0.01 if "base_layer" in name else value for name, value in state.items()})
+    changed = describe_base(model)
+    assert changed != before and describe_base(merge_and_unmerge(model)) == changed
+    model.load_state_dict(state)
+    assert describe_base(merge(model)) == before
+    model.load_state_dict(state)
+    with pytest.raises(ValueError, match=r"merged.*model.unmerge_adapter\(\) first"):
+        describe_base(model)
+    with_biases = varied(MAEPModel.from_pretrained(folder / "base"), {"bias": "all"})
+    with_biases.load_state_dict(with_biases.state_dict())  # its biases are trained: they are not the base's own
+    assert describe_base(with_biases) == before
+
+
 def test_a_merged_purifier_is_another_base(adapters):
     folder = adapters[0]
     merged = by_maep(folder, ["one"]).merge_and_unload()

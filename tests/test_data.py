@@ -189,6 +189,8 @@ def test_validation_on_training_images_is_warned_of(sources, caplog):
         ([*CLASSES, "noise"], True),
         (CLASSES[:2], False),  # the same indices, of which some do not occur
         (["noise", "checks"], False),  # other names for them, maybe
+        ([CLASSES[0].upper(), *CLASSES[1:]], False),  # the same, one in other letters
+        ([name.upper() for name in CLASSES[1:]], True),
     ],
 )
 def test_validation_on_other_classes_is_refused(sources, tmp_path, names, refused):

@@ -129,6 +129,14 @@ def test_card_of_a_run_that_was_started_again(folder):
         assert ("torch 2.13.0; first started with torch 2.12.0" in card.text) == (began is first)
 
 
+def test_weights_that_a_run_started_from_are_no_images(folder):
+    cards = []
+    for start in ({}, {"start": {"model": "f9"}}):
+        (folder / "run.json").write_text(json.dumps(RUN | {"data": RUN["data"] | start}))
+        cards.append(str(render_model_card(folder)))
+    assert cards[0] == cards[1] and "(fingerprint f1)" in cards[0]
+
+
 def test_card_without_records_names_what_is_missing(folder):
     card = render_model_card(folder)
     check(card)

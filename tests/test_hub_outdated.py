@@ -4,7 +4,16 @@ import json
 from pathlib import Path
 
 import pytest
-from hub_helpers import failure, overwrite_readme, purifier, push, warnings_of, write_records
+from hub_helpers import (
+    classifier,
+    failure,
+    overwrite_readme,
+    purifier,
+    push,
+    transformers_classifier,
+    warnings_of,
+    write_records,
+)
 from local_hub import Blob, Commit
 from made_up_records import record
 
@@ -116,6 +125,30 @@ def push_one_over_the_other(folder: Path, repo: str) -> list[str]:
     ]
 
 
+def push_types_over_each_other(folder: Path, repo: str) -> list[str]:
+    """A classifier over a purifier, there and on a new branch, a purifier over a classifier; then a run of each."""
+    from maep_hf.hub.background import BackgroundPush
+
+    push_purifier(folder / "purifier", repo, 0)
+    push(classifier(), f"{repo}-classifier")
+    return [
+        failure(push, classifier(), repo),
+        failure(push, classifier(), repo, revision="trial"),
+        failure(push, transformers_classifier(), repo),
+        failure(push, folder / "purifier", f"{repo}-classifier"),
+        failure(BackgroundPush, folder, repo, model=classifier()),
+        failure(BackgroundPush, folder, f"{repo}-classifier", model=purifier()),
+    ]
+
+
+def push_over_own_configuration(repo: str, content: str) -> dict:
+    from huggingface_hub import HfApi
+
+    push(classifier(), repo)
+    HfApi().upload_file(path_or_fileobj=content.encode(), path_in_repo="config.json", repo_id=repo)
+    return push(classifier(), repo)
+
+
 # Tests
 
 
@@ -224,6 +257,23 @@ def test_a_model_and_an_adapter_do_not_share_a_repository(client, hub, tmp_path)
         assert f"push to another repo_id, or delete {theirs} there first" in error
     assert "model.safetensors" not in hub.files(repo) and "adapter_config.json" not in hub.files(f"{repo}-base")
     assert set(hub.repositories["model", repo].refs) == {"refs/heads/main"}
+
+
+def test_models_of_two_types_do_not_share_a_repository(client, hub, tmp_path):
+    repo = "someone/one-type"
+    errors = client(push_types_over_each_other, tmp_path, repo)
+    types = [("maep", "cifar_resnet"), ("maep", "cifar_resnet"), ("maep", "regnet"), ("cifar_resnet", "maep")]
+    for error, (there, new) in zip(errors, [*types, types[0], types[3]], strict=True):
+        assert error.startswith("ValueError: repo_id") and f"type '{there}'" in error and f"'{new}': push to" in error
+    assert json.loads(hub.files(repo)["config.json"])["model_type"] == "maep"
+    assert set(hub.repositories["model", repo].refs) == {"refs/heads/main"}
+
+
+@pytest.mark.parametrize("content", ["theirs", "{}"])
+def test_a_configuration_that_names_no_type_is_no_model_of_another(client, hub, content):
+    repo = f"someone/no-type-{len(content)}"
+    client(push_over_own_configuration, repo, content)
+    assert json.loads(hub.files(repo)["config.json"])["model_type"] == "cifar_resnet"
 
 
 @pytest.mark.parametrize("own_result", [True, False])

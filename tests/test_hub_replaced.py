@@ -5,7 +5,17 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
-from hub_helpers import classifier, failure, purifier, push, same, transformers_classifier, warnings_of, write_records
+from hub_helpers import (
+    classifier,
+    failure,
+    overwrite_readme,
+    purifier,
+    push,
+    same,
+    transformers_classifier,
+    warnings_of,
+    write_records,
+)
 from local_hub import Blob, Commit
 
 from maep_hf.hub.replaced import in_short, is_pairs_record, replaced_shards, replaced_weights
@@ -60,6 +70,24 @@ def push_meanwhile(folder: Path, repo: str, name: str, repo_type: str) -> str:
 
     def meanwhile(*args) -> None:
         HfApi().upload_file(path_or_fileobj=b"theirs", path_in_repo=name, repo_id=repo, repo_type=repo_type)
+        prepare(*args)
+
+    with mock.patch.object(Repository, "prepare", meanwhile):
+        return failure(push, folder, repo)
+
+
+def push_over_others(folder: Path, repo: str, theirs: Path) -> str:
+    """Push to a repository with a README alone, while somebody else pushes a folder, after the files were listed."""
+    from huggingface_hub import HfApi
+
+    from maep_hf.hub.repository import Repository
+
+    HfApi().create_repo(repo)
+    overwrite_readme(repo, "# Mine")
+    prepare = Repository.prepare
+
+    def meanwhile(*args) -> None:
+        HfApi().upload_folder(folder_path=theirs, repo_id=repo)
         prepare(*args)
 
     with mock.patch.object(Repository, "prepare", meanwhile):
@@ -243,6 +271,22 @@ def test_nothing_goes_that_was_committed_since(client, hub, tmp_path, repo_type)
     assert hub.files(repo, type=repo_type) == before | {name: b"theirs"}
     client(push, tmp_path / "new", repo)
     assert name not in hub.files(repo, type=repo_type)
+
+
+@pytest.mark.parametrize("theirs", ["adapter", "one file"])
+def test_nothing_goes_beside_weights_that_were_committed_since(client, hub, tmp_path, theirs):
+    repo = f"someone/beside-{theirs.split()[0]}"
+    client(save_model, tmp_path / "new", "purifier", 1, 8000)
+    if theirs == "adapter":
+        (tmp_path / "theirs").mkdir()
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            (tmp_path / "theirs" / name).write_text("theirs")
+    else:
+        client(save_model, tmp_path / "theirs", "purifier", 0, None)
+    error = client(push_over_others, tmp_path / "new", repo, tmp_path / "theirs")
+    assert error.startswith("PushError") and "412" in error and "can be repeated" in error
+    assert set(hub.files(repo)) >= {path.name for path in (tmp_path / "theirs").iterdir()}
+    assert INDEX not in hub.files(repo)
 
 
 def test_names_of_weights_and_shards():

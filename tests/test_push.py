@@ -227,6 +227,14 @@ def push_records(folder: Path, repo: str, dataset: str) -> list:
     return [missing, other, pushed, own, found]
 
 
+def push_records_to_a_branch(folder: Path, repo: str) -> dict:
+    from maep_hf.evaluation.fingerprint import fingerprint
+
+    push(trained(folder / "model", results=[("gray-box", 82.3)]), repo)
+    records = records_folder(folder / "records", fingerprint(purifier()), [("white-box", 1.5)])
+    return push(records, repo, revision="exp")
+
+
 def push_run(folder: Path, repo: str, model: str, dataset: str, **options) -> dict:
     """Push a run that names its model and dataset so, from another folder than that of the run."""
     trained(folder, results=())
@@ -515,6 +523,14 @@ def test_evaluation_records(client, hub, tmp_path):
     files = hub.files("someone/records", type="dataset")
     assert set(files) - {".gitattributes"} == {"README.md", "results.jsonl", "results.csv", "results.md"}
     assert "records" in client(run_code, "someone/records", tmp_path, repo_type="dataset")
+
+
+def test_records_go_to_a_new_branch_beside_the_model_of_main(client, hub, tmp_path):
+    repo = "someone/measured-on-a-branch"
+    assert client(push_records_to_a_branch, tmp_path, repo)["branch"] == "exp"
+    assert b"1.5" not in hub.files(repo)["results.jsonl"]
+    found = hub.files(repo, revision="exp")
+    assert len(found["results.jsonl"].splitlines()) == 2 and b"1.5 (" in found["README.md"]
 
 
 def test_a_page_goes_on_to_show_the_records_of_its_weights_and_of_no_others(client, hub, tmp_path):

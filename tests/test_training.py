@@ -244,6 +244,54 @@ def test_a_run_from_before_an_argument_goes_on_where_it_was_off(tmp_path):
         folder.prepare({"attack": {"pgd": 0.35, "square": 0.1}}, {}, 0, 0, False)
 
 
+def test_a_run_goes_on_from_the_weights_that_it_started_from(tmp_path):
+    arguments = {"finetune": {"model": "base", "start_share_of": "earlier"}}
+    data, start = {"train": {"fingerprint": "f"}}, {"model": "a", "start_share_of": "b"}
+    record = tmp_path / "run.json"
+
+    def prepare(start, **changed) -> None:
+        now = {"finetune": arguments["finetune"] | changed}
+        RunFolder(tmp_path).prepare(now, data | {"start": start}, 0, 0, False)
+
+    record.write_text(json.dumps({"arguments": arguments, "data": data}))
+    prepare(start)  # that an older version wrote: they are not known
+    RunFolder(tmp_path).take_over(arguments, data | {"start": start})
+    assert "start" not in json.loads(record.read_text())["data"]
+    record.write_text(json.dumps({"arguments": arguments, "data": data | {"start": start}}))
+    prepare(start)
+    for name in start:
+        with pytest.raises(RunFolderError, match=f"{name}: its weights are not those.*{start[name]} there, c now"):
+            prepare(start | {name: "c"})
+    later = {"start_share_of": "another"}  # may change, and with it its weights
+    prepare(start | {"start_share_of": "c"}, **later)
+    RunFolder(tmp_path).take_over(
+        {"finetune": arguments["finetune"] | later}, data | {"start": start | {"start_share_of": "c"}}
+    )
+    assert json.loads(record.read_text())["data"]["start"] == {"model": "a", "start_share_of": "c"}
+
+
+def test_a_purifier_that_changed_under_its_name_is_no_start_of_the_same_run(options, tmp_path):
+    def save(name, shift) -> None:
+        purifier = tiny_purifier()
+        with torch.no_grad():
+            purifier.decoder.head.weight.add_(shift)
+        purifier.save_pretrained(tmp_path / name)
+
+    save("base", 0.1)
+    save("earlier", 0.2)
+    changed = {"max_steps": 1, "model": tmp_path / "base", "start_share": 0.5, "start_share_of": tmp_path / "earlier"}
+    words = options(tmp_path / "run", **changed)
+    run("finetune", words)
+    run("finetune", words)
+    exported = (tmp_path / "run" / "model.safetensors").read_bytes()
+    for name, argument, shift in (("base", "model", 0.1), ("earlier", "start_share_of", 0.2)):
+        save(name, 0.3)
+        with pytest.raises(RunFolderError, match=rf"other arguments \({argument}: its weights are not those"):
+            run("finetune", words)
+        save(name, shift)
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == exported
+
+
 def test_dropout_is_on_in_training(options, tmp_path):
     changed = {"max_steps": 1, "guidance_weight": 0}
     tiny_purifier(hidden_dropout_prob=0.3).save_pretrained(tmp_path / "dropout")
@@ -762,6 +810,14 @@ def task_of(image_folder, classifier_folder):
         )  # fmt: skip
 
     return build
+
+
+def test_a_surrogate_with_weights_of_five_dimensions_can_be_moved(task_of):
+    task = task_of()
+    flat = torch.nn.Conv2d(3, 3, 3).to(memory_format=torch.channels_last)
+    task.surrogates = [flat, torch.nn.Conv3d(1, 2, 3)]
+    task.to(torch.device("cpu"))
+    assert flat.weight.is_contiguous(memory_format=torch.channels_last)  # as it was loaded
 
 
 def batch_of(task, count: int = 12) -> dict[str, torch.Tensor]:

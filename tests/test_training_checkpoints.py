@@ -7,11 +7,15 @@ import shutil
 import pytest
 import torch
 from conftest import image_rows
+from made_up_records import record
+from rich.console import Console
 from running import assert_same_run, checkpoints, run, words
 from safetensors.torch import save_file
 
+from maep_hf.evaluation.report import report
 from maep_hf.training import RunFolder, RunFolderError
 from maep_hf.training import checkpoint_files as checkpoint_files_module
+from maep_hf.training import run_folder as run_folder_module
 from maep_hf.training.checkpoint_files import MANIFEST, damage, numbered
 
 FILES = ("model.safetensors", "optimizer.bin", "random_states_0.pkl", "custom_checkpoint_0.pkl")
@@ -88,10 +92,57 @@ def test_without_a_whole_checkpoint_nothing_starts_over_by_itself(folder):
     assert RunFolder(folder.path / "new").last_checkpoint() is None
 
 
+@pytest.mark.parametrize("made", ["model.safetensors", "model-00001-of-00002.safetensors", "adapter"])
+def test_a_model_without_its_checkpoints_is_not_trained_over_by_itself(folder, made):
+    shutil.rmtree(folder.checkpoints)
+    assert folder.last_checkpoint() is None  # of a run that was killed before the first
+    (folder.path / "previews").mkdir()
+    (folder.path / "metrics.jsonl").write_text("")
+    assert folder.last_checkpoint() is None
+    (folder.path / made).mkdir()
+    with pytest.raises(RunFolderError, match=f"output_dir=.*{made}.*another output_dir.*--overwrite_output_dir"):
+        folder.last_checkpoint()
+
+
+@pytest.mark.parametrize("of_a_run", [True, False])
+def test_overwriting_takes_the_results_of_the_old_weights_too(tmp_path, of_a_run):
+    (tmp_path / "results.jsonl").write_text(json.dumps(record()) + "\n" + json.dumps(record(eps=4.0, attack="FGSM")))
+    report(tmp_path / "results.jsonl", tmp_path, Console(quiet=True))
+    results = {path.name for path in tmp_path.iterdir()}
+    assert results == {"results.jsonl", "results.md", "results.csv", "attacks.png", "accuracy_against_eps.png"}
+    (tmp_path / "notes.png").write_text("a person's")
+    if of_a_run:
+        (tmp_path / "run.json").write_text("{}")
+        (tmp_path / "model.safetensors").write_text("old")
+    RunFolder(tmp_path).prepare({}, {}, 0, 2, overwrite=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"notes.png"} | (set() if of_a_run else results)
+
+
 def test_rotation_keeps_whole_checkpoints(folder):
     empty(folder.checkpoints / "step-0000006" / "optimizer.bin")
     folder.save_checkpoint(5, write_files, lambda: None, True, 1)
     assert checkpoints(folder.path) == ["step-0000005"]
+
+
+def test_what_was_just_written_is_never_rotated_away(folder, monkeypatch):
+    monkeypatch.setattr(run_folder_module, "damage", lambda path, processes=1: "a disk that lies")
+    folder._rotate(6, 1)
+    assert checkpoints(folder.path) == ["step-0000006"]
+
+
+def test_a_state_in_shards_is_refused_at_the_first_save(folder):
+    def write_shards(path) -> None:
+        """As FSDP leaves them."""
+        write_files(path)
+        (path / "model.safetensors").unlink()
+        (path / "pytorch_model_fsdp_0").mkdir()
+        (path / "pytorch_model_fsdp_0" / "__0_0.distcp").write_text("a shard")
+
+    before = checkpoints(folder.path)
+    message = r"step 8 \(model.safetensors is missing\).*sharded state of FSDP.*is not supported"
+    with pytest.raises(RunFolderError, match=message):
+        folder.save_checkpoint(8, write_shards, lambda: None, True, 1)
+    assert checkpoints(folder.path) == before
 
 
 def test_a_copy_with_a_name_of_its_own_is_no_checkpoint(folder):
@@ -138,6 +189,41 @@ def test_a_disk_that_fails_at_the_last_moment_leaves_the_checkpoint_before(folde
     assert checkpoints(folder.path) == ["step-0000002", "step-0000004", "step-0000006"]
 
 
+@pytest.mark.parametrize("name", FILES)
+def test_only_a_file_that_cannot_be_read_is_a_fault_of_the_checkpoints(folder, name, monkeypatch):
+    newest = folder.checkpoints / "step-0000006"
+    path = newest / name
+    whole = path.read_bytes()
+
+    def loading(error: Exception) -> str:
+        with pytest.raises(RunFolderError) as raised, folder.loading(newest):
+            raise error
+        return str(raised.value)
+
+    for error in (RuntimeError("size mismatch for a"), RuntimeError("DefaultCPUAllocator: can't allocate")):
+        said = loading(error)
+        assert str(error) in said and "No file of it was found damaged" in said and "away" not in said
+    spoiled = [bytes(len(whole)), whole[:-1]]
+    if name != FILES[0]:  # safetensors have no checksums
+        middle = whole.index(torch.load(path).numpy().tobytes())
+        spoiled.append(whole[:middle] + b"????" + whole[middle + 4 :])
+    for content in spoiled:
+        path.write_bytes(content)
+        said = loading(RuntimeError("what torch says"))
+        assert f"({name}" in said and "Move this folder away" in said
+    path.write_bytes(whole)
+    opened = type(path).open
+
+    def may_not(self, *args, **options):
+        if self == path:
+            raise PermissionError(13, "Permission denied", str(path))
+        return opened(self, *args, **options)
+
+    monkeypatch.setattr(type(path), "open", may_not)
+    said = loading(RuntimeError("what torch says"))
+    assert "PermissionError" in said and name in said and "away" not in said
+
+
 # --- with the loop -------------------------------------------------------------------------------------------------
 
 
@@ -175,9 +261,22 @@ def test_what_cannot_be_loaded_after_all_names_the_folder_and_the_fix(whole_run,
     newest = folder / "checkpoints" / "step-0000003"
     for name in ("optimizer.bin", "custom_checkpoint_0.pkl"):
         (newest / name).write_bytes(bytes((newest / name).stat().st_size))  # of the right size, but zeros
-        with pytest.raises(RunFolderError, match="checkpoint .*step-0000003 cannot be loaded.*Remove this folder"):
+        message = f"checkpoint .*step-0000003 cannot be loaded .{name}.*Move this folder away"
+        with pytest.raises(RunFolderError, match=message):
             run("train_classifier", argv(folder))
         shutil.copy(whole / "checkpoints" / "step-0000003" / name, newest)
     shutil.rmtree(newest)
     run("train_classifier", argv(folder))
+    assert_same_run(whole, folder)
+
+
+def test_a_finished_run_whose_checkpoints_were_deleted_is_left_as_it_is(whole_run, tmp_path):
+    whole, argv = whole_run
+    folder = shutil.copytree(whole, tmp_path / "run")
+    shutil.rmtree(folder / "checkpoints")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises(RunFolderError, match="no checkpoint to go on from: give another output_dir"):
+        run("train_classifier", argv(folder))
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    run("train_classifier", [*argv(folder), "--overwrite_output_dir", "true"])
     assert_same_run(whole, folder)

@@ -14,7 +14,15 @@ from typing import Any
 from huggingface_hub import HfApi
 
 from ..paths import short
-from .connection import PushError, as_push_errors, check_login, check_no_other_weights, check_visibility, with_owner
+from .connection import (
+    PushError,
+    as_push_errors,
+    check_login,
+    check_no_other_model,
+    check_no_other_weights,
+    check_visibility,
+    with_owner,
+)
 from .folders import ADAPTER, Kind, files_of, kind_of, kind_of_model
 from .names import hub_id
 from .push import push_to_hub
@@ -42,7 +50,7 @@ class BackgroundPush:
             and what follows is raised here, before anything is trained.
         ValueError: a model that cannot be pushed, a name that no repository can have, one that exists and is public
             though `private` is asked for, an adapter whose base is on no Hub, or a repository that holds an adapter
-            where a model is trained, or the other way round.
+            where a model is trained, or the other way round, or a model of another type.
     """
 
     def __init__(
@@ -63,14 +71,14 @@ class BackgroundPush:
         self.api = HfApi()
         self.folder, self.private = folder, private
         with as_push_errors(repo_id or folder.resolve().name):
-            self._prepare(repo_id, base_model, trains_adapter, base_path)
+            self._prepare(repo_id, base_model, trains_adapter, base_path, model)
         self.source = folder / "adapter" if trains_adapter else folder
         for stale in folder.glob(f"{_SNAPSHOT}*"):  # of a run that was killed
             shutil.rmtree(stale, ignore_errors=True)
         self.running: Future | None = None
 
     def _prepare(
-        self, repo_id: str | None, base_model: str | None, trains_adapter: bool, base_path: str | None
+        self, repo_id: str | None, base_model: str | None, trains_adapter: bool, base_path: str | None, model: Any
     ) -> None:
         folder, private = self.folder, self.private
         user = check_login(self.api)
@@ -90,7 +98,11 @@ class BackgroundPush:
         except OSError as error:
             raise PushError(f"hub_model_id: {self.repo_id} cannot be made or written ({error})") from error
         check_visibility(self.api, self.repo_id, private)
-        check_no_other_weights(self.repo_id, self.api.list_repo_files(self.repo_id), adapter=trains_adapter)
+        names = self.api.list_repo_files(self.repo_id)
+        check_no_other_weights(self.repo_id, names, adapter=trains_adapter)
+        if not trains_adapter:
+            model_type = getattr(getattr(model, "config", None), "model_type", None)
+            check_no_other_model(self.api, self.repo_id, names, model_type)
 
     def start(self, step: int) -> None:
         """Push the folder as it is now, unless the push before is still at it: then the next one takes this along."""

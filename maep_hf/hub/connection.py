@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatch
+from pathlib import Path
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError, LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
-from .folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE_RECORD, MODEL_WEIGHTS
+from .folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE_RECORD, MODEL_WEIGHTS, read_json
 
 
 class PushError(OSError):
@@ -98,4 +99,34 @@ def check_no_other_weights(repo_id: str, names: Iterable[str], adapter: bool) ->
         raise ValueError(
             f"repo_id: {repo_id} holds {there}, beside which {here} cannot lie, for the wrong weights would load: push "
             f"to another repo_id, or delete {found} there first"
+        )
+
+
+def check_no_other_model(
+    api: HfApi, repo_id: str, names: Iterable[str], model_type: str | None, revision: str | None = None
+) -> None:
+    """Refuse a whole model over one of another type, whose records and image processor would stay as if they were its.
+
+    Args:
+        api, repo_id: the repository.
+        names: paths of its files at the revision.
+        model_type: of the model that is pushed; `None` is of none that is known, and passes.
+        revision: of its `config.json`; `main` by default.
+
+    Raises:
+        ValueError: another type is there; nothing is deleted, since somebody may still need it.
+    """
+    names = set(names)
+    weights = any(fnmatch(name, pattern) for name in names for pattern in MODEL_WEIGHTS)
+    if model_type is None or not weights or "config.json" not in names:
+        return
+    path = Path(api.hf_hub_download(repo_id, "config.json", revision=revision))
+    try:
+        there = read_json(path).get("model_type")
+    except ValueError:  # somebody's own file
+        return
+    if there not in (None, model_type):
+        raise ValueError(
+            f"repo_id: {repo_id} holds a model of type {there!r}, of which files and results would stay beside this "
+            f"{model_type!r}: push to another repo_id, or delete its files there first"
         )

@@ -67,10 +67,9 @@ def page_of(
 def _of_records(push: Repository, records: Path, at: str | None, names: Collection[str], staged: Path) -> Page:
     pictures: Collection[str] = ()
     if push.repo_type == "model":
-        push.download_model(staged)
+        push.download_model(staged, at)
     elif at and (path := push.file(RESULTS, at)):
         shutil.copy(path, staged / RESULTS)
-        push.read_at = at  # records that somebody adds meanwhile are not lost
         pictures = names
     kind, dropped = _with_records(staged, records, push.repo_id)
     return Page(staged, kind, pictures=pictures, cleared=_without(push, dropped))
@@ -83,7 +82,6 @@ def _of_model(
     page.records, page.cleared = push.records_of(folder, kind, at)
     page.pictures = names if page.records else ()
     if page.has_own_records:
-        push.read_at = at  # records that somebody adds meanwhile are not lost
         page.records, dropped = _beside_own(folder, kind, page.records, page.pictures)
         if page.records is not None:
             page.merged = _temporary(stack)

@@ -16,7 +16,7 @@ from huggingface_hub.errors import HTTPError
 from huggingface_hub.repocard import RepoCard
 
 from .cards import EXTENDED, base_of_adapter, render_card
-from .connection import as_push_errors, check_login, check_no_other_weights, with_owner
+from .connection import as_push_errors, check_login, check_no_other_model, check_no_other_weights, with_owner
 from .contents import operations_of
 from .folders import (
     ADAPTER,
@@ -87,10 +87,11 @@ def push_to_hub(
     however old. Pairs replace older pairs of the same split, whose files have other names where they were more or
     fewer; without a `make_pairs.json` of ours beside them they are a person's and stay (`replaced.py`).
 
-    All of this goes in the commit that brings the new files, which is refused if somebody committed meanwhile. A
-    warning says what goes; no other file is deleted.
+    All of this goes in the commit that brings the new files. It is refused if somebody committed since the repository
+    was read, but for an image processor's. A warning says what goes; no other file is deleted.
 
-    A repository holds a model or an adapter: one is not pushed beside the other, since other weights would load.
+    A repository holds a model or an adapter: one is not pushed beside the other, since other weights would load, nor a
+    model over one of another type.
 
     Only listed files go (`folders.py`), without paths of this machine (`contents.py`). Whatever fails half-way can be
     repeated: files that are there already are not sent again. A README that a person edited keeps its text and only
@@ -135,8 +136,12 @@ def push_to_hub(
         push = Repository(api, repo_id, kind_type, revision, create_pr, token)
         at = push.head()
         names = push.names(at) if at else []
+        if kind is not IMAGE_PROCESSOR:  # it has no page, and stands beside anything
+            push.read_at = at  # a commit since is neither checked nor merged, so that it stops the push
         if kind in (PURIFIER, CLASSIFIER, PLAIN_CLASSIFIER, ADAPTER):
             check_no_other_weights(repo_id, names, adapter=kind is ADAPTER)
+        if kind in (PURIFIER, CLASSIFIER, PLAIN_CLASSIFIER):
+            check_no_other_model(api, repo_id, names, read_json(folder / "config.json").get("model_type"), at)
         if kind is ADAPTER:
             base_model = _base(api, folder, base_model)
         page = page_of(push, folder, kind, at, names, stack)

@@ -37,20 +37,19 @@ class Repository:
         self.branch, self.create_pr = revision or "main", create_pr
         self.repo = {"repo_id": repo_id, "repo_type": repo_type}
         self.url, self.oid = "", ""
-        self.read_at: str | None = None  # commit that what is merged or taken away was read at
+        self.read_at: str | None = None  # commit that what is checked, merged or taken away was read at
         self.going: list[str] = []  # what is taken from it, in words
 
-    def download_model(self, folder: Path) -> None:
-        """The files of the model that records are of, which has to be there."""
+    def download_model(self, folder: Path, at: str | None) -> None:
+        """The files of the model that records are of, which has to be at the commit that the push goes on top of."""
         wanted = [*PURIFIER.files, *ADAPTER.files]
         try:
-            downloaded = self.api.snapshot_download(**self.repo, revision=self.branch, allow_patterns=wanted)
+            downloaded = self.api.snapshot_download(**self.repo, revision=at or self.branch, allow_patterns=wanted)
         except (RepositoryNotFoundError, RevisionNotFoundError) as error:
             raise ValueError(
                 f"{self.repo_id}: no such repository or revision ({self.branch}) for these records; push the purifier "
                 "or adapter first, or give the records a repository of their own with repo_type='dataset'"
             ) from error
-        self.read_at = Path(downloaded).name  # a stale copy, or a commit since, is then refused and not undone
         for path in Path(downloaded).iterdir():
             if path.is_file():
                 shutil.copy(path, folder / path.name)
@@ -88,7 +87,6 @@ class Repository:
             known = _are_of(folder, found)
         if known:
             return found, []
-        self.read_at = at
         return [], self.without(found, "of other weights")
 
     def without(self, records: Sequence[Mapping[str, Any]], which: str) -> list:
@@ -107,7 +105,6 @@ class Repository:
         if (shards := replaced_shards(names, new)) and is_pairs_record(self.file(PAIRS_RECORD, at)):
             replaced += shards
         if replaced:
-            self.read_at = at  # weights or pairs that somebody pushes meanwhile are not taken for these
             self.going.append(f"deleted, since what is pushed replaces it: {in_short(replaced)}")
         return [CommitOperationDelete(name) for name in replaced]
 

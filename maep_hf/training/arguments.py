@@ -6,7 +6,7 @@ import logging
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 
-from ..data import EMBEDDED_DATASETS, DataError, ImageDataset, load_image_dataset, same_names_in_order
+from ..data import EMBEDDED_DATASETS, DataError, ImageDataset, load_image_dataset, normalised_names, same_names_in_order
 from ..storage import STORED_DTYPES
 
 logger = logging.getLogger(__name__)
@@ -221,4 +221,5 @@ class DataArguments:
 
 def _mean_other_classes(names: list[str], own: list[str]) -> bool:
     """Whether `own` classes are of one kind with those of training, and some have another index or are not there."""
+    names, own = normalised_names(names), normalised_names(own)
     return bool(set(names) & set(own)) and own != names[: len(own)]

@@ -99,6 +99,30 @@ def _unlike_manifest(checkpoint: Path) -> str | None:
     return None
 
 
+def unreadable(checkpoint: Path) -> str | None:
+    """Which file of a checkpoint cannot be read by itself, in a few words; `None` where the fault is elsewhere.
+
+    Files of `torch.save` are read whole against their checksums, and nothing in them is run or kept in memory.
+
+    Raises:
+        OSError: a file that may not be read, or that the disk fails to give.
+    """
+    for path in sorted(path for path in checkpoint.rglob("*") if path.is_file()):
+        with path.open("rb"):  # that it may not be read is no fault of its content
+            pass
+        if not _ends_well(path):
+            return f"{path.name} is not whole"
+        if zipfile.is_zipfile(path):
+            try:
+                with zipfile.ZipFile(path) as archive:
+                    wrong = archive.testzip()
+            except (zipfile.BadZipFile, NotImplementedError, EOFError) as error:
+                return f"{path.name}: {error}"
+            if wrong is not None:
+                return f"{path.name}: its part {wrong} is not what was written"
+    return None
+
+
 def _ends_well(path: Path) -> bool:
     """Whether a file of safetensors or of `torch.save` has its end; any other has."""
     if path.suffix == ".safetensors":

@@ -105,6 +105,8 @@ class _Loop:
         self.push, self.resume_from = None, None
         if self.main:
             data = task.describe_data()
+            if any(isinstance(group.get("model"), str) for group in arguments.values()):  # others start from a seed
+                data["start"] = task.describe_start()
             processes = self.accelerator.num_processes
             kept, overwrite = args.save_total_limit, args.overwrite_output_dir
             precision = self.accelerator.mixed_precision  # what `auto` is here
@@ -123,7 +125,7 @@ class _Loop:
             write_json(self.folder.record, record)
             self.folder.truncate_metrics(-1)
         elif self.main:
-            self.keeps_others = self.folder.take_over(arguments)
+            self.keeps_others = self.folder.take_over(arguments, data)
         set_seed(args.seed)
         task.to(self.accelerator.device)
         self._build()

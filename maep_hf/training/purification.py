@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..adaptation import describe_base
 from ..attacks import AttackMixture, AttackParameters, perturb, pgd
 from ..classifier import PixelClassifier
 from ..classifier_sources import match_classes
@@ -173,6 +174,7 @@ class PurificationTask(Task):
         self.start_share = start_share
         # A copy from before the loop loads a checkpoint: a resumed run averages with the same weights.
         self._start = copy.deepcopy(start or model).requires_grad_(False) if start_share else None
+        self._starts_elsewhere = start is not None
         if self._start is not None and _shapes(self._start) != _shapes(model):
             raise ValueError("start_share_of: its weights are not of the trained model's shapes; take one of its chain")
         if not surrogates:
@@ -250,7 +252,7 @@ class PurificationTask(Task):
     def to(self, device: torch.device) -> None:
         super().to(device)
         for surrogate in self.surrogates:
-            surrogate.to(device, memory_format=torch.channels_last)
+            surrogate.to(device)
 
     @torch.no_grad()
     def kept(self, model: nn.Module) -> nn.Module:
@@ -261,6 +263,12 @@ class PurificationTask(Task):
         for weight, before in zip(average.parameters(), self._start.to(self.device).parameters(), strict=True):
             weight.copy_(self.start_share * before + (1 - self.start_share) * weight)
         return average
+
+    def describe_start(self) -> dict[str, str]:
+        described = super().describe_start()
+        if self._start is not None and self._starts_elsewhere:
+            described["start_share_of"] = describe_base(self._start)["fingerprint"]
+        return described
 
     def draw(self) -> Draw:
         data, size = self.train_data, self.augmentation.image_size

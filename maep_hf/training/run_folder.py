@@ -19,12 +19,14 @@ from safetensors import SafetensorError
 from ..adaptation import ADAPTER_FOLDER
 from ..records import describe_environment, write_json
 from .arguments import ADDED_LATER, FREE_ARGUMENTS, KEPT_ARGUMENTS
-from .checkpoint_files import CHECKPOINT_PREFIX, damage, numbered, seal, step_of, sync_folder
+from .checkpoint_files import CHECKPOINT_PREFIX, damage, numbered, seal, step_of, sync_folder, unreadable
 
 logger = logging.getLogger(__name__)
 
 # What Accelerate, torch and safetensors raise over a file that is not what it was.
 _LOAD_ERRORS = (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError, SafetensorError)
+_CHARTS = ("attacks.png", "accuracy_against_eps.png")
+"""As `maep_hf.evaluation.report` names them."""
 
 
 class RunFolderError(RuntimeError):
@@ -56,7 +58,8 @@ class RunFolder:
 
         Args:
             arguments: the run's arguments by group, as recorded in `run.json`.
-            data: the data's description, likewise.
+            data: the data's description, likewise; under `start` the fingerprints of the weights that the run starts
+                from, by the argument that names them, which a record of an older version lacks.
             checkpoint_bytes: estimated size of one checkpoint.
             kept: checkpoints that exist side by side.
             overwrite: remove a run that is already here; a folder without a record holds none.
@@ -104,6 +107,14 @@ class RunFolder:
         found = [path for path in map(self.path.joinpath, names) if path.exists()]
         return found + sorted(self.path.glob("*.safetensors"))
 
+    def _results(self) -> list[Path]:
+        """An evaluation of the run's weights beside them, which a push would refuse beside others; without a run it is
+        an evaluation's own folder."""
+        from ..hub.folders import RESULT_TEXTS
+
+        names = (*RESULT_TEXTS, *_CHARTS) if self.record.is_file() else ()
+        return [path for path in map(self.path.joinpath, names) if path.is_file()]
+
     def _refuse_other_content(self) -> None:
         """Neither a run nor an overwrite may take away files that no run wrote."""
         if not self.record.is_file() and (found := self._content()):
@@ -116,7 +127,7 @@ class RunFolder:
         # The record goes last: whatever an interruption leaves is still known as the old run's.
         # The weights go too: until the first save the folder would hold the old ones under the new record.
         doomed = self.path / "removed.tmp"
-        for stale in self._content():
+        for stale in [*self._content(), *self._results()]:
             if stale == doomed:
                 continue
             if stale.is_dir():
@@ -143,8 +154,10 @@ class RunFolder:
             for group, name, there, now in _changes(stored, _as_stored(arguments))
             if name not in FREE_ARGUMENTS
         ]
-        if record.get("data", data) != _as_stored(data):
-            different.append(f"the data: {record['data']} there, {data} now")
+        there, now = record.get("data", data), _as_stored(data)
+        if _without_start(there) != _without_start(now):
+            different.append(f"the data: {_without_start(there)} there, {_without_start(now)} now")
+        different += _other_start(stored, there, now, _as_stored(arguments))
         before = record.get("num_processes", num_processes)
         if before != num_processes:
             different.append(f"num_processes: {before} there, {num_processes} now")
@@ -157,7 +170,7 @@ class RunFolder:
                 "Give another folder, or start over with --overwrite_output_dir."
             )
 
-    def take_over(self, arguments: dict[str, Any]) -> bool:
+    def take_over(self, arguments: dict[str, Any], data: dict[str, Any] | None = None) -> bool:
         """Record what a later start of the run changed; whether it changed which of its weights are kept.
 
         Where arguments changed, command, versions and revision become the later start's as well; those that the run
@@ -168,6 +181,8 @@ class RunFolder:
         if before != record["arguments"]:
             now = describe_environment()
             record.setdefault("first_start", {name: record[name] for name in now if name in record})
+            if "start" in (data or {}) and "start" in record.get("data", {}):  # a share of other weights, perhaps
+                record["data"]["start"] = data["start"]
             write_json(self.record, record | now)
         return any(name in KEPT_ARGUMENTS for _, name, _, _ in _changes(before, record["arguments"]))
 
@@ -211,7 +226,7 @@ class RunFolder:
             num_processes: processes of the run, each with random states of its own.
 
         Raises:
-            RunFolderError: there are checkpoints, but all are damaged.
+            RunFolderError: there are checkpoints, but all are damaged; or there are none, but a model that they made.
         """
         damaged = []
         for path in reversed(numbered(self.checkpoints)):
@@ -225,6 +240,12 @@ class RunFolder:
             raise RunFolderError(
                 f"output_dir={str(self.path)!r}: no checkpoint is whole: {'; '.join(damaged)}. Bring back the files, "
                 "give another folder, or start over with --overwrite_output_dir."
+            )
+        exported = [*sorted(self.path.glob("*.safetensors")), self.path / ADAPTER_FOLDER]
+        if found := [path.name for path in exported if path.exists()]:  # they are written after a checkpoint
+            raise RunFolderError(
+                f"output_dir={str(self.path)!r} holds what a run made ({', '.join(found[:3])}), and no checkpoint to "
+                "go on from: give another output_dir to keep it, or start over with --overwrite_output_dir."
             )
         return None
 
@@ -243,15 +264,27 @@ class RunFolder:
 
     @contextmanager
     def loading(self, checkpoint: Path) -> Iterator[None]:
-        """Turn what a checkpoint that is damaged after all raises into a [`RunFolderError`] that says what to do."""
+        """Turn what loading a checkpoint raises into a [`RunFolderError`] that says whether it is damaged after all."""
         try:
             yield
         except torch.OutOfMemoryError:  # which is no fault of the checkpoint's
             raise
-        except _LOAD_ERRORS as error:
+        except _LOAD_ERRORS as raised:
+            error: Exception = raised
+            try:
+                wrong = unreadable(checkpoint)
+            except OSError as unread:
+                wrong, error = None, unread
+            if wrong is not None:
+                raise RunFolderError(
+                    f"the checkpoint {checkpoint} cannot be loaded ({wrong}). Move this folder away and start the same "
+                    "command again: it goes on from the checkpoint before; without one, give another output_dir, or "
+                    "start over with --overwrite_output_dir."
+                ) from error
             raise RunFolderError(
-                f"the checkpoint {checkpoint} cannot be loaded ({type(error).__name__}: {error}). Remove this folder "
-                "and start the same command again: it goes on from the checkpoint before, or else starts over."
+                f"the checkpoint {checkpoint} cannot be loaded ({type(error).__name__}: {error}). No file of it was "
+                "found damaged: mend what is said here (a model of other shapes, memory, a permission) and start the "
+                "same command again."
             ) from error
 
     def save_checkpoint(
@@ -260,7 +293,8 @@ class RunFolder:
         """Write a checkpoint beside the others and give it its name only when it is whole, then rotate.
 
         Raises:
-            RunFolderError: it could not be written; the checkpoints before it are whole.
+            RunFolderError: it could not be written, or not in the form that it is looked for when the run goes on; the
+                checkpoints before it are whole.
         """
         target = self.checkpoints / f"{CHECKPOINT_PREFIX}{step:07d}"
         temporary = target.with_name(target.name + ".tmp")
@@ -274,6 +308,12 @@ class RunFolder:
                 wait()
                 if main:
                     seal(temporary)
+            if main and (wrong := damage(temporary)):
+                raise RunFolderError(
+                    f"output_dir={str(self.path)!r}: no run could go on from the checkpoint of step {step} ({wrong}). "
+                    "The sharded state of FSDP, DeepSpeed and such is not supported: start without them, on one device "
+                    "or with `accelerate launch --multi_gpu`."
+                )
         except RunFolderError:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
@@ -285,10 +325,13 @@ class RunFolder:
         wait()
 
     def _rotate(self, step: int, limit: int) -> None:
-        """Keep the newest whole checkpoints up to this step: those after it were damaged, or it would not be saved."""
-        kept = [path for path in self._whole_checkpoints() if step_of(path) <= step][-limit:]
+        """Keep the newest whole checkpoints up to this step: those after it were damaged, or it would not be saved.
+
+        The one of this step stays whatever is found of it, for nothing newer is there.
+        """
+        whole = [path for path in self._whole_checkpoints() if step_of(path) <= step][-limit:]
         for stale in numbered(self.checkpoints):
-            if stale not in kept:
+            if stale not in whole and step_of(stale) != step:
                 shutil.rmtree(stale, ignore_errors=True)
 
     def _whole_checkpoints(self) -> list[Path]:
@@ -298,6 +341,25 @@ class RunFolder:
 def _as_stored(value: Any) -> Any:
     """As it comes back from a record."""
     return json.loads(json.dumps(value, default=str))
+
+
+def _without_start(data: Any) -> Any:
+    return {name: value for name, value in data.items() if name != "start"} if isinstance(data, dict) else data
+
+
+def _other_start(stored: dict[str, Any], there: Any, now: dict[str, Any], arguments: dict[str, Any]) -> list[str]:
+    """Arguments of the same value whose weights are others than those that a run started from, in words.
+
+    The checkpoint would bring back the old ones: an adapter would be saved as one of the new base, and a share of the
+    new ones be mixed into what was trained from the old.
+    """
+    changed = {name for _, name, _, _ in _changes(stored, arguments)}
+    before = there.get("start", {}) if isinstance(there, dict) else {}
+    return [
+        f"{name}: its weights are not those that the run started from (fingerprint {before[name]} there, {found} now)"
+        for name, found in now.get("start", {}).items()
+        if name not in changed and before.get(name, found) != found
+    ]
 
 
 def _changes(stored: dict[str, Any], current: dict[str, Any]) -> list[tuple[str, str, Any, Any]]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
 
+from ..adaptation import describe_base
 from ..data import ImageDataset
 from .samples import Augmentation, Draw, PositionedImages, Share, StreamedImages, collate, read_first
 
@@ -114,3 +115,7 @@ class Task(ABC):
                 "label_column": data.label_column,
             }
         return described
+
+    def describe_start(self) -> dict[str, str]:
+        """Fingerprints of the weights that the run starts from, by the argument that names them, for `run.json`."""
+        return {"model": describe_base(self.model)["fingerprint"]}
