@@ -20,9 +20,7 @@ PIL_FILTERS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box"
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic")
 
 # Whoever has no Python but a command line at hand cannot pass an argument.
-_ON_THE_COMMAND_LINE = (
-    "on the command line, name a function that returns such a PixelClassifier: python:MODULE:FUNCTION"
-)
+ON_THE_COMMAND_LINE = "on the command line, name a function that returns such a PixelClassifier: python:MODULE:FUNCTION"
 
 # What may part the tensor path from an image processor: PIL rounds to 8 bits, once or twice.
 MAX_MEAN_DIFFERENCE = 2 / 255
@@ -62,7 +60,7 @@ class PreprocessingSpec:
             raise ValueError(
                 f"The classifier resizes with `{self.interpolation}`, which has no differentiable tensor form here; "
                 f"pass `interpolation` as one of {', '.join(INTERPOLATIONS)} to accept an approximation; "
-                f"{_ON_THE_COMMAND_LINE}."
+                f"{ON_THE_COMMAND_LINE}."
             )
         if not all(value > 0 and math.isfinite(value) for value in self.std):
             raise ValueError(f"`image_std` must be positive and finite, got {self.std}.")
@@ -236,7 +234,7 @@ def read_preprocessing(source: Any, *, geometry: bool = True, interpolation: Any
         raise TypeError(
             "`image_processor` must be an image processor of transformers (AutoImageProcessor.from_pretrained) or a "
             f"timm configuration, got {type(source).__name__}; or pass `size`, `image_mean` and `image_std`; "
-            f"{_ON_THE_COMMAND_LINE}."
+            f"{ON_THE_COMMAND_LINE}."
         )
     return _read_processor(source, geometry, interpolation)
 
@@ -284,7 +282,7 @@ def explicit_preprocessing(
     if channels not in (1, num_channels):
         raise ValueError(
             f"The classifier takes {num_channels} channels, its mean and standard deviation are of {channels}: pass "
-            f"`image_mean` and `image_std`, each one number or {num_channels}; {_ON_THE_COMMAND_LINE}."
+            f"`image_mean` and `image_std`, each one number or {num_channels}; {ON_THE_COMMAND_LINE}."
         )
     return replace(spec, num_channels=num_channels)
 
@@ -325,7 +323,7 @@ def check_against_processor(preprocessing: PixelPreprocessing, image_processor: 
     raise ValueError(
         f"The preprocessing of {type(image_processor).__name__} is not fully described by its options: as tensor "
         f"operations it gives another result ({difference}). Pass `size`, `image_mean` and `image_std` explicitly, "
-        f"or wrap the classifier in a module that takes [0, 1] pixels; {_ON_THE_COMMAND_LINE}."
+        f"or wrap the classifier in a module that takes [0, 1] pixels; {ON_THE_COMMAND_LINE}."
     )
 
 
@@ -370,7 +368,7 @@ def _read_size(size: Any, square: bool) -> dict[str, Any]:
         return {"shortest_edge": _pair(shortest, "size")[0], "longest_edge": longest}
     raise ValueError(
         f"`size` must be an integer, (height, width), or a dictionary with height and width or with shortest_edge, "
-        f"got {size!r}; pass `size` explicitly; {_ON_THE_COMMAND_LINE}."
+        f"got {size!r}; pass `size` explicitly; {ON_THE_COMMAND_LINE}."
     )
 
 
@@ -387,7 +385,7 @@ def _read_timm(config: Any, geometry: bool, interpolation: Any) -> Preprocessing
             fields.update({"shortest_edge": scaled[0]} if height == width else {"cover": scaled})
         else:
             raise ValueError(
-                f"timm's `crop_mode={mode!r}` has no tensor form here; pass `size` explicitly; {_ON_THE_COMMAND_LINE}."
+                f"timm's `crop_mode={mode!r}` has no tensor form here; pass `size` explicitly; {ON_THE_COMMAND_LINE}."
             )
         fields["crop_size"] = (height, width)
         name = _filter_name(_get(config, "interpolation", "bicubic") if interpolation is None else interpolation)

@@ -1,6 +1,8 @@
 """PixelClassifier, PurifiedClassifier, load_classifier: preprocessing as tensors, gradients, plain logits."""
 
+import json
 import types
+from pathlib import Path
 
 import accelerate
 import numpy as np
@@ -510,6 +512,85 @@ def test_load_classifier_errors(tmp_path):
     cifar_resnet().save_pretrained(tmp_path / "bare")
     with pytest.warns(UserWarning, match="without normalisation"):
         load_classifier(tmp_path / "bare")
+
+
+DAMAGE = {
+    "cut off": lambda text: text[: len(text) // 2],
+    "own code": lambda text: text.replace(
+        '"image_processor_type": "ViTImageProcessor"',
+        '"image_processor_type": "Mine", "auto_map": {"AutoImageProcessor": "mine.Mine"}',
+    ),
+    "no such class": lambda text: text.replace("ViTImageProcessor", "NoImageProcessor"),
+}
+
+
+def damaged(folder: Path, damage: str) -> Path:
+    cifar_resnet().save_pretrained(folder)
+    image_processor().save_pretrained(folder)
+    path = folder / "preprocessor_config.json"
+    path.write_text(DAMAGE[damage](path.read_text()))
+    return folder
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_an_image_processor_that_cannot_be_loaded_is_not_taken_for_none(tmp_path, monkeypatch, damage):
+    """Without it the classifier would run on pixels that are not normalised, with a figure that is wrong."""
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda *words: asked.append(words) or "n")
+    folder = damaged(tmp_path / "model", damage)
+    by_hand = transformers.AutoModelForImageClassification.from_pretrained(folder)
+    ways_out = "model' could not be loaded .*`image_processor`.*`image_mean`.*python:MODULE:FUNCTION"
+    for load in (load_classifier, load_frozen_classifier, lambda _: PixelClassifier(by_hand)):
+        with pytest.raises(ValueError, match=ways_out) as error:
+            load(folder)
+        assert "\n" not in str(error.value) and len(str(error.value)) < 1200
+    assert not asked
+    # what says all of it needs no processor
+    said = {"size": 16, "image_mean": MEAN, "image_std": STD}
+    for options in (said, said | {"size": None, "do_resize": False}):
+        for spec in (
+            load_classifier(folder, **options).preprocessing.spec,
+            PixelClassifier(by_hand, **options).preprocessing.spec,
+        ):
+            assert spec.mean == MEAN and spec.size == ((16, 16) if options["size"] else None)
+    assert load_classifier(folder, image_processor=image_processor()).preprocessing.spec.mean == MEAN
+    with pytest.raises(ValueError, match="could not be loaded"):
+        load_classifier(folder, image_mean=MEAN, image_std=STD)  # of any size?
+
+
+def test_timms_configuration_stands_in_for_an_image_processor_that_cannot_be_loaded(tmp_path):
+    folder = damaged(tmp_path / "model", "no such class")
+    path = folder / "config.json"
+    timm = {"input_size": [3, 32, 32], "crop_pct": 1.0, "mean": MEAN, "std": STD}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"pretrained_cfg": timm}))
+    assert load_classifier(folder).preprocessing.spec.mean == MEAN
+
+
+def test_a_processor_of_text_alone_is_no_image_processor(tmp_path):
+    cifar_resnet().save_pretrained(tmp_path)
+    (tmp_path / "processor_config.json").write_text('{"processor_class": "TextProcessor"}')
+    with pytest.warns(UserWarning, match="without normalisation"):
+        load_classifier(tmp_path)
+    (tmp_path / "processor_config.json").write_text('{"image_processor": {"image_processor_type": "NoImageProcessor"}}')
+    with pytest.raises(ValueError, match="could not be loaded"):
+        load_classifier(tmp_path)
+
+
+@pytest.mark.parametrize("damage", [None, "cut off"])
+def test_a_repository_that_is_stored_here_is_read_like_a_folder(tmp_path, damage):
+    """Offline: what is not stored is not there."""
+    cache = tmp_path / "models--someone--model"
+    folder = cache / "snapshots" / ("0" * 40)
+    damaged(folder, damage or "cut off")
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text(folder.name)
+    if damage:
+        with pytest.raises(ValueError, match="'someone/model' could not be loaded"):
+            load_classifier("someone/model", cache_dir=str(tmp_path))
+        return
+    (folder / "preprocessor_config.json").unlink()
+    with pytest.warns(UserWarning, match="without normalisation"):
+        load_classifier("someone/model", cache_dir=str(tmp_path))
 
 
 def attacked_model() -> tuple[PurifiedClassifier, torch.Tensor, torch.Tensor]:
