@@ -44,8 +44,9 @@ class PixelClassifier(nn.Module):
 
     The preprocessing is read from, in this order: `image_processor`; the attribute `image_processor` of the
     classifier; timm's `pretrained_cfg` (or the older `default_cfg`), of the model or of its configuration; for a
-    transformers model, the image processor saved beside its weights (`config._name_or_path`). Where there is none,
-    the classifier is taken to accept [0, 1] pixels itself; for a transformers model that is a warning.
+    transformers model, also wrapped by PEFT, torch.compile or for several devices, the image processor saved beside
+    its weights (`config._name_or_path`). Where there is none, the classifier is taken to accept [0, 1] pixels itself;
+    for a transformers model, and for a module of one's own that carries the configuration of one, that is a warning.
 
     The classifier is put into eval mode here: batch statistics and dropout would make every evaluation wrong.
     Nothing else of it is changed: its parameters keep `requires_grad`, dtype and device. A program of `torch.export`
@@ -108,9 +109,12 @@ class PixelClassifier(nn.Module):
             geometry = size is None and do_resize is not False
             spec = read_preprocessing(source, geometry=geometry, interpolation=interpolation)
         elif isinstance(self.config, PreTrainedConfig) and image_mean is None and image_std is None:
+            own = "" if _transformers_model(classifier) is not None else (
+                "; 0 and 1 where it normalises itself (it has a transformers configuration, and is no such model)"
+            )  # fmt: skip
             warnings.warn(
                 f"No image processor was found for {type(classifier).__name__}: it receives [0, 1] pixels without "
-                "normalisation. Pass `image_processor`, or `image_mean` and `image_std`.",
+                f"normalisation. Pass `image_processor`, or `image_mean` and `image_std`{own}.",
                 stacklevel=2,
             )
         spec = explicit_preprocessing(spec, **explicit, num_channels=self._channels())
@@ -370,6 +374,19 @@ def unwrapped(module: Any) -> Any:
     return module
 
 
+def _transformers_model(classifier: Any) -> PreTrainedModel | None:
+    """The transformers model that a classifier is, also through parallel wrappers, `torch.compile` and PEFT."""
+    while not isinstance(classifier, PreTrainedModel):
+        inner = unwrapped(classifier)
+        if inner is classifier and isinstance(classifier, nn.Module):
+            base = getattr(classifier, "get_base_model", None)
+            inner = base() if callable(base) else getattr(classifier, "_orig_mod", classifier)
+        if inner is classifier:
+            return None
+        classifier = inner
+    return classifier
+
+
 def placement(module: Any) -> tuple[torch.device | None, torch.dtype | None]:
     """Device and dtype that a module's input follows, those of its first weights; `None` where it has none.
 
@@ -395,21 +412,23 @@ def find_preprocessing(classifier: Any, required: bool = False) -> Any:
         ValueError: it is, and there is no other.
     """
     stated = _stated_preprocessing(classifier)
-    config = getattr(unwrapped(classifier), "config", None)
-    name_or_path = getattr(config, "_name_or_path", None)
-    if stated is None and name_or_path and isinstance(config, PreTrainedConfig):
-        return _saved_image_processor(name_or_path, required)
+    model = _transformers_model(classifier)
+    if stated is None and model is not None and getattr(model.config, "_name_or_path", None):
+        return _saved_image_processor(model.config._name_or_path, required)
     return stated
 
 
 def _stated_preprocessing(classifier: Any) -> Any:
     """What of the preprocessing the classifier itself carries, or None."""
     classifier = unwrapped(classifier)
+    config = getattr(classifier, "config", None)
+    if isinstance(config, PreTrainedConfig) and _transformers_model(classifier) is None:
+        config = None  # of a model inside, before which the module itself may normalise
     for owner, name in (
         (classifier, "image_processor"),
         (classifier, "pretrained_cfg"),
         (classifier, "default_cfg"),
-        (getattr(classifier, "config", None), "pretrained_cfg"),
+        (config, "pretrained_cfg"),
     ):
         found = getattr(owner, name, None)
         if found is not None and (name == "image_processor" or "input_size" in _as_mapping(found)):

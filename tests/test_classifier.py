@@ -2,6 +2,7 @@
 
 import json
 import types
+import warnings
 from pathlib import Path
 
 import accelerate
@@ -355,6 +356,54 @@ def test_parallel_wrappers_keep_the_preprocessing(tmp_path):
     assert wrapped.preprocessing.spec == plain.preprocessing.spec != PreprocessingSpec()
     assert wrapped.num_labels == 10 and wrapped.id2label == plain.id2label
     assert torch.equal(wrapped(pixels), plain(pixels))
+
+
+@pytest.mark.parametrize("wrapper", ["compile", "peft", "compiled peft"])
+def test_other_wrappers_keep_the_preprocessing_too(tmp_path, wrapper):
+    from peft import LoraConfig, get_peft_model
+
+    cifar_resnet(num_labels=10).save_pretrained(tmp_path)
+    image_processor().save_pretrained(tmp_path)
+    plain, pixels = load_classifier(str(tmp_path)), torch.rand(2, 3, 32, 32)
+    model = plain.classifier
+    if "peft" in wrapper:
+        model = get_peft_model(model, LoraConfig(r=2, target_modules=["classifier"]))
+    if "compile" in wrapper:
+        model = torch.compile(model, backend="eager")
+    wrapped = PixelClassifier(nn.DataParallel(model))
+    assert wrapped.preprocessing.spec == plain.preprocessing.spec != PreprocessingSpec()
+    assert wrapped.num_labels == 10
+    if wrapper == "peft":  # to compile takes its time, and torch 2.6 cannot
+        torch.testing.assert_close(wrapped(pixels), plain(pixels))
+
+
+class Normalising(nn.Module):
+    """A module of one's own from [0, 1] pixels to logits, which carries the configuration of the model inside."""
+
+    def __init__(self, folder):
+        super().__init__()
+        self.model = transformers.AutoModelForImageClassification.from_pretrained(folder)
+        self.config = self.model.config
+
+    def forward(self, pixels):
+        return self.model((pixels - 0.5) / 0.5).logits
+
+
+@pytest.mark.parametrize("carried", ["processor", "timm"])
+def test_a_module_that_carries_a_configuration_is_not_normalised_a_second_time(tmp_path, carried):
+    cifar_resnet().save_pretrained(tmp_path)
+    if carried == "processor":
+        image_processor().save_pretrained(tmp_path)
+    model = Normalising(tmp_path)
+    if carried == "timm":
+        model.config.pretrained_cfg = {"input_size": [3, 32, 32], "crop_pct": 1.0, "mean": MEAN, "std": STD}
+    with pytest.warns(UserWarning, match="without normalisation.*0 and 1 where it normalises itself"):
+        classifier = PixelClassifier(model)
+    pixels = torch.rand(2, 3, 32, 32)
+    torch.testing.assert_close(classifier(pixels), model(pixels))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert PixelClassifier(model, image_mean=0, image_std=1).preprocessing.spec == PreprocessingSpec(num_channels=3)
 
 
 def test_offloaded_models_are_fed_where_they_compute(tmp_path):
