@@ -432,7 +432,9 @@ def test_every_mode_becomes_the_same_rgb(image):
         assert decoded.mode == "RGB" and np.array_equal(np.asarray(decoded), expected)
 
 
-@pytest.mark.parametrize("array", [GREY.astype("f4"), GREY.astype("i4") * 2**20, -GREY.astype("i4")])
+@pytest.mark.parametrize(
+    "array", [GREY.astype("f4"), GREY.astype("i4") * 2**20, -GREY.astype("i4"), GREY.astype("f4") * np.nan]
+)
 def test_grey_of_no_known_scale_is_not_read(array):
     with pytest.raises(OSError, match="not a readable image"):
         decode_image(Image.fromarray(array))
