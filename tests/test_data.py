@@ -447,8 +447,10 @@ def test_transparent_pixels_show_white():
     palette = Image.new("P", (2, 1))
     palette.putpalette([10, 20, 30, 40, 50, 60])
     palette.putpixel((1, 0), 1)
-    decoded = decode_image(encoded(palette, transparency=1))
-    assert np.asarray(decoded).tolist() == [[[10, 20, 30], [255, 255, 255]]]
+    colour, grey = palette.convert("RGB"), Image.fromarray(np.array([[10, 40]], "u1"))
+    for cell in (encoded(palette, transparency=1), encoded(colour, transparency=(40, 50, 60))):
+        assert np.asarray(decode_image(cell)).tolist() == [[[10, 20, 30], [255, 255, 255]]]
+    assert np.asarray(decode_image(encoded(grey, transparency=40))).tolist() == [[[10] * 3, [255] * 3]]
 
 
 def test_pictures_come_upright():
