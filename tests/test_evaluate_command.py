@@ -220,6 +220,22 @@ def test_attacks_are_listed():
     assert code == 0 and "autoattack" in output and "hopskipjump" in output and len(output.splitlines()) >= 20
 
 
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("1e-3", 0.001), ("5e-2", 0.05), ("-1E5", -1e5), (".5e1", 5.0), ("2.e+0", 2.0), ("1.5e3", 1500.0),
+     ("[1e-3, 2]", [0.001, 2]), ("'1e-3'", "1e-3"), ("1e", "1e"), ("e-3", "e-3"), ("1e3x", "1e3x"),
+     ("0.5", 0.5), ("12", 12), ("no", False)],
+)  # fmt: skip
+def test_numbers_with_an_exponent_are_numbers(text, value):
+    found = parse_options([f"option={text}"])["option"]
+    assert found == value and type(found) is type(value)
+
+
+def test_a_number_with_an_exponent_reaches_the_attack():
+    args = EvaluationArguments(attacks=["cw-l2"], attack_options=parse_options(["cw-l2.initial_const=1e-3"]))
+    assert make_attacks(args)[0].options["initial_const"] == 0.001
+
+
 def test_options_and_attacks_are_parsed():
     assert parse_options(["steps=3", "random_start=false", "parts=[a, b]"]) == {
         "steps": 3, "random_start": False, "parts": ["a", "b"]

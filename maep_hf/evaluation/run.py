@@ -3,6 +3,7 @@ one folder of records, tables and pictures."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from inspect import signature
@@ -330,10 +331,17 @@ def parse_options(words: Sequence[str]) -> dict[str, Any]:
     """
     import yaml
 
+    class Loader(yaml.SafeLoader):
+        pass
+
+    # YAML 1.1 takes 1e-3, which has neither a point nor a sign before its exponent, for text
+    number = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$")
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+.0123456789"))
+
     options = {}
     for word in words:
         name, equals, value = word.partition("=")
         if not equals or not name:
             raise ValueError(f"attack option {word!r} is not of the form name=value")
-        options[name] = yaml.safe_load(value)
+        options[name] = yaml.load(value, Loader)
     return options
