@@ -8,7 +8,7 @@ processor of transformers or from the `pretrained_cfg` of a timm model, neither 
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -40,6 +40,7 @@ class PreprocessingSpec:
         reverse_channels: RGB to BGR.
         mean, std: per channel, in units of [0, 1] pixels: output = (pixels - mean) / std.
         num_channels: the channels that the classifier takes, where known.
+        multiple_of: with `shortest_edge`, what both edges are rounded up to a multiple of.
 
     At most one of `size`, `shortest_edge` and `cover` is given.
     """
@@ -54,6 +55,12 @@ class PreprocessingSpec:
     mean: tuple[float, ...] = (0.0,)
     std: tuple[float, ...] = (1.0,)
     num_channels: int | None = None
+    multiple_of: int | None = None
+
+    def __repr__(self) -> str:
+        # fingerprints are of it: those of records from before there was `multiple_of` stay what they are
+        shown = [field.name for field in fields(self) if field.name != "multiple_of" or self.multiple_of is not None]
+        return f"{type(self).__qualname__}({', '.join(f'{name}={getattr(self, name)!r}' for name in shown)})"
 
     def __post_init__(self):
         if self.interpolation not in INTERPOLATIONS and self.resizes:
@@ -85,11 +92,14 @@ class PreprocessingSpec:
         if self.shortest_edge is None:
             return height, width
         short, long = min(height, width), max(height, width)
-        new_short = self.shortest_edge
-        if self.longest_edge is not None and long / short * new_short > self.longest_edge:
-            new_short = int(round(self.longest_edge * short / long))
-        # Truncated, not rounded: so do PIL-based processors and torchvision.
-        new_long = int(new_short * long / short)
+        exact: float = self.shortest_edge
+        if self.longest_edge is not None and long / short * exact > self.longest_edge:
+            exact = self.longest_edge * short / long
+        new_short = int(round(exact))
+        # Truncated, not rounded, and of the short edge before that was rounded: as transformers and torchvision do it.
+        new_long = long if short == new_short else int(exact * long / short)
+        if self.multiple_of is not None:
+            new_short, new_long = (-(-edge // self.multiple_of) * self.multiple_of for edge in (new_short, new_long))
         return (new_short, new_long) if height <= width else (new_long, new_short)
 
 
@@ -265,7 +275,8 @@ def explicit_preprocessing(
     if do_resize is False and size is not None:
         raise ValueError("`do_resize=False` contradicts `size`; give one of the two.")
     if do_resize is False or size is not None:
-        spec = replace(spec, size=None, shortest_edge=None, longest_edge=None, cover=None, crop_size=None)
+        unset = dict.fromkeys(("size", "shortest_edge", "longest_edge", "multiple_of", "cover", "crop_size"))
+        spec = replace(spec, **unset)
     if size is not None:
         spec = replace(spec, **_read_size(size, square=True))
     elif do_resize and not spec.resizes:
@@ -411,6 +422,8 @@ def _read_processor(processor: Any, geometry: bool, interpolation: Any) -> Prepr
         fields["crop_size"] = _read_size(crop_size, square=True).get("size")
     if "interpolation" in fields:
         _enlarge_before_crop(fields, name, _get(processor, "crop_pct"))
+    if name.startswith("TextNet") and "shortest_edge" in fields:
+        fields["multiple_of"] = _get(processor, "size_divisor")
 
     # Processors compute (pixels * scale + offset - mean) / std from pixels in 0..255: told in [0, 1] pixels here.
     scale, offset = 255.0, 0.0

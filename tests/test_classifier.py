@@ -3,6 +3,7 @@
 import json
 import types
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import accelerate
@@ -14,6 +15,7 @@ import transformers
 from conftest import tiny_purifier
 from PIL import Image
 from torch import nn
+from transformers.image_transforms import get_size_with_aspect_ratio
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from maep_hf.classifier import PixelClassifier, PurifiedClassifier, call_purifier, load_classifier
@@ -100,6 +102,13 @@ PROCESSORS = [
     ("LevitImageProcessorPil", {}),
     ("PoolFormerImageProcessorPil", {}),
     ("MobileViTImageProcessorPil", {}),
+    (
+        "BitImageProcessorPil",
+        {"size": {"shortest_edge": 64, "longest_edge": 80}, "resample": 2, "do_center_crop": False},
+    ),
+    ("BitImageProcessorPil", {"size": {"shortest_edge": 64, "longest_edge": 90}, "crop_size": 56}),
+    ("TextNetImageProcessorPil", {"size": {"shortest_edge": 96}}),
+    ("TextNetImageProcessorPil", {"size": {"shortest_edge": 90}, "size_divisor": 7, "do_center_crop": True}),
 ]
 
 
@@ -116,6 +125,23 @@ def test_preprocessing_equals_the_image_processor(name, options, shape):
     assert actual.shape == expected.shape
     error = (actual - expected).abs() * preprocessing.std * 255
     assert error.mean() < 0.5 and error.max() < 6
+
+
+def test_an_edge_that_may_become_so_long_is_as_long_as_transformers_has_it():
+    for height, width in [(333, 500), (500, 333), (64, 300), (65, 66), (53, 80), (100, 100), (7, 9), (300, 231)]:
+        for longest in (65, 79, 80, 97, 500):
+            spec = PreprocessingSpec(shortest_edge=64, longest_edge=longest)
+            assert spec.resized(height, width) == get_size_with_aspect_ratio((height, width), 64, longest)
+
+
+def test_a_specification_reads_as_it_did_where_it_says_no_more():
+    """Fingerprints of stored records are of what it reads as."""
+    spec = PreprocessingSpec(shortest_edge=64, num_channels=3)
+    assert repr(spec) == (
+        "PreprocessingSpec(size=None, shortest_edge=64, longest_edge=None, cover=None, crop_size=None, "
+        "interpolation='bilinear', reverse_channels=False, mean=(0.0,), std=(1.0,), num_channels=3)"
+    )
+    assert repr(replace(spec, multiple_of=32)).endswith("num_channels=3, multiple_of=32)")
 
 
 def test_an_image_of_the_input_size_is_fed_as_it_is_unless_told_otherwise():
