@@ -7,7 +7,7 @@ processor of transformers or from the `pretrained_cfg` of a timm model, neither 
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -300,9 +300,9 @@ def explicit_preprocessing(
 
 @torch.no_grad()
 def check_against_processor(preprocessing: PixelPreprocessing, image_processor: Any) -> None:
-    """Compare the tensor path with the processor itself on one smooth image, to catch what it does beyond its options.
+    """Compare the tensor path with the processor itself on a few images, to catch what it does beyond its options.
 
-    A processor that fails on that image is a warning.
+    A processor that fails on one of them is a warning.
 
     Raises:
         ValueError: the two differ by more than 8-bit rounding explains.
@@ -310,32 +310,45 @@ def check_against_processor(preprocessing: PixelPreprocessing, image_processor: 
     from PIL import Image
 
     spec = preprocessing.spec
-    height, width = spec.input_size or (spec.shortest_edge or 32,) * 2
-    height, width = height * 5 // 4 + 3, width * 7 // 4 + 5
-    y, x = torch.meshgrid(torch.linspace(0, 1, height), torch.linspace(0, 1, width), indexing="ij")
-    channels = [x * 0.8 + 0.1, y * 0.9, 0.6 - x * y * 0.5]
-    if spec.num_channels == 1:
-        channels = channels[:1]
-    image = (torch.stack(channels, -1) * 255).round().to(torch.uint8)
-    pil = Image.fromarray(image.numpy() if len(channels) == 3 else image[..., 0].numpy())
-    try:
-        expected = torch.as_tensor(image_processor(images=pil, return_tensors="pt")["pixel_values"]).float()
-    except Exception as error:
-        warnings.warn(f"{type(image_processor).__name__} could not be run on a test image: {error}", stacklevel=3)
-        return
-    actual = preprocessing((image.permute(2, 0, 1)[None].float() / 255).to(preprocessing.mean.device)).cpu()
-    if expected.shape != actual.shape:
-        difference = f"shape {tuple(actual.shape)} instead of {tuple(expected.shape)}"
-    else:
-        error = ((expected - actual).abs() * preprocessing.std.cpu()).mean().item()
-        if error <= MAX_MEAN_DIFFERENCE:
+    for image in _test_images(spec):
+        pil = Image.fromarray(image.numpy() if image.shape[-1] == 3 else image[..., 0].numpy())
+        try:
+            expected = torch.as_tensor(image_processor(images=pil, return_tensors="pt")["pixel_values"]).float()
+        except Exception as error:
+            warnings.warn(f"{type(image_processor).__name__} could not be run on a test image: {error}", stacklevel=3)
             return
-        difference = f"mean difference {error * 255:.1f}/255"
-    raise ValueError(
-        f"The preprocessing of {type(image_processor).__name__} is not fully described by its options: as tensor "
-        f"operations it gives another result ({difference}). Pass `size`, `image_mean` and `image_std` explicitly, "
-        f"or wrap the classifier in a module that takes [0, 1] pixels; {ON_THE_COMMAND_LINE}."
-    )
+        actual = preprocessing((image.permute(2, 0, 1)[None].float() / 255).to(preprocessing.mean.device)).cpu()
+        if expected.shape != actual.shape:
+            difference = f"shape {tuple(actual.shape)} instead of {tuple(expected.shape)}"
+        else:
+            error = ((expected - actual).abs() * preprocessing.std.cpu()).mean().item()
+            if error <= MAX_MEAN_DIFFERENCE:
+                continue
+            difference = f"mean difference {error * 255:.1f}/255"
+        raise ValueError(
+            f"The preprocessing of {type(image_processor).__name__} is not fully described by its options: as tensor "
+            f"operations it gives another result ({difference}). Pass `size`, `image_mean` and `image_std` "
+            f"explicitly, or wrap the classifier in a module that takes [0, 1] pixels; {ON_THE_COMMAND_LINE}."
+        )
+
+
+def _test_images(spec: PreprocessingSpec) -> Iterator[Tensor]:
+    """8-bit images (H, W, C) of two aspect ratios, larger than what the classifier sees.
+
+    Smooth ones, on which colours and their order are seen, and noise, on which a shift or a stretch by a pixel is. Of
+    an image that is padded one pixel more may be on the left or on the right, which depends on the backend: no noise.
+    """
+    height, width = spec.input_size or (spec.shortest_edge or 32,) * 2
+    channels = 1 if spec.num_channels == 1 else 3
+    generator = torch.Generator().manual_seed(0)
+    for edges in ((height * 5 // 4 + 3, width * 7 // 4 + 5), (height * 8 // 5 + 2, width * 6 // 5 + 3)):
+        edges = tuple(edge | 1 for edge in edges)  # else a pixel may stand just between two, either of them the nearest
+        y, x = torch.meshgrid(*(torch.linspace(0, 1, edge) for edge in edges), indexing="ij")
+        smooth = torch.stack([x * 0.8 + 0.1, y * 0.9, 0.6 - x * y * 0.5], -1)[..., :channels]
+        yield (smooth * 255).round().to(torch.uint8)
+        if all(edge >= cropped for edge, cropped in zip(spec.resized(*edges), spec.crop_size or (0, 0), strict=True)):
+            # filters do not reach the ends of the scale, where PIL cuts off after each of its two passes
+            yield torch.randint(64, 192, (*edges, channels), generator=generator, dtype=torch.uint8)
 
 
 def _get(source: Any, name: str, default: Any = None) -> Any:

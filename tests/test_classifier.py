@@ -168,6 +168,31 @@ def test_what_a_processor_does_beyond_its_options_is_refused():
         check_against_processor(PixelPreprocessing(read_preprocessing(processor)), processor)
 
 
+@pytest.mark.parametrize("turned", ["landscape", "portrait"])
+def test_a_stretch_of_a_few_per_cent_is_refused(turned):
+    """A smooth image shows none, and a processor may treat images of one aspect ratio in another way."""
+
+    class Stretching(transformers.ViTImageProcessorPil):
+        def resize(self, image, size, **kwargs):
+            height, width = image.shape[-2:]
+            if (height > width) == (turned == "portrait"):
+                image = image[..., : height - height // 40, width // 40 :]
+            return super().resize(image, size, **kwargs)
+
+    with pytest.raises(ValueError, match="Stretching is not fully described .*mean difference"):
+        PixelClassifier(Flat(), Stretching(size={"height": 48, "width": 48}))
+
+
+def test_the_check_says_once_what_fails_on_every_image():
+    class Failing(transformers.ViTImageProcessorPil):
+        def resize(self, image, size, **kwargs):
+            raise RuntimeError("no resize")
+
+    with pytest.warns(UserWarning, match="could not be run on a test image: no resize") as caught:
+        PixelClassifier(Flat(), Failing())
+    assert len(caught) == 1
+
+
 @pytest.mark.parametrize("shape", [(2, 3, 40, 56), (1, 3, 16, 20), (1, 3, 32, 32)])
 @pytest.mark.parametrize(
     "kwargs",
