@@ -5,17 +5,22 @@ so that an attack's eps is in pixels and its gradient reaches them. `PurifiedCla
 Both are plain callables `tensor -> tensor`, as foolbox, RobustBench and AutoAttack expect a model to be.
 """
 
+import json
+import textwrap
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
+from transformers.utils import cached_file
 
 from . import modeling_cifar_resnet  # noqa: F401  registers the CIFAR ResNet with the Auto classes
 from .data import same_names_in_order
 from .preprocessing import (
+    ON_THE_COMMAND_LINE,
     PixelPreprocessing,
     PreprocessingSpec,
     check_against_processor,
@@ -39,8 +44,9 @@ class PixelClassifier(nn.Module):
 
     The preprocessing is read from, in this order: `image_processor`; the attribute `image_processor` of the
     classifier; timm's `pretrained_cfg` (or the older `default_cfg`), of the model or of its configuration; for a
-    transformers model, the image processor saved beside its weights (`config._name_or_path`). Where there is none,
-    the classifier is taken to accept [0, 1] pixels itself; for a transformers model that is a warning.
+    transformers model, also wrapped by PEFT, torch.compile or for several devices, the image processor saved beside
+    its weights (`config._name_or_path`). Where there is none, the classifier is taken to accept [0, 1] pixels itself;
+    for a transformers model, and for a module of one's own that carries the configuration of one, that is a warning.
 
     The classifier is put into eval mode here: batch statistics and dropout would make every evaluation wrong.
     Nothing else of it is changed: its parameters keep `requires_grad`, dtype and device. A program of `torch.export`
@@ -61,7 +67,9 @@ class PixelClassifier(nn.Module):
 
     Raises:
         TypeError: the classifier cannot be called, or is a name; or `image_processor` is not one.
-        ValueError: the preprocessing has no tensor form here, or is not what the image processor itself does.
+        ValueError: the preprocessing has no tensor form here, or is not what the image processor itself does; or an
+            image processor is saved beside the weights and cannot be loaded, and neither a timm configuration nor
+            explicit arguments (`size` or `do_resize=False`, `image_mean`, `image_std`) stand in for it.
     """
 
     def __init__(
@@ -90,18 +98,23 @@ class PixelClassifier(nn.Module):
             "do_resize": do_resize,
             "image_mean": image_mean,
             "image_std": image_std,
-            "interpolation": interpolation,
         }
-        source = find_preprocessing(classifier) if image_processor is None else image_processor
+        source = image_processor
+        if source is None:
+            source = find_preprocessing(classifier, required=not _is_said(**explicit))
+        explicit["interpolation"] = interpolation
         spec = PreprocessingSpec()
         if source is not None:
             # What explicit arguments replace may be beyond what can be read.
             geometry = size is None and do_resize is not False
             spec = read_preprocessing(source, geometry=geometry, interpolation=interpolation)
         elif isinstance(self.config, PreTrainedConfig) and image_mean is None and image_std is None:
+            own = "" if _transformers_model(classifier) is not None else (
+                "; 0 and 1 where it normalises itself (it has a transformers configuration, and is no such model)"
+            )  # fmt: skip
             warnings.warn(
                 f"No image processor was found for {type(classifier).__name__}: it receives [0, 1] pixels without "
-                "normalisation. Pass `image_processor`, or `image_mean` and `image_std`.",
+                f"normalisation. Pass `image_processor`, or `image_mean` and `image_std`{own}.",
                 stacklevel=2,
             )
         spec = explicit_preprocessing(spec, **explicit, num_channels=self._channels())
@@ -314,7 +327,8 @@ def load_classifier(
 
     Raises:
         OSError: there is no such model, or the Hub cannot be reached.
-        ValueError: it is no image classifier, or its weights lack some of the network (an untrained head).
+        ValueError: it is no image classifier, or its weights lack some of the network (an untrained head); or its
+            preprocessing is none that `PixelClassifier` takes.
     """
     dtype = {} if "torch_dtype" in hub_kwargs else {"dtype": torch.float32}  # transformers' older name for it
     try:
@@ -334,20 +348,13 @@ def load_classifier(
             f"{str(name_or_path)!r} is not a trained image classifier: its weights lack {', '.join(missing[:4])}"
             f"{f' and {len(missing) - 4} more' if len(missing) > 4 else ''}. Fine-tune it first."
         )
+    explicit = {"size": size, "do_resize": do_resize, "image_mean": image_mean, "image_std": image_std}
     if image_processor is None:
-        source = {key: value for key, value in hub_kwargs.items() if key in HUB_ARGUMENTS}
-        image_processor = _saved_image_processor(name_or_path, **source)
+        source = {key: value for key, value in hub_kwargs.items() if key in HUB_ARGUMENTS and value is not None}
+        required = not _is_said(**explicit) and _stated_preprocessing(model) is None
+        image_processor = _saved_image_processor(name_or_path, required, **source)
     model.requires_grad_(False)
-    return PixelClassifier(
-        model,
-        image_processor,
-        size=size,
-        image_mean=image_mean,
-        image_std=image_std,
-        interpolation=interpolation,
-        do_resize=do_resize,
-        always_resize=always_resize,
-    )
+    return PixelClassifier(model, image_processor, **explicit, interpolation=interpolation, always_resize=always_resize)
 
 
 def _set_mode(module: nn.Module, mode: bool) -> None:
@@ -367,6 +374,19 @@ def unwrapped(module: Any) -> Any:
     return module
 
 
+def _transformers_model(classifier: Any) -> PreTrainedModel | None:
+    """The transformers model that a classifier is, also through parallel wrappers, `torch.compile` and PEFT."""
+    while not isinstance(classifier, PreTrainedModel):
+        inner = unwrapped(classifier)
+        if inner is classifier and isinstance(classifier, nn.Module):
+            base = getattr(classifier, "get_base_model", None)
+            inner = base() if callable(base) else getattr(classifier, "_orig_mod", classifier)
+        if inner is classifier:
+            return None
+        classifier = inner
+    return classifier
+
+
 def placement(module: Any) -> tuple[torch.device | None, torch.dtype | None]:
     """Device and dtype that a module's input follows, those of its first weights; `None` where it has none.
 
@@ -382,10 +402,28 @@ def placement(module: Any) -> tuple[torch.device | None, torch.dtype | None]:
     return None, dtype
 
 
-def find_preprocessing(classifier: Any) -> Any:
-    """The image processor or timm configuration that belongs to a classifier, or None (see `PixelClassifier`)."""
+def find_preprocessing(classifier: Any, required: bool = False) -> Any:
+    """The image processor or timm configuration that belongs to a classifier, or None (see `PixelClassifier`).
+
+    Args:
+        required: an image processor that is saved beside the weights and cannot be loaded is an error, not None.
+
+    Raises:
+        ValueError: it is, and there is no other.
+    """
+    stated = _stated_preprocessing(classifier)
+    model = _transformers_model(classifier)
+    if stated is None and model is not None and getattr(model.config, "_name_or_path", None):
+        return _saved_image_processor(model.config._name_or_path, required)
+    return stated
+
+
+def _stated_preprocessing(classifier: Any) -> Any:
+    """What of the preprocessing the classifier itself carries, or None."""
     classifier = unwrapped(classifier)
     config = getattr(classifier, "config", None)
+    if isinstance(config, PreTrainedConfig) and _transformers_model(classifier) is None:
+        config = None  # of a model inside, before which the module itself may normalise
     for owner, name in (
         (classifier, "image_processor"),
         (classifier, "pretrained_cfg"),
@@ -395,18 +433,49 @@ def find_preprocessing(classifier: Any) -> Any:
         found = getattr(owner, name, None)
         if found is not None and (name == "image_processor" or "input_size" in _as_mapping(found)):
             return found if name == "image_processor" else _as_mapping(found)
-    name_or_path = getattr(config, "_name_or_path", None)
-    if name_or_path and isinstance(config, PreTrainedConfig):
-        return _saved_image_processor(name_or_path)
     return None
 
 
-def _saved_image_processor(name_or_path: str, **kwargs: Any) -> Any:
-    """The image processor beside a model's weights, or None where there is none that can be loaded here."""
+def _is_said(size: Any, do_resize: bool | None, image_mean: Any, image_std: Any) -> bool:
+    """Whether explicit arguments say all of the preprocessing."""
+    return (size is not None or do_resize is False) and image_mean is not None and image_std is not None
+
+
+def _saved_image_processor(name_or_path: str, required: bool, **kwargs: Any) -> Any:
+    """The image processor beside a model's weights, or None where there is none.
+
+    One that is there and cannot be loaded is an error where it is `required`: without it a classifier would run on
+    pixels that are not normalised.
+    """
     try:
-        return AutoImageProcessor.from_pretrained(name_or_path, **kwargs)
-    except (OSError, ValueError, ImportError, KeyError):
-        return None
+        # unless it is said, nobody is asked whether code of its own may run
+        return AutoImageProcessor.from_pretrained(name_or_path, **{"trust_remote_code": False} | kwargs)
+    except Exception as error:  # a damaged file or code of its own raises anything
+        if not required or not _has_image_processor(name_or_path, kwargs):
+            return None
+        raise ValueError(
+            f"The image processor of {str(name_or_path)!r} could not be loaded "
+            f"({textwrap.shorten(f'{type(error).__name__}: {error}', 500, placeholder=' ...')}), and without it the "
+            "classifier's normalisation is not known. Mend or install what it lacks, or pass `image_processor`, or "
+            f"`size` (or `do_resize=False`), `image_mean` and `image_std`; {ON_THE_COMMAND_LINE}."
+        ) from error
+
+
+def _has_image_processor(name_or_path: str, kwargs: Mapping[str, Any]) -> bool:
+    """Whether a folder, or what is stored here of a repository, has the file of an image processor."""
+    known = ("revision", "cache_dir", "subfolder")
+    options = {key: value for key, value in kwargs.items() if key in known} | {"local_files_only": True}
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        try:
+            path = Path(cached_file(name_or_path, name, **options))
+        except (OSError, ValueError):
+            continue
+        try:
+            if name.startswith("pre") or "image_processor" in json.loads(path.read_text()):
+                return True  # else it is a processor of text alone
+        except (OSError, ValueError):
+            return True
+    return False
 
 
 def _as_mapping(config: Any) -> Mapping[str, Any]:

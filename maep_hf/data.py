@@ -271,7 +271,7 @@ def to_rgb(image: PILImage.Image) -> PILImage.Image:
     Raises:
         ValueError: a grey picture of 32 bits or of floats, whose values say no scale.
     """
-    if image.mode == "RGB":
+    if image.mode == "RGB" and not isinstance(image.info.get("transparency"), tuple):  # a PNG may have such a colour
         return image
     if image.mode == "F" or image.mode.startswith("I"):  # PIL clips these when it converts; scale them instead
         return PILImage.fromarray(np.rint(wide_grey(image) * 255).astype(np.uint8)).convert("RGB")

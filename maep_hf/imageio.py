@@ -237,13 +237,17 @@ def _decode(image: Image.Image) -> LoadedImage:
 
 
 def wide_grey(image: Image.Image) -> np.ndarray:
-    """(H, W) in [0, 1] of a grey picture of one, sixteen or thirty-two bits."""
+    """(H, W) in [0, 1] of a grey picture of one, sixteen or thirty-two bits.
+
+    Raises:
+        ValueError: values outside the scale that its mode has, or NaN.
+    """
     array = np.asarray(image).astype(np.float32)
     if image.mode == "1":
         return array
     top = 1.0 if image.mode == "F" else 65535.0
-    if array.size and (array.min() < 0 or array.max() > top):
-        raise ValueError(f"mode {image.mode} with values outside [0, {top:g}]: its white is unknown")
+    if array.size and not (array.min() >= 0 and array.max() <= top):  # also false for NaN
+        raise ValueError(f"mode {image.mode} with values outside [0, {top:g}] or NaN: its white is unknown")
     return array / np.float32(top)
 
 

@@ -7,8 +7,8 @@ processor of transformers or from the `pretrained_cfg` of a timm model, neither 
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -20,9 +20,7 @@ PIL_FILTERS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box"
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic")
 
 # Whoever has no Python but a command line at hand cannot pass an argument.
-_ON_THE_COMMAND_LINE = (
-    "on the command line, name a function that returns such a PixelClassifier: python:MODULE:FUNCTION"
-)
+ON_THE_COMMAND_LINE = "on the command line, name a function that returns such a PixelClassifier: python:MODULE:FUNCTION"
 
 # What may part the tensor path from an image processor: PIL rounds to 8 bits, once or twice.
 MAX_MEAN_DIFFERENCE = 2 / 255
@@ -42,6 +40,7 @@ class PreprocessingSpec:
         reverse_channels: RGB to BGR.
         mean, std: per channel, in units of [0, 1] pixels: output = (pixels - mean) / std.
         num_channels: the channels that the classifier takes, where known.
+        multiple_of: with `shortest_edge`, what both edges are rounded up to a multiple of.
 
     At most one of `size`, `shortest_edge` and `cover` is given.
     """
@@ -56,13 +55,19 @@ class PreprocessingSpec:
     mean: tuple[float, ...] = (0.0,)
     std: tuple[float, ...] = (1.0,)
     num_channels: int | None = None
+    multiple_of: int | None = None
+
+    def __repr__(self) -> str:
+        # fingerprints are of it: those of records from before there was `multiple_of` stay what they are
+        shown = [field.name for field in fields(self) if field.name != "multiple_of" or self.multiple_of is not None]
+        return f"{type(self).__qualname__}({', '.join(f'{name}={getattr(self, name)!r}' for name in shown)})"
 
     def __post_init__(self):
         if self.interpolation not in INTERPOLATIONS and self.resizes:
             raise ValueError(
                 f"The classifier resizes with `{self.interpolation}`, which has no differentiable tensor form here; "
                 f"pass `interpolation` as one of {', '.join(INTERPOLATIONS)} to accept an approximation; "
-                f"{_ON_THE_COMMAND_LINE}."
+                f"{ON_THE_COMMAND_LINE}."
             )
         if not all(value > 0 and math.isfinite(value) for value in self.std):
             raise ValueError(f"`image_std` must be positive and finite, got {self.std}.")
@@ -87,11 +92,14 @@ class PreprocessingSpec:
         if self.shortest_edge is None:
             return height, width
         short, long = min(height, width), max(height, width)
-        new_short = self.shortest_edge
-        if self.longest_edge is not None and long / short * new_short > self.longest_edge:
-            new_short = int(round(self.longest_edge * short / long))
-        # Truncated, not rounded: so do PIL-based processors and torchvision.
-        new_long = int(new_short * long / short)
+        exact: float = self.shortest_edge
+        if self.longest_edge is not None and long / short * exact > self.longest_edge:
+            exact = self.longest_edge * short / long
+        new_short = int(round(exact))
+        # Truncated, not rounded, and of the short edge before that was rounded: as transformers and torchvision do it.
+        new_long = long if short == new_short else int(exact * long / short)
+        if self.multiple_of is not None:
+            new_short, new_long = (-(-edge // self.multiple_of) * self.multiple_of for edge in (new_short, new_long))
         return (new_short, new_long) if height <= width else (new_long, new_short)
 
 
@@ -236,7 +244,7 @@ def read_preprocessing(source: Any, *, geometry: bool = True, interpolation: Any
         raise TypeError(
             "`image_processor` must be an image processor of transformers (AutoImageProcessor.from_pretrained) or a "
             f"timm configuration, got {type(source).__name__}; or pass `size`, `image_mean` and `image_std`; "
-            f"{_ON_THE_COMMAND_LINE}."
+            f"{ON_THE_COMMAND_LINE}."
         )
     return _read_processor(source, geometry, interpolation)
 
@@ -267,7 +275,8 @@ def explicit_preprocessing(
     if do_resize is False and size is not None:
         raise ValueError("`do_resize=False` contradicts `size`; give one of the two.")
     if do_resize is False or size is not None:
-        spec = replace(spec, size=None, shortest_edge=None, longest_edge=None, cover=None, crop_size=None)
+        unset = dict.fromkeys(("size", "shortest_edge", "longest_edge", "multiple_of", "cover", "crop_size"))
+        spec = replace(spec, **unset)
     if size is not None:
         spec = replace(spec, **_read_size(size, square=True))
     elif do_resize and not spec.resizes:
@@ -284,16 +293,16 @@ def explicit_preprocessing(
     if channels not in (1, num_channels):
         raise ValueError(
             f"The classifier takes {num_channels} channels, its mean and standard deviation are of {channels}: pass "
-            f"`image_mean` and `image_std`, each one number or {num_channels}; {_ON_THE_COMMAND_LINE}."
+            f"`image_mean` and `image_std`, each one number or {num_channels}; {ON_THE_COMMAND_LINE}."
         )
     return replace(spec, num_channels=num_channels)
 
 
 @torch.no_grad()
 def check_against_processor(preprocessing: PixelPreprocessing, image_processor: Any) -> None:
-    """Compare the tensor path with the processor itself on one smooth image, to catch what it does beyond its options.
+    """Compare the tensor path with the processor itself on a few images, to catch what it does beyond its options.
 
-    A processor that fails on that image is a warning.
+    A processor that fails on one of them is a warning.
 
     Raises:
         ValueError: the two differ by more than 8-bit rounding explains.
@@ -301,32 +310,45 @@ def check_against_processor(preprocessing: PixelPreprocessing, image_processor: 
     from PIL import Image
 
     spec = preprocessing.spec
-    height, width = spec.input_size or (spec.shortest_edge or 32,) * 2
-    height, width = height * 5 // 4 + 3, width * 7 // 4 + 5
-    y, x = torch.meshgrid(torch.linspace(0, 1, height), torch.linspace(0, 1, width), indexing="ij")
-    channels = [x * 0.8 + 0.1, y * 0.9, 0.6 - x * y * 0.5]
-    if spec.num_channels == 1:
-        channels = channels[:1]
-    image = (torch.stack(channels, -1) * 255).round().to(torch.uint8)
-    pil = Image.fromarray(image.numpy() if len(channels) == 3 else image[..., 0].numpy())
-    try:
-        expected = torch.as_tensor(image_processor(images=pil, return_tensors="pt")["pixel_values"]).float()
-    except Exception as error:
-        warnings.warn(f"{type(image_processor).__name__} could not be run on a test image: {error}", stacklevel=3)
-        return
-    actual = preprocessing((image.permute(2, 0, 1)[None].float() / 255).to(preprocessing.mean.device)).cpu()
-    if expected.shape != actual.shape:
-        difference = f"shape {tuple(actual.shape)} instead of {tuple(expected.shape)}"
-    else:
-        error = ((expected - actual).abs() * preprocessing.std.cpu()).mean().item()
-        if error <= MAX_MEAN_DIFFERENCE:
+    for image in _test_images(spec):
+        pil = Image.fromarray(image.numpy() if image.shape[-1] == 3 else image[..., 0].numpy())
+        try:
+            expected = torch.as_tensor(image_processor(images=pil, return_tensors="pt")["pixel_values"]).float()
+        except Exception as error:
+            warnings.warn(f"{type(image_processor).__name__} could not be run on a test image: {error}", stacklevel=3)
             return
-        difference = f"mean difference {error * 255:.1f}/255"
-    raise ValueError(
-        f"The preprocessing of {type(image_processor).__name__} is not fully described by its options: as tensor "
-        f"operations it gives another result ({difference}). Pass `size`, `image_mean` and `image_std` explicitly, "
-        f"or wrap the classifier in a module that takes [0, 1] pixels; {_ON_THE_COMMAND_LINE}."
-    )
+        actual = preprocessing((image.permute(2, 0, 1)[None].float() / 255).to(preprocessing.mean.device)).cpu()
+        if expected.shape != actual.shape:
+            difference = f"shape {tuple(actual.shape)} instead of {tuple(expected.shape)}"
+        else:
+            error = ((expected - actual).abs() * preprocessing.std.cpu()).mean().item()
+            if error <= MAX_MEAN_DIFFERENCE:
+                continue
+            difference = f"mean difference {error * 255:.1f}/255"
+        raise ValueError(
+            f"The preprocessing of {type(image_processor).__name__} is not fully described by its options: as tensor "
+            f"operations it gives another result ({difference}). Pass `size`, `image_mean` and `image_std` "
+            f"explicitly, or wrap the classifier in a module that takes [0, 1] pixels; {ON_THE_COMMAND_LINE}."
+        )
+
+
+def _test_images(spec: PreprocessingSpec) -> Iterator[Tensor]:
+    """8-bit images (H, W, C) of two aspect ratios, larger than what the classifier sees.
+
+    Smooth ones, on which colours and their order are seen, and noise, on which a shift or a stretch by a pixel is. Of
+    an image that is padded one pixel more may be on the left or on the right, which depends on the backend: no noise.
+    """
+    height, width = spec.input_size or (spec.shortest_edge or 32,) * 2
+    channels = 1 if spec.num_channels == 1 else 3
+    generator = torch.Generator().manual_seed(0)
+    for edges in ((height * 5 // 4 + 3, width * 7 // 4 + 5), (height * 8 // 5 + 2, width * 6 // 5 + 3)):
+        edges = tuple(edge | 1 for edge in edges)  # else a pixel may stand just between two, either of them the nearest
+        y, x = torch.meshgrid(*(torch.linspace(0, 1, edge) for edge in edges), indexing="ij")
+        smooth = torch.stack([x * 0.8 + 0.1, y * 0.9, 0.6 - x * y * 0.5], -1)[..., :channels]
+        yield (smooth * 255).round().to(torch.uint8)
+        if all(edge >= cropped for edge, cropped in zip(spec.resized(*edges), spec.crop_size or (0, 0), strict=True)):
+            # filters do not reach the ends of the scale, where PIL cuts off after each of its two passes
+            yield torch.randint(64, 192, (*edges, channels), generator=generator, dtype=torch.uint8)
 
 
 def _get(source: Any, name: str, default: Any = None) -> Any:
@@ -370,7 +392,7 @@ def _read_size(size: Any, square: bool) -> dict[str, Any]:
         return {"shortest_edge": _pair(shortest, "size")[0], "longest_edge": longest}
     raise ValueError(
         f"`size` must be an integer, (height, width), or a dictionary with height and width or with shortest_edge, "
-        f"got {size!r}; pass `size` explicitly; {_ON_THE_COMMAND_LINE}."
+        f"got {size!r}; pass `size` explicitly; {ON_THE_COMMAND_LINE}."
     )
 
 
@@ -387,7 +409,7 @@ def _read_timm(config: Any, geometry: bool, interpolation: Any) -> Preprocessing
             fields.update({"shortest_edge": scaled[0]} if height == width else {"cover": scaled})
         else:
             raise ValueError(
-                f"timm's `crop_mode={mode!r}` has no tensor form here; pass `size` explicitly; {_ON_THE_COMMAND_LINE}."
+                f"timm's `crop_mode={mode!r}` has no tensor form here; pass `size` explicitly; {ON_THE_COMMAND_LINE}."
             )
         fields["crop_size"] = (height, width)
         name = _filter_name(_get(config, "interpolation", "bicubic") if interpolation is None else interpolation)
@@ -413,6 +435,8 @@ def _read_processor(processor: Any, geometry: bool, interpolation: Any) -> Prepr
         fields["crop_size"] = _read_size(crop_size, square=True).get("size")
     if "interpolation" in fields:
         _enlarge_before_crop(fields, name, _get(processor, "crop_pct"))
+    if name.startswith("TextNet") and "shortest_edge" in fields:
+        fields["multiple_of"] = _get(processor, "size_divisor")
 
     # Processors compute (pixels * scale + offset - mean) / std from pixels in 0..255: told in [0, 1] pixels here.
     scale, offset = 255.0, 0.0

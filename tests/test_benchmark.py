@@ -229,6 +229,70 @@ def test_a_source_with_its_classes_in_another_order_is_given_the_right_labels(cl
     torch.testing.assert_close(turned.images["attacked"], expected.images["attacked"])
 
 
+def named_classifier(names: list[str] | None, order: tuple[int, ...] = (0, 1, 2)) -> PixelClassifier:
+    """The fixture's classifier with its classes in another order, and names for them where there are some."""
+    model = FragileClassifier(pixels_of(9).float() / 255)
+    model.projection.weight.data = model.projection.weight.data[list(order)]
+    model.config = SimpleNamespace(id2label=dict(enumerate(names)) if names else None)
+    return PixelClassifier(model)
+
+
+def test_a_source_is_matched_to_the_dataset_where_the_classifier_has_no_names(images, tmp_path):
+    named = replace(images, class_names=("red", "green", "blue"))
+    options = {"threat_model": "transfer", "eps": 16, **PGD}
+    same = named_classifier(["red", "green", "blue"])
+    expected = benchmark(named_classifier(None), None, named, source=same, out=tmp_path / "same", **options)
+    turned = named_classifier(["Blue", "red", "green"], (2, 0, 1))
+    for names in (None, ["LABEL_0", "LABEL_1", "LABEL_2"], ["n01", "n02", "n03"]):
+        out = tmp_path / str(len(list(tmp_path.iterdir())))
+        found = benchmark(named_classifier(names), None, named, source=turned, out=out, **options)
+        torch.testing.assert_close(found.images["attacked"], expected.images["attacked"])
+        assert turned.class_order is None and list(turned.id2label.values()) == ["Blue", "red", "green"]
+
+
+def test_a_source_has_its_own_order_again_for_the_next_classifier(images, tmp_path):
+    """Else a classifier without names would be attacked in the order of the one before it."""
+    source, nameless = named_classifier(["red", "green", "blue"]), named_classifier(None)
+    other = named_classifier(["green", "blue", "red"], (1, 2, 0))
+    named = replace(images, class_names=("red", "green", "blue"))
+    options = {"threat_model": "transfer", "source": source, "eps": 16, **PGD}
+    records = [benchmark(model, None, named, **options).record for model in (nameless, other, nameless)]
+    assert stable(records[0]) == stable(records[2])
+    assert records[1]["accuracy"] == records[0]["accuracy"]
+    source.match_classes(["blue", "green", "red"])  # the user's own: what others are matched from, and what is kept
+    kept = source.class_order.clone()
+    again = benchmark(other, None, named, **options).record
+    assert again["accuracy"] == records[1]["accuracy"] and torch.equal(source.class_order, kept)
+    with pytest.raises(ValueError, match="labels go from"):
+        benchmark(nameless, None, replace(named, labels=named.labels + 9), **options)
+    assert torch.equal(source.class_order, kept)
+
+
+@pytest.mark.parametrize(
+    ("own", "classifier_names", "dataset", "said"),
+    [
+        (["a", "b", "c"], ["x", "y", "z"], None, "not the classifier's (a, b, c / x, y, z); taken by index"),
+        (["a", "b", "c"], None, ("x", "y", "z"), "not the dataset's (a, b, c / x, y, z); taken by index"),
+        (["a", "b", "c"], ["x", "y", "z"], ("p", "q", "r"), "not the classifier's (a, b, c / x, y, z)"),
+        (["a", "b", "c"], ["x", "y", "z"], ("a", "b", "c"), None),
+        (["a", "b", "c"], ["a", "b", "c"], ("x", "y", "z"), None),
+        (None, ["x", "y", "z"], None, None),
+        (None, ["0", "10", "2"], ("0", "10", "2"), "of the dataset, its classes are numbers in the order of the alpha"),
+        (None, None, ("0", "10", "2"), None),
+        (["b", "c", "a"], ["a", "b", "c"], None, "another order than the classifier's"),
+    ],
+)
+def test_a_source_whose_names_are_others_is_warned_of_once(images, own, classifier_names, dataset, said):
+    source, named = named_classifier(own), replace(images, class_names=dataset)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for eps in (8, 16):
+            options = {"threat_model": "transfer", "source": source, "eps": eps, **PGD}
+            benchmark(named_classifier(classifier_names), None, named, **options)
+    told = [str(warning.message) for warning in caught if str(warning.message).startswith("source: ")]
+    assert len(told) == (said is not None) and (said or "") in "".join(told)
+
+
 def test_without_a_purifier_the_classifier_itself_is_measured(classifier, images):
     record = benchmark(classifier, None, images, **PGD).record
     assert record["protocol"]["threat_model"] == "white-box" and record["protocol"]["purifier"] is None

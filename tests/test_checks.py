@@ -53,6 +53,23 @@ class Shattered(nn.Module):
         return pixels + 2e-3 * torch.sin(6e3 * pixels)
 
 
+class Gate(nn.Module):
+    """Lets each image through or not, at random, and with it the gradient."""
+
+    def forward(self, pixels):
+        return pixels * torch.randint(2, (len(pixels), 1, 1, 1))
+
+
+def test_the_gradient_of_a_random_purifier_does_not_depend_on_the_callers_state(classifier, images):
+    x, y = images.batch(0, 24, "cpu")
+    defended, kept, found = PurifiedClassifier(Gate(), classifier), {}, []
+    for state in (1, 2, 3):
+        torch.manual_seed(state)
+        report = gradient_masking_checks(defended, x, y, eps=8, randomised=True, kept=kept)
+        found.append(next(result.data for result in report.results if result.name == "gradient"))
+    assert 0 < found[0]["images_without_gradient"] < found[0]["n"] and found[1] == found[2] == found[0]
+
+
 def checked(purifier, classifier, pixels, **options):
     defended = PurifiedClassifier(purifier, classifier)
     with torch.no_grad():

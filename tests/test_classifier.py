@@ -1,6 +1,10 @@
 """PixelClassifier, PurifiedClassifier, load_classifier: preprocessing as tensors, gradients, plain logits."""
 
+import json
 import types
+import warnings
+from dataclasses import replace
+from pathlib import Path
 
 import accelerate
 import numpy as np
@@ -11,6 +15,7 @@ import transformers
 from conftest import tiny_purifier
 from PIL import Image
 from torch import nn
+from transformers.image_transforms import get_size_with_aspect_ratio
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from maep_hf.classifier import PixelClassifier, PurifiedClassifier, call_purifier, load_classifier
@@ -97,6 +102,13 @@ PROCESSORS = [
     ("LevitImageProcessorPil", {}),
     ("PoolFormerImageProcessorPil", {}),
     ("MobileViTImageProcessorPil", {}),
+    (
+        "BitImageProcessorPil",
+        {"size": {"shortest_edge": 64, "longest_edge": 80}, "resample": 2, "do_center_crop": False},
+    ),
+    ("BitImageProcessorPil", {"size": {"shortest_edge": 64, "longest_edge": 90}, "crop_size": 56}),
+    ("TextNetImageProcessorPil", {"size": {"shortest_edge": 96}}),
+    ("TextNetImageProcessorPil", {"size": {"shortest_edge": 90}, "size_divisor": 7, "do_center_crop": True}),
 ]
 
 
@@ -113,6 +125,23 @@ def test_preprocessing_equals_the_image_processor(name, options, shape):
     assert actual.shape == expected.shape
     error = (actual - expected).abs() * preprocessing.std * 255
     assert error.mean() < 0.5 and error.max() < 6
+
+
+def test_an_edge_that_may_become_so_long_is_as_long_as_transformers_has_it():
+    for height, width in [(333, 500), (500, 333), (64, 300), (65, 66), (53, 80), (100, 100), (7, 9), (300, 231)]:
+        for longest in (65, 79, 80, 97, 500):
+            spec = PreprocessingSpec(shortest_edge=64, longest_edge=longest)
+            assert spec.resized(height, width) == get_size_with_aspect_ratio((height, width), 64, longest)
+
+
+def test_a_specification_reads_as_it_did_where_it_says_no_more():
+    """Fingerprints of stored records are of what it reads as."""
+    spec = PreprocessingSpec(shortest_edge=64, num_channels=3)
+    assert repr(spec) == (
+        "PreprocessingSpec(size=None, shortest_edge=64, longest_edge=None, cover=None, crop_size=None, "
+        "interpolation='bilinear', reverse_channels=False, mean=(0.0,), std=(1.0,), num_channels=3)"
+    )
+    assert repr(replace(spec, multiple_of=32)).endswith("num_channels=3, multiple_of=32)")
 
 
 def test_an_image_of_the_input_size_is_fed_as_it_is_unless_told_otherwise():
@@ -137,6 +166,31 @@ def test_what_a_processor_does_beyond_its_options_is_refused():
     processor = Inverting()
     with pytest.raises(ValueError, match="mean difference"):
         check_against_processor(PixelPreprocessing(read_preprocessing(processor)), processor)
+
+
+@pytest.mark.parametrize("turned", ["landscape", "portrait"])
+def test_a_stretch_of_a_few_per_cent_is_refused(turned):
+    """A smooth image shows none, and a processor may treat images of one aspect ratio in another way."""
+
+    class Stretching(transformers.ViTImageProcessorPil):
+        def resize(self, image, size, **kwargs):
+            height, width = image.shape[-2:]
+            if (height > width) == (turned == "portrait"):
+                image = image[..., : height - height // 40, width // 40 :]
+            return super().resize(image, size, **kwargs)
+
+    with pytest.raises(ValueError, match="Stretching is not fully described .*mean difference"):
+        PixelClassifier(Flat(), Stretching(size={"height": 48, "width": 48}))
+
+
+def test_the_check_says_once_what_fails_on_every_image():
+    class Failing(transformers.ViTImageProcessorPil):
+        def resize(self, image, size, **kwargs):
+            raise RuntimeError("no resize")
+
+    with pytest.warns(UserWarning, match="could not be run on a test image: no resize") as caught:
+        PixelClassifier(Flat(), Failing())
+    assert len(caught) == 1
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 40, 56), (1, 3, 16, 20), (1, 3, 32, 32)])
@@ -355,6 +409,54 @@ def test_parallel_wrappers_keep_the_preprocessing(tmp_path):
     assert torch.equal(wrapped(pixels), plain(pixels))
 
 
+@pytest.mark.parametrize("wrapper", ["compile", "peft", "compiled peft"])
+def test_other_wrappers_keep_the_preprocessing_too(tmp_path, wrapper):
+    from peft import LoraConfig, get_peft_model
+
+    cifar_resnet(num_labels=10).save_pretrained(tmp_path)
+    image_processor().save_pretrained(tmp_path)
+    plain, pixels = load_classifier(str(tmp_path)), torch.rand(2, 3, 32, 32)
+    model = plain.classifier
+    if "peft" in wrapper:
+        model = get_peft_model(model, LoraConfig(r=2, target_modules=["classifier"]))
+    if "compile" in wrapper:
+        model = torch.compile(model, backend="eager")
+    wrapped = PixelClassifier(nn.DataParallel(model))
+    assert wrapped.preprocessing.spec == plain.preprocessing.spec != PreprocessingSpec()
+    assert wrapped.num_labels == 10
+    if wrapper == "peft":  # to compile takes its time, and torch 2.6 cannot
+        torch.testing.assert_close(wrapped(pixels), plain(pixels))
+
+
+class Normalising(nn.Module):
+    """A module of one's own from [0, 1] pixels to logits, which carries the configuration of the model inside."""
+
+    def __init__(self, folder):
+        super().__init__()
+        self.model = transformers.AutoModelForImageClassification.from_pretrained(folder)
+        self.config = self.model.config
+
+    def forward(self, pixels):
+        return self.model((pixels - 0.5) / 0.5).logits
+
+
+@pytest.mark.parametrize("carried", ["processor", "timm"])
+def test_a_module_that_carries_a_configuration_is_not_normalised_a_second_time(tmp_path, carried):
+    cifar_resnet().save_pretrained(tmp_path)
+    if carried == "processor":
+        image_processor().save_pretrained(tmp_path)
+    model = Normalising(tmp_path)
+    if carried == "timm":
+        model.config.pretrained_cfg = {"input_size": [3, 32, 32], "crop_pct": 1.0, "mean": MEAN, "std": STD}
+    with pytest.warns(UserWarning, match="without normalisation.*0 and 1 where it normalises itself"):
+        classifier = PixelClassifier(model)
+    pixels = torch.rand(2, 3, 32, 32)
+    torch.testing.assert_close(classifier(pixels), model(pixels))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert PixelClassifier(model, image_mean=0, image_std=1).preprocessing.spec == PreprocessingSpec(num_channels=3)
+
+
 def test_offloaded_models_are_fed_where_they_compute(tmp_path):
     torch.manual_seed(0)
     config = transformers.ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8,
@@ -510,6 +612,85 @@ def test_load_classifier_errors(tmp_path):
     cifar_resnet().save_pretrained(tmp_path / "bare")
     with pytest.warns(UserWarning, match="without normalisation"):
         load_classifier(tmp_path / "bare")
+
+
+DAMAGE = {
+    "cut off": lambda text: text[: len(text) // 2],
+    "own code": lambda text: text.replace(
+        '"image_processor_type": "ViTImageProcessor"',
+        '"image_processor_type": "Mine", "auto_map": {"AutoImageProcessor": "mine.Mine"}',
+    ),
+    "no such class": lambda text: text.replace("ViTImageProcessor", "NoImageProcessor"),
+}
+
+
+def damaged(folder: Path, damage: str) -> Path:
+    cifar_resnet().save_pretrained(folder)
+    image_processor().save_pretrained(folder)
+    path = folder / "preprocessor_config.json"
+    path.write_text(DAMAGE[damage](path.read_text()))
+    return folder
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_an_image_processor_that_cannot_be_loaded_is_not_taken_for_none(tmp_path, monkeypatch, damage):
+    """Without it the classifier would run on pixels that are not normalised, with a figure that is wrong."""
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda *words: asked.append(words) or "n")
+    folder = damaged(tmp_path / "model", damage)
+    by_hand = transformers.AutoModelForImageClassification.from_pretrained(folder)
+    ways_out = "model' could not be loaded .*`image_processor`.*`image_mean`.*python:MODULE:FUNCTION"
+    for load in (load_classifier, load_frozen_classifier, lambda _: PixelClassifier(by_hand)):
+        with pytest.raises(ValueError, match=ways_out) as error:
+            load(folder)
+        assert "\n" not in str(error.value) and len(str(error.value)) < 1200
+    assert not asked
+    # what says all of it needs no processor
+    said = {"size": 16, "image_mean": MEAN, "image_std": STD}
+    for options in (said, said | {"size": None, "do_resize": False}):
+        for spec in (
+            load_classifier(folder, **options).preprocessing.spec,
+            PixelClassifier(by_hand, **options).preprocessing.spec,
+        ):
+            assert spec.mean == MEAN and spec.size == ((16, 16) if options["size"] else None)
+    assert load_classifier(folder, image_processor=image_processor()).preprocessing.spec.mean == MEAN
+    with pytest.raises(ValueError, match="could not be loaded"):
+        load_classifier(folder, image_mean=MEAN, image_std=STD)  # of any size?
+
+
+def test_timms_configuration_stands_in_for_an_image_processor_that_cannot_be_loaded(tmp_path):
+    folder = damaged(tmp_path / "model", "no such class")
+    path = folder / "config.json"
+    timm = {"input_size": [3, 32, 32], "crop_pct": 1.0, "mean": MEAN, "std": STD}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"pretrained_cfg": timm}))
+    assert load_classifier(folder).preprocessing.spec.mean == MEAN
+
+
+def test_a_processor_of_text_alone_is_no_image_processor(tmp_path):
+    cifar_resnet().save_pretrained(tmp_path)
+    (tmp_path / "processor_config.json").write_text('{"processor_class": "TextProcessor"}')
+    with pytest.warns(UserWarning, match="without normalisation"):
+        load_classifier(tmp_path)
+    (tmp_path / "processor_config.json").write_text('{"image_processor": {"image_processor_type": "NoImageProcessor"}}')
+    with pytest.raises(ValueError, match="could not be loaded"):
+        load_classifier(tmp_path)
+
+
+@pytest.mark.parametrize("damage", [None, "cut off"])
+def test_a_repository_that_is_stored_here_is_read_like_a_folder(tmp_path, damage):
+    """Offline: what is not stored is not there."""
+    cache = tmp_path / "models--someone--model"
+    folder = cache / "snapshots" / ("0" * 40)
+    damaged(folder, damage or "cut off")
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text(folder.name)
+    if damage:
+        with pytest.raises(ValueError, match="'someone/model' could not be loaded"):
+            load_classifier("someone/model", cache_dir=str(tmp_path))
+        return
+    (folder / "preprocessor_config.json").unlink()
+    with pytest.warns(UserWarning, match="without normalisation"):
+        load_classifier("someone/model", cache_dir=str(tmp_path))
 
 
 def attacked_model() -> tuple[PurifiedClassifier, torch.Tensor, torch.Tensor]:

@@ -4,6 +4,7 @@ import hashlib
 import io
 import re
 import shutil
+from collections import Counter
 
 import datasets
 import numpy as np
@@ -15,6 +16,7 @@ from PIL import Image
 
 from maep_hf.data import (
     DataError,
+    ImageDataset,
     decode_image,
     load_image_dataset,
     names_that_differ,
@@ -23,6 +25,7 @@ from maep_hf.data import (
     to_rgb,
 )
 from maep_hf.evaluation import EvaluationImages, read_images
+from maep_hf.evaluation.images import _count_labels
 from maep_hf.training import Augmentation, DataArguments, PositionedImages, StreamedImages
 
 
@@ -75,6 +78,22 @@ def test_a_table_of_paths_says_how_it_is_done(tmp_path):
     pandas.DataFrame({"image": ["a.png"], "label": [0]}).to_csv(tmp_path / "rows.csv", index=False)
     with pytest.raises(DataError, match="paths in a column are not read.*metadata.csv"):
         load_image_dataset(str(tmp_path))
+
+
+@pytest.mark.parametrize("kind", ["int32", "uint8", "bool", "names"])
+def test_labels_are_counted_where_they_are_stored(monkeypatch, kind):
+    """Row by row the labels of a large dataset take a minute."""
+    labels = [1, 0, None, 1, 1, 0, None] * 3
+    feature = datasets.ClassLabel(names=["a", "b"]) if kind == "names" else datasets.Value(kind)
+    columns = {"image": datasets.Image(), "label": feature}
+    rows = {"image": [{"bytes": b"none", "path": None}] * len(labels), "label": labels}
+    stored = datasets.Dataset.from_dict(rows, features=datasets.Features(columns))
+    for dataset in (stored, stored.shuffle(seed=0).select(range(9))):  # the latter by indices
+        found = ImageDataset(dataset, "image", "label")
+        expected = Counter(dataset["label"])
+        monkeypatch.setattr(datasets.arrow_dataset.Column, "__iter__", lambda self: pytest.fail("row by row"))
+        assert _count_labels(found) == expected
+        monkeypatch.undo()
 
 
 def test_images_sorted_by_class_are_warned_of(tmp_path, caplog):
@@ -434,7 +453,9 @@ def test_every_mode_becomes_the_same_rgb(image):
         assert decoded.mode == "RGB" and np.array_equal(np.asarray(decoded), expected)
 
 
-@pytest.mark.parametrize("array", [GREY.astype("f4"), GREY.astype("i4") * 2**20, -GREY.astype("i4")])
+@pytest.mark.parametrize(
+    "array", [GREY.astype("f4"), GREY.astype("i4") * 2**20, -GREY.astype("i4"), GREY.astype("f4") * np.nan]
+)
 def test_grey_of_no_known_scale_is_not_read(array):
     with pytest.raises(OSError, match="not a readable image"):
         decode_image(Image.fromarray(array))
@@ -447,8 +468,10 @@ def test_transparent_pixels_show_white():
     palette = Image.new("P", (2, 1))
     palette.putpalette([10, 20, 30, 40, 50, 60])
     palette.putpixel((1, 0), 1)
-    decoded = decode_image(encoded(palette, transparency=1))
-    assert np.asarray(decoded).tolist() == [[[10, 20, 30], [255, 255, 255]]]
+    colour, grey = palette.convert("RGB"), Image.fromarray(np.array([[10, 40]], "u1"))
+    for cell in (encoded(palette, transparency=1), encoded(colour, transparency=(40, 50, 60))):
+        assert np.asarray(decode_image(cell)).tolist() == [[[10, 20, 30], [255, 255, 255]]]
+    assert np.asarray(decode_image(encoded(grey, transparency=40))).tolist() == [[[10] * 3, [255] * 3]]
 
 
 def test_pictures_come_upright():

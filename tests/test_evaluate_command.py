@@ -220,6 +220,45 @@ def test_attacks_are_listed():
     assert code == 0 and "autoattack" in output and "hopskipjump" in output and len(output.splitlines()) >= 20
 
 
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("1e-3", 0.001), ("5e-2", 0.05), ("-1E5", -1e5), (".5e1", 5.0), ("2.e+0", 2.0), ("1.5e3", 1500.0),
+     ("[1e-3, 2]", [0.001, 2]), ("'1e-3'", "1e-3"), ("1e", "1e"), ("e-3", "e-3"), ("1e3x", "1e3x"),
+     ("0.5", 0.5), ("12", 12), ("no", False)],
+)  # fmt: skip
+def test_numbers_with_an_exponent_are_numbers(text, value):
+    found = parse_options([f"option={text}"])["option"]
+    assert found == value and type(found) is type(value)
+
+
+def test_a_number_with_an_exponent_reaches_the_attack():
+    args = EvaluationArguments(attacks=["cw-l2"], attack_options=parse_options(["cw-l2.initial_const=1e-3"]))
+    assert make_attacks(args)[0].options["initial_const"] == 0.001
+
+
+@pytest.mark.parametrize(
+    ("attacks", "options", "steps"),
+    [
+        (["CW-L2"], {"cw-l2.steps": 5}, [5]),
+        (["cw_l2"], {"Cw L2.steps": 5}, [5]),
+        (["pgd-10", "PGD"], {"pgd.steps": 5}, [10, 5]),
+        (["pgd+eot"], {"eot-pgd.steps": 5}, [5]),
+    ],
+)
+def test_the_attack_of_an_option_is_named_as_freely_as_attacks_are(attacks, options, steps):
+    made = make_attacks(EvaluationArguments(attacks=attacks, attack_options=options))
+    assert [attack.options["steps"] for attack in made] == steps
+
+
+def test_options_of_an_attack_are_those_of_its_kinds_too():
+    options = {"pgd-10.step_size": 3, "pgd.step_size": 1, "PGD-20.step_size": 2}
+    made = make_attacks(EvaluationArguments(attacks=["pgd", "pgd-10", "pgd_20", "pgd-30"], attack_options=options))
+    assert [attack.options["step_size"] for attack in made] == [1, 3, 2, 1]
+    for wrong in ("cw-l2.steps", "nothing.steps", "pgd-40.step_size"):
+        with pytest.raises(ValueError, match=f"none of pgd-10 has {wrong}"):
+            make_attacks(EvaluationArguments(attacks=["pgd-10"], attack_options={wrong: 1}))
+
+
 def test_options_and_attacks_are_parsed():
     assert parse_options(["steps=3", "random_start=false", "parts=[a, b]"]) == {
         "steps": 3, "random_start": False, "parts": ["a", "b"]

@@ -177,6 +177,9 @@ def test_what_is_no_image_is_named(tmp_path):
     Image.fromarray(np.full((4, 4), 7.0, np.float32)).save(tmp_path / "range.tiff")
     with pytest.raises(ImageReadError, match="white is unknown"):
         load_image(tmp_path / "range.tiff")
+    Image.fromarray(np.array([[0.5, np.nan]], np.float32)).save(tmp_path / "nan.tiff")
+    with pytest.raises(ImageReadError, match="nan.tiff: mode F with values outside .* or NaN"):
+        load_image(tmp_path / "nan.tiff")
 
 
 def test_other_size_is_refused(tmp_path):

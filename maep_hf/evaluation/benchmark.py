@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import secrets
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from accelerate import PartialState
@@ -22,7 +24,7 @@ from tqdm.auto import tqdm
 
 from ..attacks import Attack, make_attack
 from ..classifier import PixelClassifier, PurifiedClassifier
-from ..data import expect_classes, load_image_dataset
+from ..data import expect_classes, load_image_dataset, names_that_differ, numbers_as_text, same_names_in_order
 from ..randomised import is_randomised, seeded
 from ..records import append_jsonl, describe_environment, read_jsonl
 from .attacked_store import AttackedStore
@@ -41,6 +43,8 @@ RESULTS = "results.jsonl"
 CHECKS = "check_attacks.jsonl"
 PICTURED = 10
 CHECK_IMAGES = 50
+_TOLD: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
+"""What was said of a source's classes already: attacks make Python forget the warnings that it gave."""
 
 
 @dataclass
@@ -108,7 +112,7 @@ def benchmark(
         batch_size: images attacked at once; part of the protocol, since attacks draw per batch.
         seed: of every batch's attack and of a randomised purifier's draws.
         source: surrogate pipeline for `transfer`, [0, 1] pixels to logits. A `PixelClassifier` or `PurifiedClassifier`
-            with the classifier's class names in another order is put into the classifier's.
+            with the classifier's class names in another order, or else the dataset's, is put into that order meanwhile.
         purify_kwargs: for every call of the purifier, such as `{"overlap": 0.5}`.
         passes: final passes over the attacked images, averaged; 10 by default where purifier or classifier draws at
             random, otherwise 1.
@@ -152,91 +156,95 @@ def benchmark(
         images = _images(dataset, max_images)
     names = list((classifier.id2label or {}).values())
     images = images.in_order_of(names)
-    if source is not None:
-        _put_in_order(source, names)
-    pixels, _ = images.batch(0, min(2, len(images)), device)
-    classes = _check_labels(classifier, pixels, images)
+    order = _order_of_labels(source, names, images.class_names, warn=state.is_main_process)
+    with _in_order(source, order):
+        pixels, _ = images.batch(0, min(2, len(images)), device)
+        classes = _check_labels(classifier, pixels, images)
 
-    defended = PurifiedClassifier(purifier, classifier, purify_kwargs=purify_kwargs if purifier is not None else None)
-    target = attacked_model(threat_model, classifier, purifier, source, purify_kwargs)
-    purified_pixels = PurifiedClassifier(purifier, nn.Flatten(), purify_kwargs=defended.purify_kwargs)
-    random_purifier = purifier is not None and is_randomised(purified_pixels, pixels)
-    random_classifier = is_randomised(classifier, pixels)
-    randomised = random_purifier or random_classifier
-    passes = passes or (10 if randomised else 1)
-    bare_passes = passes if random_classifier or purifier is None else 1
-    protocol = Protocol(
-        threat_model=threat_model,
-        attack=attack.record(num_classes=classes),
-        seed=seed,
-        batch_size=batch_size,
-        passes=passes,
-        dataset=images.describe(),
-        classifier={
-            "name": classifier_name or _name(classifier.classifier),
-            "fingerprint": _fingerprint("classifier", classifier, out),
-        },
-        purifier=_describe_purifier(purifier, purifier_name, purify_kwargs, random_purifier, out),
-        source=None
-        if threat_model != "transfer"
-        else {"name": source_name or _name(source), "fingerprint": _fingerprint("source", source, out)},
-    )
-    # there is something to sweep, and someone who meant it
-    ball = attack.norm in ("Linf", "L2", "L1") and attack.eps is not None and not attack.control
-    adaptive = purifier is not None and threat_model in ADAPTIVE
-    checked = min(check_images, len(images)) if checks and ball and adaptive else 0
-    folder = Path(out) if out is not None else None
-    store = AttackedStore(None if folder is None else folder / "attacked" / protocol.attacked_key())
-    known = _known_record(folder, protocol.key, checked)
-    if known is not None:
-        return BenchmarkResult(known, _pictures(store, images.batch(0, batch_size, device), defended, seed), resumed=-1)
+        defended = PurifiedClassifier(
+            purifier, classifier, purify_kwargs=purify_kwargs if purifier is not None else None
+        )
+        target = attacked_model(threat_model, classifier, purifier, source, purify_kwargs)
+        purified_pixels = PurifiedClassifier(purifier, nn.Flatten(), purify_kwargs=defended.purify_kwargs)
+        random_purifier = purifier is not None and is_randomised(purified_pixels, pixels)
+        random_classifier = is_randomised(classifier, pixels)
+        randomised = random_purifier or random_classifier
+        passes = passes or (10 if randomised else 1)
+        bare_passes = passes if random_classifier or purifier is None else 1
+        protocol = Protocol(
+            threat_model=threat_model,
+            attack=attack.record(num_classes=classes),
+            seed=seed,
+            batch_size=batch_size,
+            passes=passes,
+            dataset=images.describe(),
+            classifier={
+                "name": classifier_name or _name(classifier.classifier),
+                "fingerprint": _fingerprint("classifier", classifier, out),
+            },
+            purifier=_describe_purifier(purifier, purifier_name, purify_kwargs, random_purifier, out),
+            source=None
+            if threat_model != "transfer"
+            else {"name": source_name or _name(source), "fingerprint": _fingerprint("source", source, out)},
+        )
+        # there is something to sweep, and someone who meant it
+        ball = attack.norm in ("Linf", "L2", "L1") and attack.eps is not None and not attack.control
+        adaptive = purifier is not None and threat_model in ADAPTIVE
+        checked = min(check_images, len(images)) if checks and ball and adaptive else 0
+        folder = Path(out) if out is not None else None
+        store = AttackedStore(None if folder is None else folder / "attacked" / protocol.attacked_key())
+        known = _known_record(folder, protocol.key, checked)
+        if known is not None:
+            return BenchmarkResult(
+                known, _pictures(store, images.batch(0, batch_size, device), defended, seed), resumed=-1
+            )
 
-    gradient = None
-    # where there is a purifier before the classifier, the checks ask
-    if attack.needs_gradient and (target is classifier or (target is source and _alone(source))):
-        gradient = _probed(target, images.batch(0, batch_size, device), protocol, state)
+        gradient = None
+        # where there is a purifier before the classifier, the checks ask
+        if attack.needs_gradient and (target is classifier or (target is source and _alone(source))):
+            gradient = _probed(target, images.batch(0, batch_size, device), protocol, state)
 
-    rows: list[dict[str, Any]] = []
-    resumed = 0
-    starts = range(0, len(images), batch_size)
-    mine = starts[state.process_index :: state.num_processes]
-    title = f"{attack.name}, {threat_model}"
-    bar = tqdm(mine, desc=title, unit="batch", disable=not (progress and state.is_main_process))
-    shown: dict[str, object] = {}
-    for start in bar:
-        x, y = images.batch(start, start + batch_size, device)
-        attacked, about = store.load(start, x, y)
-        if attacked is None:
-            with peak_memory(device) as memory, counted_calls(target, bar, shown):
-                attacked, seconds = timed(lambda x=x, y=y: attack(target, x, y, seed=seed), device)
-            about = {"attack_seconds": seconds, "memory_bytes_per_image": memory.risen / len(x)}
-            store.save(start, x, y, attacked, about)
-        else:
-            resumed += 1
-        rows.extend(judge_batch(classifier, defended, x, attacked, y, passes, seed, about, start, bare_passes))
-        shown["robust"] = f"{100 * sum(row['right_purified_attacked'] for row in rows) / len(rows):.1f}%"
-        bar.set_postfix(shown)
-    rows = gather_object(rows) if state.num_processes > 1 else rows
-    report = None
-    if checked:
-        options = {
-            "threat_model": threat_model, "seed": seed, "randomised": randomised, "source": source,
-            "batch_size": batch_size,
-        }  # fmt: skip
-        report = _checks(defended, images.batch(0, checked, device), attack, rows, options, folder, progress)
-    record = protocol.record() | summarise(rows, purified=purifier is not None, passes=passes)
-    record["checks"] = report
-    if gradient is not None:
-        record["gradient"] = gradient
-    record["environment"] = describe_environment() | {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "threads": torch.get_num_threads(),
-        "processes": state.num_processes,
-    }
-    if folder is not None and state.is_main_process:
-        append_jsonl(folder / RESULTS, record)
-    state.wait_for_everyone()
-    return BenchmarkResult(record, _pictures(store, images.batch(0, batch_size, device), defended, seed), resumed)
+        rows: list[dict[str, Any]] = []
+        resumed = 0
+        starts = range(0, len(images), batch_size)
+        mine = starts[state.process_index :: state.num_processes]
+        title = f"{attack.name}, {threat_model}"
+        bar = tqdm(mine, desc=title, unit="batch", disable=not (progress and state.is_main_process))
+        shown: dict[str, object] = {}
+        for start in bar:
+            x, y = images.batch(start, start + batch_size, device)
+            attacked, about = store.load(start, x, y)
+            if attacked is None:
+                with peak_memory(device) as memory, counted_calls(target, bar, shown):
+                    attacked, seconds = timed(lambda x=x, y=y: attack(target, x, y, seed=seed), device)
+                about = {"attack_seconds": seconds, "memory_bytes_per_image": memory.risen / len(x)}
+                store.save(start, x, y, attacked, about)
+            else:
+                resumed += 1
+            rows.extend(judge_batch(classifier, defended, x, attacked, y, passes, seed, about, start, bare_passes))
+            shown["robust"] = f"{100 * sum(row['right_purified_attacked'] for row in rows) / len(rows):.1f}%"
+            bar.set_postfix(shown)
+        rows = gather_object(rows) if state.num_processes > 1 else rows
+        report = None
+        if checked:
+            options = {
+                "threat_model": threat_model, "seed": seed, "randomised": randomised, "source": source,
+                "batch_size": batch_size,
+            }  # fmt: skip
+            report = _checks(defended, images.batch(0, checked, device), attack, rows, options, folder, progress)
+        record = protocol.record() | summarise(rows, purified=purifier is not None, passes=passes)
+        record["checks"] = report
+        if gradient is not None:
+            record["gradient"] = gradient
+        record["environment"] = describe_environment() | {
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            "threads": torch.get_num_threads(),
+            "processes": state.num_processes,
+        }
+        if folder is not None and state.is_main_process:
+            append_jsonl(folder / RESULTS, record)
+        state.wait_for_everyone()
+        return BenchmarkResult(record, _pictures(store, images.batch(0, batch_size, device), defended, seed), resumed)
 
 
 def _images(dataset: EvaluationImages | tuple[Tensor, Tensor], max_images: int | None) -> EvaluationImages:
@@ -264,13 +272,69 @@ def _check_labels(classifier: PixelClassifier, pixels: Tensor, images: Evaluatio
     return classes
 
 
-def _put_in_order(source: nn.Module, names: Sequence[str]) -> None:
-    """Have the source's logits stand for the classifier's classes, whose labels the attack is given."""
+def _classes_of(source: nn.Module | None) -> PixelClassifier | None:
+    """What of a source knows its classes by name."""
     inner = source.classifier if isinstance(source, PurifiedClassifier) else source
-    if isinstance(inner, PixelClassifier) and inner.match_classes(names):
-        warnings.warn(
-            "source: its classes stand in another order than the classifier's; they are matched by name", stacklevel=3
-        )
+    return inner if isinstance(inner, PixelClassifier) else None
+
+
+def _order_of_labels(
+    source: nn.Module | None, names: Sequence[str], dataset: Sequence[str] | None, warn: bool
+) -> Tensor | None:
+    """The order in which a source's logits stand for the labels that the attack is given; `None` for its own.
+
+    Args:
+        names: the classifier's; where the source has others, the dataset's count, as its labels were put into the
+            classifier's order before.
+        dataset: its names in the order of its labels.
+        warn: of another order, and of names that nothing is known by.
+    """
+    model = _classes_of(source)
+    if model is None:
+        return None
+    own = list((model.id2label or {}).values())
+    for wanted, whose in ((names, "classifier"), (dataset, "dataset")):
+        order = same_names_in_order(own, wanted)
+        if order is not None:
+            if warn:
+                _say_once(model, f"its classes stand in another order than the {whose}'s; they are matched by name")
+            return torch.tensor(order)
+    said = []
+    differ = {"classifier": names_that_differ(own, names), "dataset": names_that_differ(own, dataset)}
+    found = [
+        f"its class names are not the {whose}'s ({text}); taken by index" for whose, text in differ.items() if text
+    ]
+    # where classifier and dataset differ too, and the source from one of them alone, it has the names of the other
+    if len(found) == 2 or not names_that_differ(names, dataset):
+        said += found[:1]
+    doubt = numbers_as_text(own, dataset)
+    if doubt and set(own) != set(names):  # else it was told of the dataset
+        said.append(f"taken by index; of the dataset, {doubt}")
+    for text in said if warn else ():
+        _say_once(model, text)
+    return None
+
+
+@contextmanager
+def _in_order(source: nn.Module | None, order: Tensor | None) -> Iterator[None]:
+    """Give a source's logits this order; afterwards it has its own again, for another classifier's are others."""
+    model = _classes_of(source)
+    if model is None or order is None:
+        yield
+        return
+    own = model.class_order
+    model.class_order = order if own is None else own.cpu()[order]
+    try:
+        yield
+    finally:
+        model.class_order = own
+
+
+def _say_once(model: nn.Module, text: str) -> None:
+    told = _TOLD.setdefault(model, set())
+    if text not in told:
+        told.add(text)
+        warnings.warn(f"source: {text}", stacklevel=4)
 
 
 def _alone(source: nn.Module) -> bool:

@@ -149,7 +149,8 @@ def gradient_masking_checks(
     if len(pixels) < LEAST_IMAGES:
         few = f"the pipeline has {len(pixels)} images right; at least {LEAST_IMAGES} are needed to tell attacks apart"
         results.append(CheckResult("images", False, few, {"n": len(pixels)}))
-    results.append(_gradient(view, pixels, labels, batch_size))
+    with seeded(seed):
+        results.append(_gradient(view, pixels, labels, batch_size))
     if randomised:
         results.append(_randomness(eot_samples))
 

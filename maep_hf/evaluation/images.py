@@ -158,10 +158,16 @@ def read_images(
     if not arrays:
         raise DataError("dataset: none of its images can be read")
     if cut and not dataset.streaming:
-        _warn_if_sorted(labels, Counter(dataset.rows[dataset.label_column]))
+        _warn_if_sorted(labels, _count_labels(dataset))
     pixels = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
     names = tuple(dataset.class_names) if dataset.class_names else None
     return EvaluationImages(pixels, torch.tensor(labels), name, split or None, broken, names)
+
+
+def _count_labels(dataset: ImageDataset) -> Counter[int | None]:
+    """How often each label is stored; counted by arrow, since a million rows one by one take a minute."""
+    column = dataset.rows.select_columns([dataset.label_column]).with_format("arrow")[:][dataset.label_column]
+    return Counter({entry["values"]: entry["counts"] for entry in column.value_counts().to_pylist()})
 
 
 def _warn_if_sorted(labels: list[int], stored: Counter[int | None]) -> None:

@@ -3,6 +3,7 @@ one folder of records, tables and pictures."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from inspect import signature
@@ -14,6 +15,7 @@ import torch
 from rich.console import Console
 
 from ..attacks import Attack, attack_options, make_attack
+from ..attacks.registry import _find
 from ..checkpoints import CLASSIFIER, PURIFIER, CheckpointError, load_purifier
 from ..classifier import PurifiedClassifier
 from ..classifier_sources import PYTHON, TIMM, call_named, load_frozen_classifier
@@ -272,9 +274,9 @@ def make_attacks(args: EvaluationArguments) -> list[Attack]:
             raise ValueError(f"attack={word!r}: the radius {eps!r} is no number") from error
         known = attack_options(name)
         has = {key: value for key, value in options.items() if key in known}
-        own = {key: value for key, value in options.items() if key.startswith(f"{name}.")}
+        own = _options_of(name, options)
         used |= {*has, *own}
-        has |= {key.removeprefix(f"{name}."): value for key, value in own.items()}
+        has |= {key.rpartition(".")[2]: options[key] for key in own}
         plain = make_attack(name, norm=norm or args.norm, **has)
         if radii is None:  # a radius for Linf means nothing in another norm, nor to a corruption
             meant = (plain.norm or "").lower() == eps_norm.lower() and not plain.control
@@ -291,6 +293,25 @@ def make_attacks(args: EvaluationArguments) -> list[Attack]:
             "radius; give norm, or the radius with the attack, as NAME:NORM:EPS"
         )
     return list(attacks.values())
+
+
+def _options_of(name: str, options: Mapping[str, Any]) -> list[str]:
+    """The keys of options for this attack alone (`pgd.steps`), whose name is as free as that of an attack.
+
+    Those for `pgd` are for `pgd-100` too, but for the steps, which it says itself; those for `pgd-100` for it alone
+    and before those for `pgd`.
+    """
+    spec, implied = _find(name)
+    found = []
+    for key in options:
+        prefix, dot, option = key.rpartition(".")
+        try:
+            meant, said = _find(prefix) if dot else (None, {})
+        except ValueError:  # no attack's, which the caller says
+            continue
+        if meant is spec and (said == implied or not said and option not in implied):
+            found.append((len(said), key))
+    return [key for _, key in sorted(found, key=lambda item: item[0])]
 
 
 def _short(name: str) -> str:
@@ -330,10 +351,17 @@ def parse_options(words: Sequence[str]) -> dict[str, Any]:
     """
     import yaml
 
+    class Loader(yaml.SafeLoader):
+        pass
+
+    # YAML 1.1 takes 1e-3, which has neither a point nor a sign before its exponent, for text
+    number = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$")
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+.0123456789"))
+
     options = {}
     for word in words:
         name, equals, value = word.partition("=")
         if not equals or not name:
             raise ValueError(f"attack option {word!r} is not of the form name=value")
-        options[name] = yaml.safe_load(value)
+        options[name] = yaml.load(value, Loader)
     return options
