@@ -511,7 +511,7 @@ def call_purifier(purifier: Any, pixel_values: Tensor, **kwargs: Any) -> Tensor:
     """
     check_pixels(pixel_values)
     pixel_values = pixel_values.to(placement(purifier)[0])
-    output = (_find_purify(purifier) or purifier)(pixel_values, **kwargs)
+    output = (find_purify(purifier) or purifier)(pixel_values, **kwargs)
     output = getattr(output, "purified_pixel_values", output)
     if not isinstance(output, Tensor):
         raise TypeError(f"`purifier` must return a tensor of images, got {type(output).__name__}.")
@@ -523,7 +523,7 @@ def call_purifier(purifier: Any, pixel_values: Tensor, **kwargs: Any) -> Tensor:
     return output
 
 
-def _find_purify(purifier: Any) -> Callable[..., Tensor] | None:
+def find_purify(purifier: Any) -> Callable[..., Tensor] | None:
     """The method `purify`, also through PEFT (whose adapters live inside the base model) and parallel wrappers."""
     for candidate in (purifier, unwrapped(purifier)):
         if callable(getattr(candidate, "purify", None)):

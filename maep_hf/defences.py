@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from .classifier import _find_purify, call_purifier
+from .classifier import call_purifier, find_purify
 from .preprocessing import check_pixels, check_range
 
 SUBSAMPLINGS = ("4:4:4", "4:2:2", "4:2:0")
@@ -361,7 +361,7 @@ def check_purifier(purifier: Any) -> None:
             f"`purifier` must be a model, got a name; use MAEPModel.from_pretrained({purifier!r}) or "
             f"make_defence({purifier!r})."
         )
-    if not callable(purifier) and _find_purify(purifier) is None:
+    if not callable(purifier) and find_purify(purifier) is None:
         raise TypeError(f"`purifier` must have a method `purify` or be callable, got {type(purifier).__name__}.")
 
 

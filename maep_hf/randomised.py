@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .classifier import PixelClassifier, PurifiedClassifier, _find_purify
+from .classifier import PixelClassifier, PurifiedClassifier, find_purify
 from .defences import _check_integer, call_purifier, check_purifier
 
 
@@ -53,7 +53,7 @@ class RandomisedPurifier(nn.Module):
     ):
         super().__init__()
         check_purifier(purifier)
-        parameters = inspect.signature(_find_purify(purifier) or purifier).parameters
+        parameters = inspect.signature(find_purify(purifier) or purifier).parameters
         if not {"mask_ratio", "generator"} <= set(parameters):
             raise TypeError(
                 f"`purifier` must have a method purify(pixel_values, mask_ratio=, generator=), as MAEPModel has; "
@@ -164,7 +164,7 @@ def is_randomised(module: Callable[..., Any], pixels: Tensor, passes: int = 3) -
     if any(getattr(part, "randomised", False) is True for part in parts):
         return True
     whole = isinstance(module, PurifiedClassifier | PixelClassifier)  # their method `purify` is only the first half
-    run = module if whole else _find_purify(module) or module
+    run = module if whole else find_purify(module) or module
     with _random_states_kept():
         first = None
         for seed in range(passes):

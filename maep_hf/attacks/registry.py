@@ -39,15 +39,19 @@ def make_attack(name: str, *, norm: str | None = None, eps: float | None = None,
     Example:
         >>> make_attack("PGD-100", eps=8, step_size=2)(model, pixels, labels, seed=0)
     """
-    spec, implied = _find(name)
+    spec, implied = find_attack(name)
     for option, value in implied.items():
         if options.setdefault(option, value) != value:
             raise ValueError(f"{option}: {name!r} says {value}, the option {options[option]}; give one of them")
     return spec.make(norm, eps, options)
 
 
-def _find(name: str) -> tuple[AttackSpec, dict[str, Any]]:
-    """The row of the registry, and the options that a name implies."""
+def find_attack(name: str) -> tuple[AttackSpec, dict[str, Any]]:
+    """The row of the registry, and the options that a name implies, as `pgd-100` its steps.
+
+    Raises:
+        ValueError: there is no such attack.
+    """
     known = {_plain(key): key for key in ATTACKS} | ALIASES
     plain = _plain(name)
     if plain in known:
@@ -73,4 +77,4 @@ def attack_options(name: str) -> tuple[str, ...]:
     Raises:
         ValueError: there is no such attack.
     """
-    return tuple(_find(name)[0].options)
+    return tuple(find_attack(name)[0].options)

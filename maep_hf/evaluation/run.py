@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 
 from ..attacks import Attack, attack_options, make_attack
-from ..attacks.registry import _find
+from ..attacks.registry import find_attack
 from ..checkpoints import CLASSIFIER, PURIFIER, CheckpointError, load_purifier
 from ..classifier import PurifiedClassifier
 from ..classifier_sources import PYTHON, TIMM, call_named, load_frozen_classifier
@@ -301,12 +301,12 @@ def _options_of(name: str, options: Mapping[str, Any]) -> list[str]:
     Those for `pgd` are for `pgd-100` too, but for the steps, which it says itself; those for `pgd-100` for it alone
     and before those for `pgd`.
     """
-    spec, implied = _find(name)
+    spec, implied = find_attack(name)
     found = []
     for key in options:
         prefix, dot, option = key.rpartition(".")
         try:
-            meant, said = _find(prefix) if dot else (None, {})
+            meant, said = find_attack(prefix) if dot else (None, {})
         except ValueError:  # no attack's, which the caller says
             continue
         if meant is spec and (said == implied or not said and option not in implied):
