@@ -58,6 +58,9 @@ def test_numbers_in_the_order_of_the_alphabet_are_doubted(caplog):
     images = EvaluationImages(torch.zeros(2, 3, 4, 4), torch.tensor([0, 2]), class_names=tuple(listed))
     assert images.in_order_of(None) is images and "in the order of the alphabet" in caplog.text
     assert images.in_order_of(in_order).labels.tolist() == [0, 10]
+    for unnamed in (-1, 12):
+        with pytest.raises(DataError, match="labels go from .* and it names 12 classes"):
+            EvaluationImages(images.pixels, torch.tensor([3, unnamed]), class_names=tuple(listed)).in_order_of(in_order)
 
 
 def test_labels_that_are_no_indices_are_told_at_once(tmp_path):

@@ -80,6 +80,9 @@ class EvaluationImages:
 
         Args:
             names: the classifier's, in the order of its logits; `None` where it has none.
+
+        Raises:
+            DataError: there are labels that none of the dataset's names is of.
         """
         order = same_names_in_order(names, self.class_names)
         if order is None:
@@ -88,6 +91,9 @@ class EvaluationImages:
             if doubt := numbers_as_text(names, self.class_names):
                 logger.warning("dataset: %s", doubt)
             return self
+        low, high = int(self.labels.min()), int(self.labels.max())
+        if low < 0 or high >= len(order):
+            raise DataError(f"dataset: labels go from {low} to {high}, and it names {len(order)} classes")
         logger.warning("dataset: its classes stand in another order than the classifier's; they are matched by name")
         return replace(self, labels=torch.tensor(order)[self.labels.long().cpu()], class_names=tuple(names))
 
