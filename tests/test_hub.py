@@ -132,7 +132,7 @@ def test_card_of_a_run_that_was_started_again(folder):
 def test_weights_that_a_run_started_from_are_no_images(folder):
     cards = []
     for start in ({}, {"start": {"model": "f9"}}):
-        (folder / "run.json").write_text(json.dumps(RUN | {"data": RUN["data"] | start}))
+        (folder / "run.json").write_text(json.dumps(RUN | start))
         cards.append(str(render_model_card(folder)))
     assert cards[0] == cards[1] and "(fingerprint f1)" in cards[0]
 

@@ -251,23 +251,21 @@ def test_a_run_goes_on_from_the_weights_that_it_started_from(tmp_path):
 
     def prepare(start, **changed) -> None:
         now = {"finetune": arguments["finetune"] | changed}
-        RunFolder(tmp_path).prepare(now, data | {"start": start}, 0, 0, False)
+        RunFolder(tmp_path).prepare(now, data, 0, 0, False, start=start)
 
     record.write_text(json.dumps({"arguments": arguments, "data": data}))
     prepare(start)  # that an older version wrote: they are not known
-    RunFolder(tmp_path).take_over(arguments, data | {"start": start})
-    assert "start" not in json.loads(record.read_text())["data"]
-    record.write_text(json.dumps({"arguments": arguments, "data": data | {"start": start}}))
+    RunFolder(tmp_path).take_over(arguments, start)
+    assert "start" not in json.loads(record.read_text())
+    record.write_text(json.dumps({"arguments": arguments, "data": data, "start": start}))
     prepare(start)
     for name in start:
         with pytest.raises(RunFolderError, match=f"{name}: its weights are not those.*{start[name]} there, c now"):
             prepare(start | {name: "c"})
     later = {"start_share_of": "another"}  # may change, and with it its weights
     prepare(start | {"start_share_of": "c"}, **later)
-    RunFolder(tmp_path).take_over(
-        {"finetune": arguments["finetune"] | later}, data | {"start": start | {"start_share_of": "c"}}
-    )
-    assert json.loads(record.read_text())["data"]["start"] == {"model": "a", "start_share_of": "c"}
+    RunFolder(tmp_path).take_over({"finetune": arguments["finetune"] | later}, start | {"start_share_of": "c"})
+    assert json.loads(record.read_text())["start"] == {"model": "a", "start_share_of": "c"}
 
 
 def test_a_purifier_that_changed_under_its_name_is_no_start_of_the_same_run(options, tmp_path):

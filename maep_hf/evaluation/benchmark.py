@@ -156,8 +156,8 @@ def benchmark(
         images = _images(dataset, max_images)
     names = list((classifier.id2label or {}).values())
     images = images.in_order_of(names)
-    order = _order_of_labels(source, names, images.class_names, warn=state.is_main_process)
-    with _in_order(source, order):
+    wanted = _names_to_match(source, names, images.class_names, warn=state.is_main_process)
+    with _in_order_of(wanted, source):
         pixels, _ = images.batch(0, min(2, len(images)), device)
         classes = _check_labels(classifier, pixels, images)
 
@@ -278,10 +278,10 @@ def _classes_of(source: nn.Module | None) -> PixelClassifier | None:
     return inner if isinstance(inner, PixelClassifier) else None
 
 
-def _order_of_labels(
+def _names_to_match(
     source: nn.Module | None, names: Sequence[str], dataset: Sequence[str] | None, warn: bool
-) -> Tensor | None:
-    """The order in which a source's logits stand for the labels that the attack is given; `None` for its own.
+) -> Sequence[str] | None:
+    """The classes in whose order a source's logits stand for the labels of the attack; `None` where its own is right.
 
     Args:
         names: the classifier's; where the source has others, the dataset's count, as its labels were put into the
@@ -294,11 +294,10 @@ def _order_of_labels(
         return None
     own = list((model.id2label or {}).values())
     for wanted, whose in ((names, "classifier"), (dataset, "dataset")):
-        order = same_names_in_order(own, wanted)
-        if order is not None:
+        if same_names_in_order(own, wanted) is not None:
             if warn:
                 _say_once(model, f"its classes stand in another order than the {whose}'s; they are matched by name")
-            return torch.tensor(order)
+            return wanted
     said = []
     differ = {"classifier": names_that_differ(own, names), "dataset": names_that_differ(own, dataset)}
     found = [
@@ -316,14 +315,14 @@ def _order_of_labels(
 
 
 @contextmanager
-def _in_order(source: nn.Module | None, order: Tensor | None) -> Iterator[None]:
-    """Give a source's logits this order; afterwards it has its own again, for another classifier's are others."""
+def _in_order_of(names: Sequence[str] | None, source: nn.Module | None) -> Iterator[None]:
+    """Match a source to these classes; afterwards it has its own order again, for another classifier's is another."""
     model = _classes_of(source)
-    if model is None or order is None:
+    if model is None or names is None:
         yield
         return
     own = model.class_order
-    model.class_order = order if own is None else own.cpu()[order]
+    model.match_classes(names)
     try:
         yield
     finally:

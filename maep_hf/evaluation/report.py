@@ -7,6 +7,7 @@ from pathlib import Path
 from rich.console import Console
 
 from .charts import accuracy_against_eps, bars_over_attacks
+from .results import ATTACKS_CHART, EPS_CHART
 from .tables import csv_table, markdown_table, read_results, rich_table
 
 
@@ -31,9 +32,9 @@ def report(results: Path, out: Path, console: Console | None = None) -> list[Pat
     console.print(rich_table(records))
     attacks = [record for record in records if not record["protocol"]["attack"].get("control")]
     if len({record["protocol"]["attack"].get("eps") for record in attacks}) > 1:
-        written.append(accuracy_against_eps(attacks, out / "accuracy_against_eps.png"))
+        written.append(accuracy_against_eps(attacks, out / EPS_CHART))
     if len({record["protocol"]["attack"]["name"] for record in attacks}) > 1:
-        written.append(bars_over_attacks(records, out / "attacks.png"))
+        written.append(bars_over_attacks(records, out / ATTACKS_CHART))
     for path in written:
         console.print(f"written: {path}", highlight=False, soft_wrap=True)
     return written

@@ -18,6 +18,8 @@ NO_PURIFIER = "none (undefended)"
 UNRELIABLE = "⚠ unreliable"
 NOT_CHECKED = "not checked"
 
+ATTACKS_CHART, EPS_CHART = CHARTS = ("attacks.png", "accuracy_against_eps.png")
+
 WITHOUT_GRADIENT = 0.05
 """Share of the images from which an attack that finds no gradient there makes a figure unreliable."""
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from huggingface_hub import HfApi
 
+from ..adaptation import ADAPTER_FOLDER
 from ..paths import short
 from .connection import (
     PushError,
@@ -72,7 +73,7 @@ class BackgroundPush:
         self.folder, self.private = folder, private
         with as_push_errors(repo_id or folder.resolve().name):
             self._prepare(repo_id, base_model, trains_adapter, base_path, model)
-        self.source = folder / "adapter" if trains_adapter else folder
+        self.source = folder / ADAPTER_FOLDER if trains_adapter else folder
         for stale in folder.glob(f"{_SNAPSHOT}*"):  # of a run that was killed
             shutil.rmtree(stale, ignore_errors=True)
         self.running: Future | None = None

@@ -12,7 +12,7 @@ from typing import Any
 from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard, ModelCardData
 from huggingface_hub.repocard import RepoCard
 
-from ..evaluation.results import check_record
+from ..evaluation.results import ATTACKS_CHART, EPS_CHART, check_record
 from ..paths import short, without_paths
 from ..records import read_jsonl
 from .folders import (
@@ -308,8 +308,8 @@ def picture_captions(records: Sequence[Mapping[str, Any]]) -> dict[str, str]:
         f"{name}.png": f"clean, attacked and purified images and the magnified difference, in front of {name}"
         for name in classifiers
     } | {
-        "attacks.png": "accuracy under every attack, each threat model in a panel of its own",
-        "accuracy_against_eps.png": "accuracy against the radius, a line for each threat model",
+        ATTACKS_CHART: "accuracy under every attack, each threat model in a panel of its own",
+        EPS_CHART: "accuracy against the radius, a line for each threat model",
     }
 
 

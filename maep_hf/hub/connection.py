@@ -94,8 +94,8 @@ def check_no_other_weights(repo_id: str, names: Iterable[str], adapter: bool) ->
     patterns = MODEL_WEIGHTS if adapter else (ADAPTER_CONFIG, ADAPTER_WEIGHTS)
     theirs = (*patterns, "config.json") if adapter else (*patterns, BASE_RECORD)
     names = sorted(names)
-    if any(fnmatch(name, pattern) for name in names for pattern in patterns):
-        found = ", ".join(name for name in names if any(fnmatch(name, pattern) for pattern in theirs))
+    if _matching(names, patterns):
+        found = ", ".join(_matching(names, theirs))
         raise ValueError(
             f"repo_id: {repo_id} holds {there}, beside which {here} cannot lie, for the wrong weights would load: push "
             f"to another repo_id, or delete {found} there first"
@@ -117,8 +117,7 @@ def check_no_other_model(
         ValueError: another type is there; nothing is deleted, since somebody may still need it.
     """
     names = set(names)
-    weights = any(fnmatch(name, pattern) for name in names for pattern in MODEL_WEIGHTS)
-    if model_type is None or not weights or "config.json" not in names:
+    if model_type is None or "config.json" not in names or not _matching(names, MODEL_WEIGHTS):
         return
     path = Path(api.hf_hub_download(repo_id, "config.json", revision=revision))
     try:
@@ -130,3 +129,7 @@ def check_no_other_model(
             f"repo_id: {repo_id} holds a model of type {there!r}, of which files and results would stay beside this "
             f"{model_type!r}: push to another repo_id, or delete its files there first"
         )
+
+
+def _matching(names: Iterable[str], patterns: Iterable[str]) -> list[str]:
+    return [name for name in names if any(fnmatch(name, pattern) for pattern in patterns)]

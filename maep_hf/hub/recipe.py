@@ -117,8 +117,6 @@ def _data(dataset: str | None, described: Any) -> str:
         return named or "not recorded"
     parts = []
     for role, about in described.items():
-        if role == "start":  # fingerprints of weights
-            continue
         if isinstance(about, Mapping):
             count = f"{about['images']:,} images" if about.get("images") else "a stream of images"
             parts.append(f"{role} {count} (fingerprint {about.get('fingerprint')})")

@@ -105,13 +105,13 @@ class _Loop:
         self.push, self.resume_from = None, None
         if self.main:
             data = task.describe_data()
-            if any(isinstance(group.get("model"), str) for group in arguments.values()):  # others start from a seed
-                data["start"] = task.describe_start()
+            from_weights = any(isinstance(group.get("model"), str) for group in arguments.values())  # or from a seed
+            start = task.describe_start() if from_weights else {}
             processes = self.accelerator.num_processes
             kept, overwrite = args.save_total_limit, args.overwrite_output_dir
             precision = self.accelerator.mixed_precision  # what `auto` is here
             self.folder.prepare(
-                arguments, data, 4 * parameter_bytes, kept, overwrite, processes, precision, checked=self._look_around
+                arguments, data, 4 * parameter_bytes, kept, overwrite, processes, precision, start, self._look_around
             )
         self.accelerator.wait_for_everyone()
         # one process looks: each by itself might choose otherwise on a shared file system
@@ -119,13 +119,15 @@ class _Loop:
         self.keeps_others = False
         if self.main and self.resume_from is None:
             record = {"task": task.name, "arguments": arguments, "data": data, **describe_environment()}
+            if start:
+                record["start"] = start
             record["num_processes"] = processes
             record["mixed_precision"] = precision
             record["parameters"] = sum(p.numel() for p in task.model.parameters())
             write_json(self.folder.record, record)
             self.folder.truncate_metrics(-1)
         elif self.main:
-            self.keeps_others = self.folder.take_over(arguments, data)
+            self.keeps_others = self.folder.take_over(arguments, start)
         set_seed(args.seed)
         task.to(self.accelerator.device)
         self._build()

@@ -8,7 +8,7 @@ import os
 import pickle
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,6 @@ logger = logging.getLogger(__name__)
 
 # What Accelerate, torch and safetensors raise over a file that is not what it was.
 _LOAD_ERRORS = (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError, SafetensorError)
-_CHARTS = ("attacks.png", "accuracy_against_eps.png")
-"""As `maep_hf.evaluation.report` names them."""
 
 
 class RunFolderError(RuntimeError):
@@ -52,19 +50,21 @@ class RunFolder:
         overwrite: bool,
         num_processes: int = 1,
         precision: str | None = None,
+        start: Mapping[str, str] | None = None,
         checked: Callable[[], None] | None = None,
     ) -> None:
         """Check that the run can be written here and is the same run as the one already here, and make the folder.
 
         Args:
             arguments: the run's arguments by group, as recorded in `run.json`.
-            data: the data's description, likewise; under `start` the fingerprints of the weights that the run starts
-                from, by the argument that names them, which a record of an older version lacks.
+            data: the data's description, likewise.
             checkpoint_bytes: estimated size of one checkpoint.
             kept: checkpoints that exist side by side.
             overwrite: remove a run that is already here; a folder without a record holds none.
             num_processes: processes of the run, where their number is a part of what is computed.
             precision: what `mixed_precision` means on this machine, likewise.
+            start: fingerprints of the weights that the run starts from, by the argument that names them; a record of
+                an older version lacks them.
             checked: called between the checks and the first change; if it raises, everything is as it was.
 
         Raises:
@@ -85,7 +85,7 @@ class RunFolder:
         if kept or overwrite:  # without checkpoints these are no run's: `make_pairs` has a check of its own
             self._refuse_other_content()
         if self.record.is_file() and not overwrite:
-            self._refuse_other_run(arguments, data, num_processes, precision)
+            self._refuse_other_run(arguments, data, num_processes, precision, start or {})
         if checked is not None:
             checked()
         try:
@@ -110,9 +110,10 @@ class RunFolder:
     def _results(self) -> list[Path]:
         """An evaluation of the run's weights beside them, which a push would refuse beside others; without a run it is
         an evaluation's own folder."""
+        from ..evaluation.results import CHARTS
         from ..hub.folders import RESULT_TEXTS
 
-        names = (*RESULT_TEXTS, *_CHARTS) if self.record.is_file() else ()
+        names = (*RESULT_TEXTS, *CHARTS) if self.record.is_file() else ()
         return [path for path in map(self.path.joinpath, names) if path.is_file()]
 
     def _refuse_other_content(self) -> None:
@@ -139,7 +140,12 @@ class RunFolder:
         self.record.unlink(missing_ok=True)
 
     def _refuse_other_run(
-        self, arguments: dict[str, Any], data: dict[str, Any], num_processes: int, precision: str | None
+        self,
+        arguments: dict[str, Any],
+        data: dict[str, Any],
+        num_processes: int,
+        precision: str | None,
+        start: Mapping[str, str],
     ) -> None:
         try:
             record = json.loads(self.record.read_text())
@@ -149,15 +155,15 @@ class RunFolder:
                 f"{self.record} is not the record of a run ({type(error).__name__}: {error}). "
                 "Give another folder, or start over with --overwrite_output_dir."
             ) from error
+        changes = _changes(stored, _as_stored(arguments))
         different = [
             f"{group}.{name}: {there!r} there, {now!r} now"
-            for group, name, there, now in _changes(stored, _as_stored(arguments))
+            for group, name, there, now in changes
             if name not in FREE_ARGUMENTS
         ]
-        there, now = record.get("data", data), _as_stored(data)
-        if _without_start(there) != _without_start(now):
-            different.append(f"the data: {_without_start(there)} there, {_without_start(now)} now")
-        different += _other_start(stored, there, now, _as_stored(arguments))
+        if record.get("data", data) != _as_stored(data):
+            different.append(f"the data: {record['data']} there, {data} now")
+        different += _other_start(record.get("start", {}), start, {name for _, name, _, _ in changes})
         before = record.get("num_processes", num_processes)
         if before != num_processes:
             different.append(f"num_processes: {before} there, {num_processes} now")
@@ -170,7 +176,7 @@ class RunFolder:
                 "Give another folder, or start over with --overwrite_output_dir."
             )
 
-    def take_over(self, arguments: dict[str, Any], data: dict[str, Any] | None = None) -> bool:
+    def take_over(self, arguments: dict[str, Any], start: Mapping[str, str] | None = None) -> bool:
         """Record what a later start of the run changed; whether it changed which of its weights are kept.
 
         Where arguments changed, command, versions and revision become the later start's as well; those that the run
@@ -181,8 +187,8 @@ class RunFolder:
         if before != record["arguments"]:
             now = describe_environment()
             record.setdefault("first_start", {name: record[name] for name in now if name in record})
-            if "start" in (data or {}) and "start" in record.get("data", {}):  # a share of other weights, perhaps
-                record["data"]["start"] = data["start"]
+            if start and "start" in record:  # a share of other weights, perhaps
+                record["start"] = start
             write_json(self.record, record | now)
         return any(name in KEPT_ARGUMENTS for _, name, _, _ in _changes(before, record["arguments"]))
 
@@ -343,21 +349,15 @@ def _as_stored(value: Any) -> Any:
     return json.loads(json.dumps(value, default=str))
 
 
-def _without_start(data: Any) -> Any:
-    return {name: value for name, value in data.items() if name != "start"} if isinstance(data, dict) else data
-
-
-def _other_start(stored: dict[str, Any], there: Any, now: dict[str, Any], arguments: dict[str, Any]) -> list[str]:
+def _other_start(before: Mapping[str, str], now: Mapping[str, str], changed: Collection[str]) -> list[str]:
     """Arguments of the same value whose weights are others than those that a run started from, in words.
 
     The checkpoint would bring back the old ones: an adapter would be saved as one of the new base, and a share of the
     new ones be mixed into what was trained from the old.
     """
-    changed = {name for _, name, _, _ in _changes(stored, arguments)}
-    before = there.get("start", {}) if isinstance(there, dict) else {}
     return [
         f"{name}: its weights are not those that the run started from (fingerprint {before[name]} there, {found} now)"
-        for name, found in now.get("start", {}).items()
+        for name, found in now.items()
         if name not in changed and before.get(name, found) != found
     ]
 
