@@ -402,6 +402,26 @@ def test_exports_with_any_batch_size():
         torch.testing.assert_close(out, model(images(size, seed=size)).purified_pixel_values)
 
 
+@compiled
+@pytest.mark.parametrize("options", [{}, {"mode": "interpolate"}, {"window_batch_size": 3}])
+@pytest.mark.parametrize("size", [16, 21])
+def test_purify_exports_with_any_batch_size(size, options):
+    class Purify(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = build(0.2)
+
+        def forward(self, pixels):
+            return self.model.purify(pixels, **options)
+
+    module = Purify().eval()
+    shapes = {"pixels": {0: torch.export.Dim("batch")}}
+    program = torch.export.export(module, (images(4, size=size),), dynamic_shapes=shapes).module()
+    for count in (1, 2, 9):
+        pixels = images(count, size=size, seed=count)
+        torch.testing.assert_close(program(pixels), module(pixels))
+
+
 def test_one_channel():
     model = build(0.1, num_channels=1)
     assert model(images(channels=1)).purified_pixel_values.shape == (3, 1, 16, 16)

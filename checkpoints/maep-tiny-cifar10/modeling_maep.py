@@ -505,7 +505,7 @@ class MAEPModel(MAEPPreTrainedModel):
         in mode `"windows"`, overlapping windows of the native size cover the image (one smaller than a window is
         extended by reflection and cropped again); their corrections are blended by a raised cosine. Cost is linear in
         pixels, and without gradients the memory is that of one batch of windows, one band of the image, and two more
-        copies of the image.
+        copies of the image. Under `torch.export` all windows are one batch, so that its size may be dynamic.
 
         Args:
             pixel_values: `(batch, num_channels, height, width)`, floating, in [0, 1]; the batch may be empty.
@@ -539,7 +539,8 @@ class MAEPModel(MAEPPreTrainedModel):
             limit = max(1, PIXELS_AT_ONCE.get(pixel_values.device.type, PIXELS_AT_ONCE_ELSEWHERE) // size**2)
         if limit < 1:
             raise ValueError(f"window_batch_size={window_batch_size} must be at least 1.")
-        if not len(pixel_values):
+        exporting = _is_exporting()
+        if not exporting and not len(pixel_values):
             return pixel_values.clone()
         if not torch.compiler.is_compiling():
             low, high = pixel_values.detach().aminmax()
@@ -563,6 +564,8 @@ class MAEPModel(MAEPPreTrainedModel):
         if torch.jit.is_tracing():  # tensors there, and the trace is of this size alone
             height, width = int(height), int(width)
         if (height, width) == (size, size):
+            if exporting:
+                return run(pixel_values)
             parts = [run(part) for part in pixel_values.split(limit)]
             return parts[0] if len(parts) == 1 else torch.cat(parts)
         if mode == "interpolate":
@@ -576,6 +579,8 @@ class MAEPModel(MAEPPreTrainedModel):
         self, grid: "MAEPWindows", image: torch.Tensor, limit: int, run: Callable[[torch.Tensor], torch.Tensor]
     ) -> torch.Tensor:
         image = grid.extend(image)
+        if _is_exporting():
+            return grid.blend(image, run(windows := grid.cut(image)) - windows)
         total = torch.zeros_like(image, dtype=grid.dtype)
         rows_at_once = max(1, limit // (len(image) * grid.columns))
         for first in range(0, grid.rows, rows_at_once):
@@ -746,6 +751,11 @@ class MAEPWindows:
         total = torch.zeros_like(self.extend(images), dtype=self.dtype)
         self.add(total, corrections)
         return self.finish(images, total)
+
+
+def _is_exporting() -> bool:
+    """Whether `torch.export` is tracing, where counting images would fix their number; never known in torch 2.6."""
+    return getattr(torch.compiler, "is_exporting", bool)()
 
 
 def _extend(image: torch.Tensor, height: int, width: int) -> torch.Tensor:
