@@ -26,7 +26,7 @@ def grow_local_branch(model: MAEPModel, channels: int | None = None, layers: int
         A new model in the mode, precision and device of the old one.
 
     Raises:
-        ValueError: fewer than the model has, or a model without a local branch.
+        ValueError: fewer than the model has, or a model without a local branch, with an adapter, or compiled.
     """
     config = model.config
     wanted = {"local_branch_channels": channels, "local_branch_layers": layers}
@@ -40,8 +40,15 @@ def grow_local_branch(model: MAEPModel, channels: int | None = None, layers: int
         MAEPConfig.from_dict(config.to_dict() | wanted), attn_implementation=config._attn_implementation
     )
     larger = ("decoder.head.", "local_branch.")
-    kept = {name: value for name, value in model.state_dict().items() if not name.startswith(larger)}
-    grown.load_state_dict(kept, strict=False)
+    state, names = model.state_dict(), grown.state_dict().keys()
+    kept = {name: value for name, value in state.items() if not name.startswith(larger)}
+    missing = [name for name in grown.load_state_dict(kept, strict=False).missing_keys if not name.startswith(larger)]
+    strange = [name for name in state if name not in names] + missing
+    if strange:
+        raise ValueError(
+            f"model: its weights are not named as a plain purifier's ({strange[0]}); merge the adapter first "
+            "(merge_adapter, or load_purifier of the adapter's folder), and pass the uncompiled model"
+        )
     _widen(grown.decoder.head, model.decoder.head, config.patch_size**2)
     _widen(grown.local_branch.stem, model.local_branch.stem)
     _widen(grown.local_branch.head, model.local_branch.head)

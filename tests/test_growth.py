@@ -8,6 +8,7 @@ from conftest import load_script, tiny_purifier
 from running import run, words
 
 from maep_hf import MAEPModel
+from maep_hf.adaptation import add_lora, default_lora_config, merge_adapter
 from maep_hf.growth import grow_local_branch
 
 
@@ -80,6 +81,24 @@ def test_it_does_not_shrink(options, message):
 def test_nothing_to_grow():
     with pytest.raises(ValueError, match="local_branch_channels: this purifier has no local branch"):
         grow_local_branch(tiny_purifier(local_branch_layers=0), 8)
+
+
+@pytest.mark.parametrize("targets", [None, ["conv1"]])  # those of the local branch are copied apart
+@pytest.mark.parametrize("wrap", [lambda model: model, lambda model: model.get_base_model(), merge_adapter])
+def test_an_adapter_is_merged_before_it_grows(targets, wrap):
+    base = tiny_purifier()
+    model = wrap(add_lora(base, default_lora_config(base, "decoder", targets=targets)))
+    if wrap is merge_adapter:
+        x = pixels_for(model)
+        torch.testing.assert_close(grow_local_branch(model, 12).purify(x), model.purify(x), atol=1e-6, rtol=0)
+    else:
+        with pytest.raises(ValueError, match="not named as a plain purifier's .*merge the adapter first"):
+            grow_local_branch(model, 12)
+
+
+def test_a_compiled_purifier_is_passed_uncompiled():
+    with pytest.raises(ValueError, match="_orig_mod.*pass the uncompiled model"):
+        grow_local_branch(torch.compile(tiny_purifier(), backend="eager"), 12)
 
 
 def test_finetuning_a_wider_one_and_going_on(image_folder, classifier_folder, purifier_folder, tmp_path):
