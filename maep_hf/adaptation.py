@@ -110,9 +110,13 @@ def add_lora(model: MAEPModel, config: LoraConfig) -> PeftModel:
     """Freeze a trained purifier and put trainable LoRA weights beside it.
 
     Raises:
-        ValueError: the purifier was never trained (its output is still the identity, so there is nothing to adapt), or
-            an initialisation that changes its weights.
+        ValueError: the purifier has an adapter already, or was never trained (its output is still the identity, so
+            there is nothing to adapt), or an initialisation that changes its weights.
     """
+    if isinstance(model, PeftModel) or _adapters(model):
+        raise ValueError(
+            "model: it has an adapter already; merge_adapter it, or load_adapter(..., trainable=True) to go on training"
+        )
     if is_untrained(model):
         raise ValueError(
             "model: this purifier is still the identity it was initialised as; LoRA adapts a trained one. "
@@ -154,6 +158,7 @@ def save_adapter(model: PeftModel, folder: str | os.PathLike) -> None:
         ValueError: several adapters are active together, or none; or PEFT alone put the adapter on, and it has changed
             the weights it was put on since: no record of them would be right.
     """
+    _refuse_switched_off(model)
     folder, active = Path(folder), list(model.active_adapters)
     if len(active) != 1:
         raise ValueError(
@@ -198,13 +203,25 @@ def save_adapter_run(model: PeftModel, folder: Path) -> None:
 
 def merge_adapter(model: PeftModel) -> MAEPModel:
     """The purifier with its active adapter in its weights; `model` is used up. The same bits on any number of threads,
-    since records know a purifier by them."""
+    since records know a purifier by them.
+
+    Raises:
+        ValueError: no adapter is active.
+    """
+    _refuse_switched_off(model)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # several round the sums otherwise
     try:
         return model.merge_and_unload()
     finally:
         torch.set_num_threads(threads)
+
+
+def _refuse_switched_off(model: PeftModel) -> None:
+    """PEFT goes on calling an adapter active that is switched off."""
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    if layers and all(layer.disable_adapters for layer in layers):
+        raise ValueError("model: no adapter is active; switch_adapter(model, NAME) first")
 
 
 def load_adapter(
@@ -219,7 +236,7 @@ def load_adapter(
     """Put a saved adapter on its base; `PeftModel.from_pretrained`, but a wrong base is refused.
 
     Args:
-        model: the base, or one that this function has put another adapter on already.
+        model: the base, or one with another adapter on it already.
         source: folder or Hub id of the adapter.
         name: what [`switch_adapter`] calls it; the adapter loaded last is the active one.
         trainable: go on training it.
@@ -240,7 +257,7 @@ def load_adapter(
         raise ValueError(f"adapter {source}: neither a folder nor a Hub id with a PEFT adapter ({reason})") from error
     if not isinstance(config, LoraConfig):
         raise ValueError(f"adapter {source}: its type is {config.peft_type}, not LoRA")
-    if isinstance(model, PeftModel) and name in model.peft_config:
+    if name in _adapters(model):
         raise ValueError(f"name={name!r}: this purifier has an adapter of that name; give another one")
     _refuse_changed_base(model, config, source)
     problem = _mismatch(config, weights, _base_weights(model))
@@ -254,19 +271,26 @@ def load_adapter(
     base = describe_base(model) if record or not isinstance(model, PeftModel) else None
     if record:
         _refuse_other_base(base, record, config, source)
+    others = isinstance(model, PeftModel) or bool(_adapters(model))
     if isinstance(model, PeftModel):
         model.load_adapter(source, adapter_name=name, is_trainable=trainable, **hub)
-        switch_adapter(model, name, trainable=trainable)
     else:
         model = PeftModel.from_pretrained(model, source, adapter_name=name, is_trainable=trainable, **hub)
+    if others:  # one that the base itself had would stay active beside it
+        switch_adapter(model, name, trainable=trainable)
     if base:
         _remember_base(model, base)
     return model
 
 
+def _adapters(model: nn.Module) -> Mapping[str, PeftConfig]:
+    """Adapters by name, also those that a `MAEPModel` loaded by itself."""
+    return getattr(model, "peft_config", None) or {}
+
+
 def _refuse_changed_base(model: nn.Module, config: LoraConfig, source: str) -> None:
     """Adapters that share a base need it as it was; one that changes it goes on alone."""
-    there = getattr(model, "peft_config", None) or {}
+    there = _adapters(model)
     named = {**there, "this one": config} if there else {}
     for name, each in named.items():
         changed = _changes_base(each)
@@ -305,7 +329,7 @@ def switch_adapter(model: MAEPModel | PeftModel, name: str | None, *, trainable:
     Raises:
         ValueError: the purifier has no such adapter, or `None` where an adapter changed the base's own weights.
     """
-    known = list(getattr(model, "peft_config", None) or {})
+    known = list(_adapters(model))
     if not known or (name is not None and name not in known):
         raise ValueError(f"adapter {name!r}: this purifier has {', '.join(known) if known else 'no adapters'}")
     changed = [_changes_base(config) for config in model.peft_config.values()]

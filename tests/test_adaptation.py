@@ -20,6 +20,7 @@ from maep_hf.adaptation import (
     describe_base,
     is_untrained,
     load_adapter,
+    merge_adapter,
     save_adapter,
     save_adapter_run,
     switch_adapter,
@@ -302,6 +303,18 @@ def test_the_adapter_loaded_last_is_active(adapters):
     assert_purifies_to(by_maep(folder, ["two", "one"]), pixels, outputs["one"])
 
 
+@pytest.mark.parametrize("trainable", [False, True])
+def test_it_is_active_alone_beside_one_that_the_base_loaded_by_itself(adapters, trainable):
+    folder, pixels, outputs = adapters
+    model = load_adapter(by_transformers(folder, ["one"]), folder / "two", "two", trainable=trainable).eval()
+    moving = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert bool(moving) == trainable and all(".two." in name for name in moving)
+    assert_purifies_to(model, pixels, outputs["two"])
+    for name in ("one", None, "two"):
+        switch_adapter(model, name)
+        assert_purifies_to(model, pixels, outputs[name])
+
+
 def test_loading_to_go_on_training(adapters):
     folder = adapters[0]
     for again in (False, True):
@@ -312,12 +325,41 @@ def test_loading_to_go_on_training(adapters):
     assert moving and all(".two." in name for name in moving)
 
 
-def test_no_adapters_and_a_taken_name(adapters):
+@every_loader
+def test_no_adapters_and_a_taken_name(adapters, load):
     folder = adapters[0]
     with pytest.raises(ValueError, match="no adapters"):
         switch_adapter(MAEPModel.from_pretrained(folder / "base"), "one")
     with pytest.raises(ValueError, match="name='one'.*give another"):
-        load_adapter(by_maep(folder, ["one"]), folder / "two", "one")
+        load_adapter(load(folder, ["one"]), folder / "two", "one")
+
+
+@every_loader
+def test_a_second_adapter_is_loaded_and_not_added(adapters, load):
+    model = load(adapters[0], ["one"])
+    config = default_lora_config(model, rank=2)
+    with pytest.raises(ValueError, match="model: it has an adapter already; merge_adapter it, or load_adapter"):
+        add_lora(model, config)
+
+
+def test_after_merging_an_adapter_another_is_added_or_loaded(adapters):
+    folder, pixels, outputs = adapters
+    base = merge_adapter(by_maep(folder, ["one"]))
+    torch.testing.assert_close(purified(adapted(base).eval(), pixels), outputs["one"], atol=1e-4, rtol=0)
+    base = merge_adapter(by_maep(folder, ["one"]))
+    assert list(load_adapter(base, folder / "two", "one", allow_other_base=True).peft_config) == ["one"]
+
+
+def test_an_adapter_that_is_switched_off_is_neither_saved_nor_merged(adapters, tmp_path):
+    folder, pixels, outputs = adapters
+    model = by_maep(folder, ["one"])
+    switch_adapter(model, None)
+    for refused in (lambda: save_adapter(model, tmp_path / "saved"), lambda: merge_adapter(model)):
+        with pytest.raises(ValueError, match=r"model: no adapter is active; switch_adapter\(model, NAME\) first"):
+            refused()
+    assert not (tmp_path / "saved").exists()
+    switch_adapter(model, "one")
+    torch.testing.assert_close(purified(merge_adapter(model), pixels), outputs["one"], atol=1e-4, rtol=0)
 
 
 @every_loader
