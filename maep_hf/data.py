@@ -99,6 +99,8 @@ class ImageDataset:
         """
         if self.class_names:
             return self.class_names
+        if self.label_column is None and self.no_labels:
+            raise DataError(f"dataset: it has no labels; {self.no_labels}")
         if not self.num_classes:
             raise DataError(
                 f"label_column={self.label_column!r} says nothing of the classes: name a column of labels, and do not "

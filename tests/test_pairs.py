@@ -400,6 +400,9 @@ def test_labels_that_do_not_fit_are_refused(source, surrogate, tmp_path):
     plain.remove_columns("label").save_to_disk(tmp_path / "unlabelled")
     with pytest.raises(DataError, match="attack_labels=predicted"):
         make_pairs(arguments(str(tmp_path / "unlabelled"), two, tmp_path / "c"), ATTACK)
+    plain.cast_column("label", datasets.Value("string")).save_to_disk(tmp_path / "text")
+    with pytest.raises(DataError, match="'label' holds Value.*class_encode_column.*attack_labels=predicted"):
+        make_pairs(arguments(str(tmp_path / "text"), two, tmp_path / "c"), ATTACK)
     args = arguments(str(tmp_path / "unlabelled"), two, tmp_path / "c", attack_labels="predicted")
     assert "label" not in read(make_pairs(args, ATTACK)).column_names
 

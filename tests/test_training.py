@@ -977,6 +977,29 @@ def test_attacks_start_from_the_labels_or_the_predictions(task_of, tmp_path):
         task_of(dataset=tmp_path)
 
 
+def test_validation_needs_every_label_unless_it_goes_by_predictions(task_of, tmp_path):
+    rows = image_rows(4)
+    rows.map(lambda row, index: {"label": -1 if index == 3 else row["label"]}, with_indices=True).save_to_disk(tmp_path)
+    data = {"validation_dataset": str(tmp_path), "validation_split": "train"}
+    task = task_of(data=data)
+    with pytest.raises(DataError, match="validation dataset has no label: leave .* or use attack_labels=predicted"):
+        task.evaluate(task.model.eval())
+    for options in ({"attack_labels": "predicted"}, {"validation_images": 3}):
+        task = task_of(data=data, **options)
+        assert task.evaluate(task.model.eval())
+
+
+@pytest.mark.parametrize("labels", [["cat", "dog"], [0.0, 1.0]])
+def test_labels_that_are_no_indices_are_told_at_once(task_of, tmp_path, labels):
+    rows = image_rows(2).remove_columns("label").add_column("label", labels)
+    rows.save_to_disk(tmp_path)
+    with pytest.raises(DataError, match="training dataset .* 'label' holds Value.*cast_column.*attack_labels=predict"):
+        task_of(dataset=tmp_path)
+    classifier = words(dataset=tmp_path, validation_split="train", output_dir=tmp_path / "run", max_steps=1)
+    with pytest.raises(DataError, match="has no labels; its column 'label' holds Value.*cast_column"):
+        run("train_classifier", classifier)
+
+
 @pytest.mark.parametrize("named", [True, False])
 def test_a_surrogate_must_know_every_class(task_of, tmp_path, named):
     few = save_classifier(tmp_path / "few", classes=2)

@@ -211,9 +211,8 @@ class PurificationTask(Task):
             return
         for role, data in (("training", self.train_data), ("validation", self.validation_data)):
             if data.label_column is None:
-                raise DataError(
-                    f"the {role} dataset has no labels: name them with label_column, or use attack_labels=predicted"
-                )
+                held = data.no_labels or "name them with label_column"
+                raise DataError(f"the {role} dataset has no labels: {held}, or use attack_labels=predicted")
         found, named = self.train_data.num_classes, self.train_data.class_names is not None
         hint = "give a surrogate of this dataset, or attack_labels=predicted"
         for classes in self.num_classes:
@@ -387,6 +386,11 @@ class PurificationTask(Task):
             predicted = torch.cat([self._predict(chunk) for chunk in clean.split(self._images_at_once)])
             if labels is None:
                 labels = predicted
+            elif labels.min() < 0:
+                raise DataError(
+                    "an image of the validation dataset has no label: leave such images out of it, or use "
+                    "attack_labels=predicted"
+                )
             else:
                 self._warn_of_labels(100 * (predicted == labels).float().mean().item())
             pairs = zip(clean.split(self._images_at_once), labels.split(self._images_at_once), strict=True)
@@ -426,6 +430,9 @@ class PurificationTask(Task):
         With `attack_labels=predicted` there is no accuracy but agreement: the share of images that the first surrogate
         puts into the class that it predicts for the clean image. The loss with masks (`reconstruction_loss`) is left
         out where images take several windows and training has no masks.
+
+        Raises:
+            maep_hf.data.DataError: with `attack_labels=true`, one of the images has no label.
         """
         data = self._validation_set()
         clean, attacked, labels = data["clean"], data["attacked"], data["labels"]
