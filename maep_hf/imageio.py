@@ -104,9 +104,9 @@ def load_image(path: str | os.PathLike) -> LoadedImage:
 def restore_image(pixels: Tensor, like: LoadedImage) -> Image.Image:
     """Turn purified pixels into a picture of the mode, alpha channel and stored orientation of `like`.
 
-    Grey modes take the mean of the three channels; mode `1` the threshold 0.5. A palette picture gets a new palette
-    of up to 256 colours without dither (the corrected colours are not in the old one); where its transparency is more
-    than on or off it becomes RGBA.
+    Grey modes take the mean of the three channels; mode `1` the threshold 0.5. A `1` or `L` of which one value is
+    transparent becomes LA. A palette picture gets a new palette of up to 256 colours without dither (the corrected
+    colours are not in the old one); where its transparency is more than on or off it becomes RGBA.
 
     Args:
         pixels: (3, H, W) in [0, 1], the size of `like.pixels`.
@@ -224,7 +224,7 @@ def _decode(image: Image.Image) -> LoadedImage:
         metadata["exif"] = exif.tobytes()
     frames = getattr(image, "n_frames", 1)
     upright = ImageOps.exif_transpose(image) if orientation in _STORED_FROM_UPRIGHT else image
-    if mode in _GREY_MODES and not mode.startswith("L"):
+    if mode in _GREY_MODES and not mode.startswith("L") and not (mode == "1" and "transparency" in upright.info):
         grey, alpha = wide_grey(upright), None
         array = np.repeat(grey[:, :, None], 3, axis=2)
     else:
@@ -253,7 +253,7 @@ def wide_grey(image: Image.Image) -> np.ndarray:
 
 def _grey_picture(grey: np.ndarray, like: LoadedImage) -> Image.Image:
     if like.mode == "1":
-        return Image.fromarray(np.where(grey >= 0.5, 255, 0).astype(np.uint8)).convert("1", dither=Image.Dither.NONE)
+        grey = np.where(grey >= 0.5, 1.0, 0.0)
     if like.mode == "F":
         return Image.fromarray(grey.astype(np.float32))
     if like.mode.startswith("I"):
@@ -261,7 +261,7 @@ def _grey_picture(grey: np.ndarray, like: LoadedImage) -> Image.Image:
         return Image.fromarray(sixteen) if like.mode != "I" else Image.fromarray(sixteen.astype(np.int32))
     picture = Image.fromarray(np.rint(grey * 255).astype(np.uint8))
     if like.alpha is None:
-        return picture
+        return picture if like.mode != "1" else picture.convert("1", dither=Image.Dither.NONE)
     return Image.merge("LA", (picture, like.alpha))
 
 

@@ -100,6 +100,21 @@ def test_transparent_palette_keeps_its_holes(tmp_path, kind, colours):
     np.testing.assert_array_equal(np.asarray(after.convert("RGBA"))[..., 3] == 0, holes)
 
 
+@pytest.mark.parametrize("mode", ["1", "L"])
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_transparent_grey_becomes_an_alpha_channel(tmp_path, mode, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    picture(mode).save(tmp_path / "in.png", transparency=0, exif=exif)
+    after = round_trip(tmp_path / "in.png", tmp_path / "out.png")
+    assert after.mode == "LA"
+    np.testing.assert_array_equal(np.asarray(after), np.asarray(Image.open(tmp_path / "in.png").convert("LA")))
+    grey = round_trip(
+        tmp_path / "in.png", tmp_path / "grey.png", torch.full_like(load_image(tmp_path / "in.png").pixels, 0.6)
+    )
+    assert set(np.asarray(grey.getchannel("L")).flat) == {255 if mode == "1" else 153}
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_model_sees_it_upright_and_the_file_stays_as_stored(tmp_path, orientation):
     exif = Image.Exif()
