@@ -115,8 +115,10 @@ def test_switches(processor):
     assert processor(RGB, do_rescale=False, return_tensors="pt").pixel_values.max() > 1
     grey = processor(Image.fromarray(RGB).convert("L"), do_convert_rgb=False, return_tensors="pt").pixel_values
     assert grey.shape == (1, 1, 20, 30)
-    with pytest.raises(ValueError, match="normalises inside"):
-        processor(RGB, do_normalize=True)
+    for name in ("do_normalize", "do_center_crop", "do_pad"):
+        with pytest.raises(ValueError, match=f"{name}=True is not for a purifier"):
+            processor(RGB, **{name: True})
+        processor(RGB, **{name: False})
 
 
 @pytest.mark.parametrize(
@@ -125,6 +127,21 @@ def test_switches(processor):
 def test_values_outside_the_unit_range_are_refused(processor, image):
     with pytest.raises(ValueError, match=r"\[0, 1\]"):
         processor(image)
+
+
+@pytest.mark.parametrize("rescale", [True, False])
+def test_grey_of_no_known_white_is_refused(processor, rescale):
+    for value in (-1, 65536, 2**31 - 1):
+        with pytest.raises(ValueError, match=r"mode I with values outside \[0, 65535\]"):
+            processor(Image.new("I", (2, 2), value), do_rescale=rescale)
+    pixels = processor(Image.new("I", (2, 2), 65535), return_tensors="pt").pixel_values
+    assert torch.equal(pixels, torch.ones(1, 3, 2, 2))
+
+
+@pytest.mark.parametrize("dtype", ["<u2", ">u2"])
+def test_sixteen_bits_in_either_order_of_bytes(processor, dtype):
+    pixels = processor(np.full((4, 4), 4000, dtype), return_tensors="pt").pixel_values
+    torch.testing.assert_close(pixels, torch.full((1, 3, 4, 4), 4000 / 65535))
 
 
 def test_wrong_shapes_are_refused(processor):

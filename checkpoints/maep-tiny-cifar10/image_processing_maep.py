@@ -54,6 +54,9 @@ class MAEPImageProcessor(PilBackend):
     ) -> None:
         if do_normalize:
             raise ValueError("do_normalize=True is not for a purifier: it takes [0, 1] pixels and normalises inside.")
+        for name in ("do_center_crop", "do_pad"):
+            if kwargs.get(name):
+                raise ValueError(f"{name}=True is not for a purifier: it takes any size. Crop or pad images before.")
         if do_resize and size is None:
             raise ValueError("do_resize=True needs size, for example {'height': 224, 'width': 224}.")
 
@@ -71,7 +74,7 @@ class MAEPImageProcessor(PilBackend):
         """One image of any kind to an array `(channels, height, width)` of its own number type.
 
         Raises:
-            ValueError: not an image, or an array whose channels cannot be found.
+            ValueError: not an image, an array whose channels cannot be found, or grey of 32 bits beyond 16.
         """
         if isinstance(image, Image.Image):
             return _from_pil(image, do_convert_rgb)
@@ -190,7 +193,10 @@ def _from_pil(image: Image.Image, rgb: bool | None) -> np.ndarray:
     if image.mode in SIXTEEN_BIT_MODES or image.mode == "F":
         # convert("RGB") would clip these to 8 bits.
         array = np.asarray(image)
-        array = array if image.mode == "F" else array.clip(0, 65535).astype(np.uint16)
+        if image.mode != "F":
+            if array.size and not (array.min() >= 0 and array.max() <= 65535):
+                raise ValueError(f"mode {image.mode} with values outside [0, 65535] or NaN: its white is unknown")
+            array = array.astype(np.uint16)
         return np.repeat(array[None], 3 if rgb else 1, axis=0)
     if rgb or image.mode not in ("L", "RGB"):
         image = image.convert("L" if image.mode in ("1", "LA") and not rgb else "RGB")
@@ -206,7 +212,8 @@ def _channels_last(array: np.ndarray, input_data_format: Any) -> bool:
 
 def _to_unit(image: np.ndarray, rescale_factor: float) -> np.ndarray:
     if np.issubdtype(image.dtype, np.integer):
-        factor = 1 / 65535 if image.dtype == np.uint16 else rescale_factor
+        sixteen = image.dtype.kind == "u" and image.dtype.itemsize == 2  # in either order of bytes
+        factor = 1 / 65535 if sixteen else rescale_factor
         pixels = (image * np.float64(factor)).astype(np.float32)
     else:
         pixels = image.astype(np.float32)
