@@ -339,6 +339,32 @@ def test_bfloat16_weights_take_float32_and_bfloat16_images():
     assert out.purified_pixel_values.dtype == torch.float32 and out.loss.isfinite()
 
 
+@pytest.mark.parametrize("options", [{}, {"mode": "interpolate"}, {"mask_ratio": 0.5}])
+@pytest.mark.parametrize("size", [16, 21])
+@pytest.mark.parametrize("form", FORMS)
+def test_images_of_16_bits_are_rounded_once(form, size, options):
+    model = build(0.05, **form)
+    for dtype in (torch.bfloat16, torch.float16):
+        pixels = images(size=size).to(dtype)
+        found, expected = (
+            model.purify(each, generator=torch.Generator().manual_seed(0), **options)
+            for each in (pixels, pixels.float())
+        )
+        assert torch.equal(found, expected.to(dtype))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_an_empty_batch_gives_an_empty_one(form, attention):
+    model, pixels = build(0.2, **form), images(0)
+    model.set_attn_implementation(attention)
+    hidden = {"bool_masked_pos": torch.ones(0, 16, dtype=torch.bool)}
+    for options in ({}, {"mask_ratio": 0.5}, hidden, {"interpolate_pos_encoding": True}):
+        out = model(pixels, clean_pixel_values=pixels, **options)
+        assert out.purified_pixel_values.shape == pixels.shape
+        assert out.mask.shape == out.ids_restore.shape == (0, 16)
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_activation_checkpointing_gives_the_same_gradients(reentrant):
     model = build(0.2).train()

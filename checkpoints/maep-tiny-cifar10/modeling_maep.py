@@ -118,10 +118,9 @@ class MAEPAttention(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, use_dropout: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
         batch, tokens, width = hidden_states.shape
-        heads = (batch, tokens, -1, self.head_dim)
-        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
+        heads = (batch, tokens, width // self.head_dim, self.head_dim)
+        implementation = self.config._attn_implementation if batch else "eager"  # others cannot reshape no images
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         output, weights = attend(
             self,
             self.q_proj(hidden_states).view(heads).transpose(1, 2),
@@ -446,8 +445,9 @@ class MAEPModel(MAEPPreTrainedModel):
             batch, rows * columns, mask_ratio, noise, generator, bool_masked_pos, pixel_values.device
         )
 
-        mean, std = self.image_mean.to(pixel_values.dtype), self.image_std.to(pixel_values.dtype)
-        normalised = ((pixel_values - mean) / std).to(self.decoder.mask_token.dtype)
+        dtype = torch.promote_types(pixel_values.dtype, torch.float32)
+        pixels, mean, std = pixel_values.to(dtype), self.image_mean.to(dtype), self.image_std.to(dtype)
+        normalised = ((pixels - mean) / std).to(self.decoder.mask_token.dtype)
         patches = normalised.view(batch, config.num_channels, rows, patch, columns, patch).permute(0, 2, 4, 1, 3, 5)
         other = interpolate_pos_encoding and (height, width) != (config.image_size, config.image_size)
         grid = (rows, columns) if other else None
@@ -465,13 +465,13 @@ class MAEPModel(MAEPPreTrainedModel):
         if not config.residual:
             base = mean
         elif pixel_mask is None:
-            base = pixel_values
+            base = pixels
         else:
-            base = torch.where(pixel_mask.bool(), mean, pixel_values)
-        prediction = base + std * residual.to(pixel_values.device, pixel_values.dtype)
+            base = torch.where(pixel_mask.bool(), mean, pixels)
+        prediction = base + std * residual.to(pixels.device, dtype)
 
         output = MAEPOutput(
-            purified_pixel_values=prediction.clamp(0, 1).contiguous(),
+            purified_pixel_values=prediction.clamp(0, 1).to(pixel_values.dtype).contiguous(),
             mask=mask,
             ids_restore=ids_restore,
             hidden_states=tuple(states) if output_hidden_states else None,
@@ -578,16 +578,17 @@ class MAEPModel(MAEPPreTrainedModel):
     def _purify_windows(
         self, grid: "MAEPWindows", image: torch.Tensor, limit: int, run: Callable[[torch.Tensor], torch.Tensor]
     ) -> torch.Tensor:
-        image = grid.extend(image)
+        dtype = image.dtype
+        image = grid.extend(image).to(grid.dtype)  # corrections of 16 bits would be differences of rounded pixels
         if _is_exporting():
-            return grid.blend(image, run(windows := grid.cut(image)) - windows)
+            return grid.blend(image, run(windows := grid.cut(image)) - windows).to(dtype)
         total = torch.zeros_like(image, dtype=grid.dtype)
         rows_at_once = max(1, limit // (len(image) * grid.columns))
         for first in range(0, grid.rows, rows_at_once):
             rows = range(first, min(first + rows_at_once, grid.rows))
             windows = grid.cut(image, rows)
             grid.add(total, torch.cat([run(part) - part for part in windows.split(limit)]), rows)
-        return grid.finish(image, total)
+        return grid.finish(image, total).to(dtype)
 
     def _check_pixels(self, pixel_values: torch.Tensor, any_size: bool | str) -> None:
         channels, size, patch = self.config.num_channels, self.config.image_size, self.config.patch_size
@@ -635,7 +636,7 @@ class MAEPModel(MAEPPreTrainedModel):
             if noise is not None:
                 raise ValueError("Pass noise or bool_masked_pos, not both.")
             mask = bool_masked_pos.to(device=device, dtype=torch.bool)
-            counts = sorted(set(mask.sum(dim=1).tolist()))
+            counts = sorted(set(mask.sum(dim=1).tolist())) if batch else [0]
             if len(counts) != 1 or counts[0] == num_patches:
                 raise ValueError(
                     "bool_masked_pos must hide the same number of patches in every row and leave at least one visible; "
