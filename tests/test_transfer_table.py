@@ -85,7 +85,8 @@ def test_a_purifier_measured_in_one_domain_is_no_comparison():
 
 
 def test_the_command_writes_table_and_picture(tmp_path, capsys):
-    (tmp_path / "results.jsonl").write_text("".join(json.dumps(each) + "\n" for each in RECORDS))
+    dollars = [made(each, r"d $x_{$", dataset=dataset) for each, dataset in ((50.0, "nips"), (55.0, "cifar10"))]
+    (tmp_path / "results.jsonl").write_text("".join(json.dumps(each) + "\n" for each in [*RECORDS, *dollars]))
     transfer_table.main([str(tmp_path)])
     text = (tmp_path / "transfer.md").read_text()
     assert text in capsys.readouterr().out and text.count("| adapted |") == 3
