@@ -626,6 +626,13 @@ def test_class_names_are_read_in_the_order_of_their_indices(tmp_path, text_keys)
     assert classifier.match_classes(names[::-1]) and list(classifier.id2label.values()) == names[::-1]
 
 
+@pytest.mark.parametrize(("line", "what"), [("null", "not a JSON object: null"), ('{"key"', "not JSON")])
+def test_a_damaged_line_of_the_records_is_named(classifier, images, tmp_path, line, what):
+    (tmp_path / "results.jsonl").write_text(f'{{"key": "other"}}\n{line}\n')
+    with pytest.raises(ValueError, match=f"results.jsonl, line 2 is {what}"):
+        benchmark(classifier, None, images, out=tmp_path, **PGD)
+
+
 def test_images_of_any_kind_of_array(classifier, images):
     pixels = images.pixels.float() / 255
     expected = stable(benchmark(classifier, None, (pixels, images.labels), **PGD).record)
