@@ -97,9 +97,10 @@ def _summary(threat_model: str, named: Sequence[Result]) -> dict[str, str]:
         return row | {"worst": "**not measured**", "by": "–"}
     worst = min(found, key=lambda each: each.figure["percent"])
     mark = f" {worst.mark}" if worst.mark else ""
+    by = escape(f"{worst.attack}, {worst.classifier}")
     return row | {
         "worst": f"**{percent(worst.figure)} %**{mark}",
-        "by": f"{escape(f'{worst.attack}, {worst.classifier}')}, n = {worst.figure['n']}; worst of {len(found)} measured",
+        "by": f"{by}, n = {worst.figure['n']}; worst of {len(found)} measured",
     }
 
 
