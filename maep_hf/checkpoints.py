@@ -100,10 +100,14 @@ def _load_adapted(source: str, config: PeftConfig, revision: str | None) -> MAEP
     base = config.base_model_name_or_path
     if not base:
         raise ValueError(f"purifier: the adapter in {source} does not say its base model (base_model_name_or_path)")
-    beside, released = Path(source) / base, Path(__file__).resolve().parent.parent / base
-    found = next((os.fspath(path) for path in (Path(base), beside, released) if path.is_dir()), base)
-    adapted = load_adapter(_load_whole(found, None, None), source, revision=revision)
+    adapted = load_adapter(_load_whole(base_folder(source, base) or base, None, None), source, revision=revision)
     return merge_adapter(adapted).eval().requires_grad_(False)
+
+
+def base_folder(adapter: str | os.PathLike, base: str) -> str | None:
+    """The folder of an adapter's base: by a path from here, from the adapter's folder, or of a released checkpoint."""
+    places = (Path(base), Path(adapter) / base, Path(__file__).resolve().parent.parent / base)
+    return next((os.fspath(path) for path in places if path.is_dir()), None)
 
 
 def _load_whole(source: str, dtype: torch.dtype | None, revision: str | None) -> MAEPModel:

@@ -251,12 +251,12 @@ def _predict(judge: nn.Module, pixels: Tensor, batch_size: int = 4) -> Tensor:
 
 
 def _refuse_other_results(path: Path) -> None:
-    """A demo replaces the records of the demo before it, and nobody else's."""
+    """A demo replaces the records of the demo before it, which alone say what was counted, and nobody else's."""
     try:
-        names = {record["protocol"]["dataset"]["name"] for record in read_jsonl(path)}
+        names = {(record["protocol"]["dataset"]["name"], "counted" in record) for record in read_jsonl(path)}
     except (ValueError, KeyError, TypeError):
-        names = {"another form"}
-    if others := sorted(names - EMBEDDED_DATASETS.keys()):
+        names = {("another form", False)}
+    if others := sorted({name for name, of_a_demo in names if not of_a_demo or name not in EMBEDDED_DATASETS}):
         raise DemoError(f"out: {path} holds records of {', '.join(others)}, not of a demo; give another folder")
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from PIL import Image
 from torch import Tensor
 
@@ -39,12 +40,23 @@ def new_figure(width: float, height: float, dpi: int = _DPI, **options: Any) -> 
     return figure
 
 
+def plain_text(figure: Figure) -> None:
+    """Show the `$` of file names and of models' names as it is: matplotlib takes what stands between two for a formula,
+    and gives up where it is none. [`save_figure`] does it; what measures text before that, as `tight_layout`, needs it.
+    """
+    logarithmic = [axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis) if axis.get_scale() == "log"]
+    powers = {label for axis in logarithmic for tick in axis.get_major_ticks() for label in tick.findobj(Text)}
+    for text in {*figure.findobj(Text)} - powers:  # whose ticks say 10 to the power of something
+        text.set_parse_math(False)
+
+
 def save_figure(figure: Figure, path: str | os.PathLike) -> Path:
     """Write the figure as a PNG, whole or not at all; returns the path.
 
     Raises:
         OSError: the file cannot be written.
     """
+    plain_text(figure)
     figure.canvas.draw()
     save_image(Image.fromarray(np.asarray(figure.canvas.buffer_rgba())[..., :3]), path, "PNG")
     return Path(path)

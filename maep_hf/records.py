@@ -42,7 +42,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """The records of a JSON-lines file; none where there is no file.
 
     Raises:
-        ValueError: a line that is not JSON, with its number.
+        ValueError: a line that is not a JSON object, with its number.
     """
     if not path.is_file():
         return []
@@ -50,9 +50,12 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         if line.strip():
             try:
-                records.append(json.loads(line))
+                record = json.loads(line)
             except json.JSONDecodeError as error:
                 raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
+            if not isinstance(record, dict):
+                raise ValueError(f"{path}, line {number} is not a JSON object: {line.strip()}")
+            records.append(record)
     return records
 
 

@@ -1,15 +1,17 @@
 """The ablation runner: rows become recipes, are trained and measured once each, resume, and end in one table."""
 
 import json
+import shutil
 import sys
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 import yaml
 from conftest import ROOT, load_script
 from PIL import Image
 from running import Interrupted, _raise, reset_accelerate, stop_at, words
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from maep_hf import MAEPConfig
 from maep_hf.records import read_jsonl
@@ -162,6 +164,21 @@ def test_other_attacks_measure_finished_rows_again_without_training(start):
     (line,) = start(rows="reference", attacks="fgsm")
     assert list(line["attacks"]) == ["fgsm"]
     assert (start.folder / "reference-seed0" / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_another_classifier_of_the_same_name_is_another_protocol(start):
+    start(rows="reference")
+    (record,) = read_jsonl(start.folder / "rows.jsonl")
+    folder = start.folder.parent / Path(CLASSIFIER).name
+    shutil.copytree(CLASSIFIER, folder)
+    path = folder / "model.safetensors"
+    save_file({name: 1.1 * value for name, value in load_file(path).items()}, path, metadata={"format": "pt"})
+    start(rows="reference", classifier=folder)
+    (again,) = read_jsonl(start.folder / "rows.jsonl")
+    marks = [each["evaluation"].pop("classifier_fingerprint") for each in (record, again)]
+    assert record["evaluation"] == again["evaluation"] and marks[0] != marks[1]
+    assert not ablation.same_protocol(*({"classifier_fingerprint": mark} for mark in marks))
+    assert ablation.same_protocol(record["evaluation"], again["evaluation"] | {"classifier_fingerprint": marks[1]})
 
 
 def test_a_row_in_other_hands_is_passed_over(start, capsys):

@@ -29,6 +29,7 @@ from maep_hf.evaluation import EvaluationImages, benchmark, read_images
 from maep_hf.evaluation.fingerprint import Opaque, fingerprint
 from maep_hf.evaluation.gradient_probe import gradient_probe
 from maep_hf.evaluation.judge import judge_batch
+from maep_hf.evaluation.progress import counted_calls
 from maep_hf.evaluation.tables import markdown_table
 from maep_hf.evaluation.threat_models import attacked_model
 from maep_hf.records import read_jsonl
@@ -348,6 +349,45 @@ def test_nothing_stored_is_taken_for_another_purifier(classifier, images, tmp_pa
     assert fingerprint(PixelClassifier(pairs[1][0])) != fingerprint(PixelClassifier(pairs[1][1]))
 
 
+class Private(nn.Module):
+    """What it does is in a private attribute, or in hooks on a layer of a library's."""
+
+    def __init__(self, kept, **hooks):
+        super().__init__()
+        self._kept, self._itself = kept, [self]
+        self.layer = nn.Identity()
+        for kind, hook in hooks.items():
+            getattr(self.layer, f"register_{kind}")(hook)
+
+    def forward(self, pixels):
+        return self.layer(pixels)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda share: Private(share),
+        lambda share: Private(torch.full((3, 1, 1), share)),
+        lambda share: Private(lambda pixels: pixels * share),
+        lambda share: Private([Blend(share)]),
+        lambda share: Private(0, forward_hook=lambda layer, inputs, output: output * share),
+        lambda share: Private(0, forward_pre_hook=partial(lambda layer, inputs, by: inputs[0] * by, by=share)),
+        lambda share: PixelClassifier(Private(share)),
+    ],
+    ids=["number", "tensor", "function", "layers", "hook", "pre-hook", "inside"],
+)
+def test_private_state_and_hooks_of_ones_own_are_told_apart(make):
+    assert fingerprint(make(1.0)) == fingerprint(make(1.0)) != fingerprint(make(0.5))
+
+
+def test_what_libraries_put_on_a_module_leaves_its_fingerprint():
+    own, layer = Private(1.0), nn.Conv2d(3, 3, 1)
+    known, of_layer = fingerprint(own), fingerprint(layer)
+    own._hf_hook, own._is_hf_initialized, layer._kept = object(), True, object()
+    with counted_calls(own, SimpleNamespace(), {}):
+        assert (fingerprint(own), fingerprint(layer)) == (known, of_layer)
+
+
 BODY = """
 import torch
 SHARE = {share}
@@ -386,6 +426,40 @@ def test_code_of_ones_own_is_told_apart(classifier, images, tmp_path, monkeypatc
         benchmark(classifier, found[index].Purifier(), images, out=tmp_path / "out", **PGD) for index in (0, 2)
     ]
     assert second.resumed >= 0 and second.record["psnr_db"] != first.record["psnr_db"]
+
+
+OWN_HELPERS = """
+FACTOR = {share}
+def soften(pixels):
+    return pixels * FACTOR
+def elsewhere(pixels):
+    return pixels + {other}
+"""
+WITH_HELPERS = """
+import torch
+import own_helpers
+class Purifier(torch.nn.Module):
+    def forward(self, pixels):
+        return own_helpers.soften(pixels)
+def closing():
+    import own_helpers as inner
+    return lambda pixels: inner.soften(pixels)
+"""
+
+
+def test_code_that_is_reached_through_a_module_of_ones_own_is_told_apart(tmp_path, monkeypatch):
+    marks = []
+    for index, (share, other) in enumerate([(1.0, 0.0), (0.5, 0.0), (1.0, 0.5)]):
+        (folder := tmp_path / str(index)).mkdir()
+        (folder / "own_helpers.py").write_text(OWN_HELPERS.format(share=share, other=other))
+        (folder / "with_helpers.py").write_text(WITH_HELPERS)
+        monkeypatch.syspath_prepend(folder)
+        for name in ("own_helpers", "with_helpers"):
+            monkeypatch.delitem(sys.modules, name, raising=False)
+        module = importlib.import_module("with_helpers")
+        marks.append((fingerprint(module.Purifier()), fingerprint(module.closing())))
+    for first, edited, elsewhere in zip(*marks, strict=True):  # what is not reached says nothing
+        assert first != edited and first == elsewhere
 
 
 def test_fingerprints_of_code_are_those_of_another_process(tmp_path, monkeypatch):
@@ -550,6 +624,13 @@ def test_class_names_are_read_in_the_order_of_their_indices(tmp_path, text_keys)
     assert list(classifier.id2label.items()) == list(enumerate(names))
     assert not classifier.match_classes(names)
     assert classifier.match_classes(names[::-1]) and list(classifier.id2label.values()) == names[::-1]
+
+
+@pytest.mark.parametrize(("line", "what"), [("null", "not a JSON object: null"), ('{"key"', "not JSON")])
+def test_a_damaged_line_of_the_records_is_named(classifier, images, tmp_path, line, what):
+    (tmp_path / "results.jsonl").write_text(f'{{"key": "other"}}\n{line}\n')
+    with pytest.raises(ValueError, match=f"results.jsonl, line 2 is {what}"):
+        benchmark(classifier, None, images, out=tmp_path, **PGD)
 
 
 def test_images_of_any_kind_of_array(classifier, images):

@@ -5,11 +5,13 @@ import re
 import pytest
 import torch
 from conftest import FragileClassifier, pixels_of, tiny_purifier
+from rich.console import Console
 from torch import nn
 
 from maep_hf.attacks import make_attack
 from maep_hf.classifier import PixelClassifier, PurifiedClassifier
 from maep_hf.evaluation import EvaluationImages, benchmark, checks, gradient_masking_checks, progress
+from maep_hf.evaluation.run import _print_checks
 
 right = checks._right
 CHECKS = {"gradient", "eps sweep", "step sweep", "black-box", "transfer"}
@@ -240,6 +242,35 @@ def test_more_check_images_are_taken(classifier, images, tmp_path):
     enough = benchmark(classifier, tiny_purifier(), images, check_images=24, **options)
     assert enough.resumed == 1 and enough.record["checks"]["reliable"]
     assert benchmark(classifier, tiny_purifier(), images, check_images=4, **options).resumed == -1
+
+
+@pytest.mark.parametrize(("eps", "resumed"), [(0.2, 1), (64, -1)])
+def test_more_check_images_count_where_fewer_passed_but_not_for_a_figure_of_zero(
+    classifier, images, tmp_path, monkeypatch, eps, resumed
+):
+    monkeypatch.setattr(checks, "STEPS", (1, 5))
+    monkeypatch.setattr(checks, "SWEEP_STEPS", 5)
+    options = {"threat_model": "white-box", "attack": "pgd", "eps": eps, "progress": False, "out": tmp_path}
+    few = benchmark(classifier, tiny_purifier(), images, check_images=20, **options).record["checks"]
+    assert few["reliable"] and (len(few["results"]) == 1) == (resumed < 0)
+    more = benchmark(classifier, tiny_purifier(), images, check_images=24, **options)
+    assert more.resumed == resumed and more.record["checks"]["check_images"] == (24 if resumed > 0 else 20)
+    assert benchmark(classifier, tiny_purifier(), images, check_images=20, **options).resumed == -1
+
+
+def test_without_a_start_for_square_its_check_is_left_out(classifier, pixels, capsys):
+    larger = torch.nn.functional.interpolate(pixels, size=(24, 24))
+    defended = PurifiedClassifier(None, PixelClassifier(FragileClassifier(larger)))
+    seen: list[tuple] = []
+    report = gradient_masking_checks(
+        defended, larger, defended(larger).argmax(-1), norm="L2", eps=0.5, progress=lambda *told: seen.append(told)
+    )
+    (left_out,) = (check for check in report.record()["results"] if check["name"] == "black-box")
+    assert left_out["passed"] is None and "Square cannot start in L2 on images of 24 x 24" in left_out["detail"]
+    assert report.reliable and len(report.survivors) == len(report.used)
+    assert seen[-1] == ("done", len(seen) - 1, len(seen) - 1)
+    _print_checks({"checks": report.record()}, Console())
+    assert "not run black-box: left out" in capsys.readouterr().out
 
 
 def test_what_cannot_be_checked_is_not_measured_again(classifier, images, tmp_path):

@@ -139,7 +139,8 @@ def test_records_of_an_evaluation_are_never_replaced(classifier, purifier, tmp_p
     before = (tmp_path / "results.jsonl").read_text()
     run_demo(tmp_path, **options)  # its own are
     assert len(read_jsonl(tmp_path / "results.jsonl")) == 1
-    for other in (before.replace("embedded:cifar10", "cifar10"), '{"accuracy": 1}\n'):
+    evaluated = before.replace('"counted"', '"count"')  # what `maep evaluate` measures on the embedded images
+    for other in (before.replace("embedded:cifar10", "cifar10"), '{"accuracy": 1}\n', evaluated):
         (tmp_path / "results.jsonl").write_text(other)
         with pytest.raises(DemoError, match="results.jsonl holds records of .*give another folder"):
             run_demo(tmp_path, **options)

@@ -163,6 +163,24 @@ def test_windows_are_for_the_purifiers_that_have_them(
         assert [purifier and purifier["options"].get("overlap") for purifier in purifiers] == [0.5, None, None, None]
 
 
+def test_the_purifier_of_a_source_has_the_same_windows(classifier_folder, purifier_folder, image_folder, tmp_path):
+    words = ["evaluate", "--classifier", classifier_folder, "--dataset", image_folder, "--image-size", SIZE + 4]
+    words += ["--source-classifier", classifier_folder, "--source-purifier", purifier_folder, "--attack", "pgd"]
+    words += ["--attack-option", "steps=2", "--device", "cpu", "--no-checks", "--out", tmp_path, "--purifier"]
+    for threat_models, windows in ((["white-box", "transfer"], ["--overlap", 0.75]), (["transfer"], [])):
+        given = [word for name in threat_models for word in ("--threat-model", name)]
+        code, output = invoke(*words, purifier_folder, *given, *windows)
+        assert code == 0, output
+    white_box, transfer, plain = read_jsonl(tmp_path / "results.jsonl")
+    for figures in ("accuracy", "psnr_db"):  # made on the pipeline itself
+        assert transfer[figures] == white_box[figures]
+    sources = [record["protocol"]["source"] for record in (transfer, plain)]
+    assert sources[0]["options"] == {"overlap": 0.75} and "options" not in sources[1]
+    assert sources[0]["fingerprint"] != sources[1]["fingerprint"]
+    code, output = invoke(*words, "none", "--threat-model", "transfer", "--overlap", 0.75)  # its source alone has it
+    assert code == 0, output
+
+
 def test_columns_and_configuration_of_a_dataset(classifier_folder, tmp_path):
     rows = image_rows(4).rename_column("label", "y")
     other = image_rows(4).select_columns("image").rename_column("image", "other")
@@ -183,6 +201,7 @@ def test_columns_and_configuration_of_a_dataset(classifier_folder, tmp_path):
         (["--attack", "pgdd"], "pgdd"),
         (["--attack", "pgd", "--attack-option", "stepz=3"], "stepz"),
         (["--attack", "pgd", "--attack-option", "steps"], "name=value"),
+        (["--attack", "fgsm", "--attack-option", "attacks=[fab, square"], "'attacks=[fab, square': its value"),
         (["--attack", "pgd:L2:much"], "'much' is no number"),
         (["--attack", "pgd:L2:1:2"], "NAME:NORM:EPS"),
         (["--attack", "cw-l2", "--norm", "Linf"], "Linf"),

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from maep_hf.figures import RIGHT, WRONG, difference_image, image_grid
+from maep_hf.figures import RIGHT, WRONG, difference_image, image_grid, new_figure, save_figure
 
 
 def contains(picture: np.ndarray, patch: np.ndarray) -> bool:
@@ -42,6 +42,32 @@ def test_captions_have_their_colour(tmp_path):
     for color in (RIGHT, WRONG):
         rgb = [int(color[index : index + 2], 16) for index in (1, 3, 5)]
         assert np.abs(picture - rgb).max(1).min() < 40  # strokes are thinner than a pixel
+
+
+FORMULA = r"d $x_{$.png"  # none that can be read
+
+
+def test_dollars_in_names_are_no_formula(tmp_path):
+    rows = {FORMULA: torch.ones(1, 3, 8, 8)}
+    image_grid(rows, tmp_path / "c.png", title=FORMULA, captions={FORMULA: [FORMULA]})
+    figure = new_figure(4, 3, layout="constrained")
+    axis = figure.subplots()
+    axis.plot([0, 1], label=FORMULA)
+    axis.set(title=FORMULA, xlabel=FORMULA)
+    axis.set_yticks([0, 1], [FORMULA, "b"])
+    figure.suptitle(FORMULA)
+    figure.legend()
+    save_figure(figure, tmp_path / "f.png")
+    assert axis.get_yticklabels()[0].get_text() == FORMULA
+
+
+def test_powers_of_a_logarithmic_axis_are_formulas(tmp_path):
+    figure = new_figure(4, 3)
+    axis = figure.subplots()
+    axis.set(xscale="log", xlim=(1, 1000))
+    save_figure(figure, tmp_path / "l.png")
+    assert all(label.get_parse_math() for label in axis.get_xticklabels() if label.get_text())
+    assert not axis.xaxis.label.get_parse_math()
 
 
 def test_difference_is_grey_where_equal_and_magnified(tmp_path):

@@ -2,8 +2,10 @@
 
 import json
 import re
+import shutil
 
 import pytest
+import torch
 from conftest import ROOT, tiny_purifier
 from hub_helpers import transformers_classifier
 from huggingface_hub import DatasetCard, ModelCard, ModelCardData
@@ -11,6 +13,9 @@ from local_hub import wrong_metadata
 from made_up_records import PASSED, failed, record
 from PIL import Image
 
+from maep_hf import MAEPModel
+from maep_hf.adaptation import add_lora, default_lora_config, save_adapter
+from maep_hf.checkpoints import load_purifier
 from maep_hf.evaluation.fingerprint import fingerprint
 from maep_hf.hub import render_card, render_model_card, write_card
 from maep_hf.hub.names import dataset_id, hub_id
@@ -159,6 +164,26 @@ def test_adapter_and_its_base(tmp_path):
     assert re.search(r"\| white-box \|.*not measured", card.text)
 
 
+def test_figures_of_other_adapter_weights_are_not_shown_where_its_base_is_here(folder, tmp_path):
+    model = add_lora(MAEPModel.from_pretrained(folder), default_lora_config(tiny_purifier(), rank=2))
+    save_adapter(model, tmp_path / "adapter")
+    made = record(82.3)
+    made["protocol"]["purifier"] = made["protocol"]["purifier"] | {"fingerprint": fingerprint(load_purifier(folder))}
+    write_results(tmp_path / "adapter", made)
+    assert "82.3" in render_card(tmp_path / "adapter", base_model="someone/base").text  # its update is still zero
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.ones_(parameter)
+    save_adapter(model, tmp_path / "adapter")
+    with pytest.raises(ValueError, match="other weights .fingerprint"):
+        render_card(tmp_path / "adapter", base_model="someone/base")
+    random = record(71.7)
+    random["protocol"]["purifier"] = random["protocol"]["purifier"] | {"randomised": True}  # of no known weights
+    assert "71.7" in render_card(tmp_path / "adapter", base_model="someone/base", results=[random]).text
+    shutil.rmtree(folder)
+    assert "82.3" in render_card(tmp_path / "adapter", base_model="someone/base").text
+
+
 def test_the_runs_of_an_adapter_that_was_trained_further(tmp_path):
     def adapted(number, **group):
         loop = RUN["arguments"]["loop"] | {"output_dir": f"runs/adapt{number}"}
@@ -216,6 +241,12 @@ def test_figures_of_other_weights_are_not_shown(folder, of_these_weights):
         render_model_card(folder, results=[record(82.3)])
     card = render_model_card(folder, results=[record(11.1), of_these_weights(82.3)])
     assert "82.3" in card.text and "11.1" not in str(card)
+
+
+def test_a_name_breaks_no_row_of_the_summary(folder, of_these_weights):
+    text = render_model_card(folder, results=[of_these_weights(82.3, classifier="res|net")]).text
+    (row,) = (line for line in text.splitlines() if line.startswith("| gray-box"))
+    assert len(re.findall(r"(?<!\\)\|", row)) == 5 and r"res\|net, n = 1000" in row
 
 
 def test_unreliable_results_say_so(folder, of_these_weights):

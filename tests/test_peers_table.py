@@ -32,6 +32,12 @@ def test_drop_gap_worst_attack_and_time():
     assert (disco.clean_drop, disco.gap) == (5.0, 29.0) and disco.worst.attack.startswith("Square")
 
 
+def test_the_main_attack_is_on_the_same_images_for_all():
+    few = [made(figure, name, n=100) for figure, name in ((75.0, "maep"), (55.0, "disco"))]
+    maep, disco = peers_table.lines_of([few[0], *RECORDS, few[1]])
+    assert (maep.main.figure["n"], disco.main.figure["n"]) == (1000, 1000) and (maep.gap, disco.gap) == (8.0, 29.0)
+
+
 def test_command_writes_table_and_picture(tmp_path, capsys):
     (tmp_path / "results.jsonl").write_text("".join(json.dumps(each) + "\n" for each in RECORDS))
     peers_table.main([str(tmp_path)])
@@ -50,6 +56,7 @@ def test_command_writes_table_and_picture(tmp_path, capsys):
         (RECORDS[:5], "disco was not measured under Square"),
         ([made(50.0, "maep", "PGD-20")], "AutoAttack.*is missing"),
         ([*RECORDS, made(50.0, "maep", classifier="resnet44")], "one classifier.*resnet44"),
+        ([*RECORDS, made(84.0, "maep", seed=1)], "of maep, AutoAttack.*several times on 1000 images.*leave one in"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(records, message, tmp_path, capsys):

@@ -46,6 +46,32 @@ def test_across_domains_one_line_a_purifier_under_each_domains_first_attack():
     assert "interpolate" not in "".join(lines)
 
 
+def of_weights(mark, one):
+    one["protocol"]["purifier"] |= {"fingerprint": mark * 16}
+    return one | {"key": one["key"] + mark}
+
+
+def test_two_purifiers_of_one_name_have_lines_of_their_own():
+    records = [
+        of_weights("a", made(40.0, "adapter")),
+        of_weights("1", made(10.0, "adapter")),
+        of_weights("a", made(60.0, "adapter", dataset="cifar10")),
+    ]
+    lines = transfer_table.domain_table(next(iter(transfer_table.domains(records).values())))
+    named = [f"adapter [fingerprint={mark * 8}…]" for mark in "a1"]
+    assert [line.split(" | ")[0] for line in lines[-2:]] == [f"| {name}" for name in named]
+    assert "40.0 (" in lines[-2] and "10.0 (" in lines[-1]
+    _, figures = transfer_table.across(transfer_table.domains(records))
+    assert figures == {named[0]: [(90.0, 40.0), (90.0, 60.0)]}
+
+
+def test_two_results_for_one_place_are_refused():
+    other = made(10.0)
+    other["protocol"]["seed"], other["key"] = 1, "other"
+    with pytest.raises(ValueError, match="two of maep, AutoAttack.*they differ in seed.*take one out"):
+        transfer_table.markdown([*RECORDS, other])
+
+
 def test_a_domain_of_one_purifier_is_left_out_where_others_have_several():
     more = transfer_table.domains([*RECORDS, made(74.0, n=100), made(73.0, n=100, overlap=0.0)])
     assert list(transfer_table.compared(more)) == list(transfer_table.domains(RECORDS)) != list(more)
@@ -59,7 +85,8 @@ def test_a_purifier_measured_in_one_domain_is_no_comparison():
 
 
 def test_the_command_writes_table_and_picture(tmp_path, capsys):
-    (tmp_path / "results.jsonl").write_text("".join(json.dumps(each) + "\n" for each in RECORDS))
+    dollars = [made(each, r"d $x_{$", dataset=dataset) for each, dataset in ((50.0, "nips"), (55.0, "cifar10"))]
+    (tmp_path / "results.jsonl").write_text("".join(json.dumps(each) + "\n" for each in [*RECORDS, *dollars]))
     transfer_table.main([str(tmp_path)])
     text = (tmp_path / "transfer.md").read_text()
     assert text in capsys.readouterr().out and text.count("| adapted |") == 3

@@ -16,7 +16,7 @@ import json
 import logging
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from maep_hf.classifier_sources import load_frozen_classifier
 from maep_hf.data import load_image_dataset
 from maep_hf.devices import pick_device
 from maep_hf.evaluation import EvaluationImages, benchmark, read_images
+from maep_hf.evaluation.fingerprint import Opaque, fingerprint
 from maep_hf.records import append_jsonl, describe_environment, read_jsonl
 from maep_hf.training import parse_arguments, run_script
 from maep_hf.training.stages import AttackArguments, ModelArguments
@@ -42,6 +43,7 @@ from maep_hf.training.stages import AttackArguments, ModelArguments
 TABLE = Path(__file__).parent / "configs" / "ablation.yaml"
 RECORDS = "rows.jsonl"
 FINISHED = "ablation_finished"
+WEIGHTS = "classifier_fingerprint"  # of what rows are measured with; older records have the name alone
 # What a row's own arguments are to blame for: a loss that is not finite, a surrogate that is not there, a full disk.
 ROW_ERRORS = (ValueError, OSError, RuntimeError, SystemExit)
 
@@ -121,6 +123,8 @@ class Judge:
         """The protocol, as far as it does not depend on the row."""
         attacks = {name: attack.record() for name, attack in self.attacks.items()}
         described = {"classifier": self.classifier_name, "dataset": self.images.describe(), "attacks": attacks}
+        with suppress(Opaque):  # a function's classifier that nothing tells from another
+            described[WEIGHTS] = fingerprint(self.classifier)
         return plain(described | {"eps": self.eps, "batch_size": self.batch_size, "threat_model": "gray-box"})
 
     def __call__(self, folder: Path, name: str) -> dict[str, Any]:
@@ -179,6 +183,13 @@ def run_recipe(recipe: Recipe, folder: Path, model: Path | None = None) -> Path:
         gc.collect()
     (folder / FINISHED).touch()
     return folder
+
+
+def same_protocol(known: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether two rows were measured alike; by the classifier's name where one does not say its fingerprint."""
+    left_out = () if WEIGHTS in known and WEIGHTS in now else (WEIGHTS,)
+    one, other = ({name: value for name, value in each.items() if name not in left_out} for each in (known, now))
+    return one == other
 
 
 def train_row(row: Row, recipes: list[Recipe], seed: int, out: Path, console: Console) -> Path:
@@ -318,7 +329,8 @@ def write_results(
 ) -> list[dict[str, Any]]:
     """Write the table and its picture in `folder`, of the records measured by the protocol `evaluation` and of those
     that failed; returns the table's rows."""
-    rows = write_table(folder, [known for known in records if known.get("evaluation", evaluation) == evaluation], order)
+    alike = [known for known in records if "evaluation" not in known or same_protocol(known["evaluation"], evaluation)]
+    rows = write_table(folder, alike, order)
     write_chart(folder / "table.png", rows)
     return rows
 
@@ -361,7 +373,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         try:
             with locked(out / f"{name}-seed{seed}", timeout=0):
                 known = {record["key"]: record for record in read_jsonl(out / RECORDS)}.get(f"{name}-seed{seed}")
-                if known is not None and known.get("evaluation") == evaluation:
+                if known is not None and "evaluation" in known and same_protocol(known["evaluation"], evaluation):
                     console.print(f"{name}, seed {seed}: finished before")
                     continue
                 record = run_row(row, seed, recipes, budget, judge, out, console)

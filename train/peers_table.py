@@ -18,7 +18,7 @@ from table_command import table_command
 
 from maep_hf.evaluation.results import NO_PURIFIER, Result, results
 from maep_hf.evaluation.tables import percent
-from maep_hf.figures import GRID, INK, PALETTE, new_figure, save_figure
+from maep_hf.figures import GRID, INK, PALETTE, new_figure, plain_text, save_figure
 
 MAIN_ATTACK = "AutoAttack (standard), Linf 8/255"
 
@@ -30,15 +30,12 @@ class Line:
     Attributes:
         name: of the purifier.
         results: of every attack, the same ones for all defences.
+        main: the one under [`MAIN_ATTACK`], on the same images for all defences.
     """
 
     name: str
     results: list[Result]
-
-    @property
-    def main(self) -> Result:
-        """The result under [`MAIN_ATTACK`]."""
-        return next(result for result in self.results if result.attack == MAIN_ATTACK)
+    main: Result
 
     @property
     def worst(self) -> Result:
@@ -67,7 +64,7 @@ def lines_of(records: Sequence[Mapping[str, Any]]) -> list[Line]:
 
     Raises:
         ValueError: no gray-box records with a purifier, several classifiers, a defence without the main attack, or
-            defences that were measured under different attacks.
+            defences that were measured under different attacks; several results of the main attack to choose from.
     """
     found: dict[str, list[Result]] = {}
     for result in results(records):
@@ -82,9 +79,22 @@ def lines_of(records: Sequence[Mapping[str, Any]]) -> list[Line]:
     if partial := {name: sorted(all_attacks - seen) for name, seen in attacks.items() if seen != all_attacks}:
         name, lacking = next(iter(partial.items()))
         raise ValueError(f"records: {name} was not measured under {lacking[0][0]}, as others were")
-    if MAIN_ATTACK not in {attack for attack, _ in all_attacks}:
+    return [Line(name, rows, _on_most_images(name, rows)) for name, rows in found.items()]
+
+
+def _on_most_images(name: str, rows: Sequence[Result]) -> Result:
+    """The result under the main attack on the most images; all defences were measured on the same ones."""
+    under = [result for result in rows if result.attack == MAIN_ATTACK]
+    if not under:
         raise ValueError(f"records: {MAIN_ATTACK} is missing")
-    return [Line(name, rows) for name, rows in found.items()]
+    most = max(result.figure["n"] for result in under)
+    first, *others = (result for result in under if result.figure["n"] == most)
+    if others:
+        places = ", ".join(f"{each.dataset} (key {each.record['key']})" for each in (first, *others))
+        raise ValueError(
+            f"records: of {name}, {MAIN_ATTACK} was measured several times on {most} images: {places}; leave one in"
+        )
+    return first
 
 
 def markdown(records: Sequence[Mapping[str, Any]]) -> str:
@@ -129,6 +139,7 @@ def picture(records: Sequence[Mapping[str, Any]], path: Path) -> None:
     axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)
     figure.legend(*axis.get_legend_handles_labels(), loc="upper center", ncols=3, frameon=False, fontsize=9)
+    plain_text(figure)
     figure.tight_layout(rect=(0, 0, 1, 0.94))
     save_figure(figure, path)
 

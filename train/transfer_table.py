@@ -9,26 +9,55 @@ picture quality and time of each; and one table across domains, trained on A and
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from table_command import table_command
 
-from maep_hf.evaluation.results import NO_PURIFIER, Result, results
+from maep_hf.evaluation.results import NO_PURIFIER, Result, flatten, results, with_fields
 from maep_hf.evaluation.tables import percent
-from maep_hf.figures import new_figure, save_figure
+from maep_hf.figures import new_figure, plain_text, save_figure
 
 Domain = tuple[str, str]
 TAKEN = ("mode", "overlap", "scale")  # options of how images larger than a window are taken
 
 
 def domains(records: Sequence[Mapping[str, Any]]) -> dict[Domain, list[Result]]:
-    """The gray-box results with a purifier, by dataset and classifier."""
+    """The gray-box results with a purifier, by dataset and classifier; each purifier by the name of its lines.
+
+    Raises:
+        ValueError: two results for one place in a table, such as those of two seeds.
+    """
+    gray_box = [result for result in results(records) if result.column == "gray-box"]
     found: dict[Domain, list[Result]] = {}
-    for result in results(records):
-        if result.column == "gray-box":
-            found.setdefault((result.dataset, result.classifier), []).append(result)
+    places: dict[tuple[str, ...], Result] = {}
+    for result, line in zip(gray_box, _lines(gray_box), strict=True):
+        place = (line, result.attack, result.dataset, result.classifier)
+        if (other := places.setdefault(place, result)) is not result:
+            one, two = (flatten(each.record["protocol"]) for each in (other, result))
+            differing = [key for key in {**one, **two} if one.get(key) != two.get(key)]
+            raise ValueError(
+                f"records: there are two of {', '.join(place)} (keys {other.record['key']} and {result.record['key']}; "
+                f"they differ in {', '.join(differing)}); take one out of results.jsonl"
+            )
+        found.setdefault((result.dataset, result.classifier), []).append(replace(result, purifier=line))
     return found
+
+
+def _lines(rows: Sequence[Result]) -> list[str]:
+    """For each result the purifier and how it took the images, where that is not its default; and what tells it from
+    another one of that name, as in the tables of `maep report`."""
+    described = [result.record["protocol"]["purifier"] for result in rows]
+    names = [
+        ", ".join([each["name"], *(f"{key} {each['options'][key]}" for key in TAKEN if key in each["options"])])
+        for each in described
+    ]
+    fields = list(map(flatten, described))
+    return [
+        with_fields(name, own, [other for other, again in zip(fields, names, strict=True) if again == name])
+        for name, own in zip(names, fields, strict=True)
+    ]
 
 
 def domain_table(rows: Sequence[Result]) -> list[str]:
@@ -43,8 +72,8 @@ def domain_table(rows: Sequence[Result]) -> list[str]:
     for attack in attacks:
         bare += [percent(first[attack].undefended), ""]
     lines = [header, ["---"] + ["---:"] * (len(header) - 1), [*bare, "", ""]]
-    for purifier in dict.fromkeys(map(_label, rows)):
-        by_attack = {result.attack: result.record for result in rows if _label(result) == purifier}
+    for purifier in dict.fromkeys(result.purifier for result in rows):
+        by_attack = {result.attack: result.record for result in rows if result.purifier == purifier}
         one = next(iter(by_attack.values()))
         line = [purifier, percent(one["accuracy"]["purified_clean"]), _db(one["psnr_db"]["purified_clean"])]
         for attack in attacks:
@@ -57,20 +86,11 @@ def domain_table(rows: Sequence[Result]) -> list[str]:
     return [f"| {' | '.join(line)} |" for line in lines]
 
 
-def _label(result: Result) -> str:
-    """The purifier and how it took the images, where that is not its default."""
-    purifier = result.record["protocol"]["purifier"]
-    return ", ".join(
-        [purifier["name"], *(f"{key} {purifier['options'][key]}" for key in TAKEN if key in purifier["options"])]
-    )
-
-
 def compared(found: Mapping[Domain, Sequence[Result]]) -> dict[Domain, Sequence[Result]]:
     """The domains for the table across them: without those of one purifier alone, where others have several."""
 
     def purifiers(rows: Sequence[Result]) -> int:
-        described = [result.record["protocol"]["purifier"] for result in rows]
-        return len({purifier["name"] for purifier in described if not purifier["options"]})
+        return len({result.purifier for result in rows if not result.record["protocol"]["purifier"]["options"]})
 
     several = max(map(purifiers, found.values()), default=0) > 1
     return {domain: rows for domain, rows in found.items() if not several or purifiers(rows) > 1}
@@ -83,9 +103,8 @@ def across(found: Mapping[Domain, Sequence[Result]]) -> tuple[list[str], dict[st
     attacks = {domain: rows[0].attack for domain, rows in found.items()}
     for domain, rows in found.items():
         for result in rows:
-            purifier = result.record["protocol"]["purifier"]
-            if result.attack == attacks[domain] and not purifier["options"]:
-                everywhere.setdefault(purifier["name"], {})[domain] = result.record
+            if result.attack == attacks[domain] and not result.record["protocol"]["purifier"]["options"]:
+                everywhere.setdefault(result.purifier, {})[domain] = result.record
     kept = {name: by for name, by in everywhere.items() if len(by) > 1}
     header = ["purifier"] + [
         f"{dataset}; {classifier}; {attacks[dataset, classifier]}" for dataset, classifier in found
@@ -118,7 +137,7 @@ def markdown(records: Sequence[Mapping[str, Any]]) -> str:
     """All tables.
 
     Raises:
-        ValueError: no gray-box record with a purifier.
+        ValueError: no gray-box record with a purifier, or two for one place.
     """
     found = domains(records)
     if not found:
@@ -155,6 +174,7 @@ def picture(records: Sequence[Mapping[str, Any]], path: Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].invert_yaxis()
     figure.supxlabel("accuracy in %: light, clean images; dark, attacked images (gray-box)", fontsize=9)
+    plain_text(figure)
     figure.tight_layout()
     save_figure(figure, path)
 

@@ -83,8 +83,8 @@ class AutoAttack(Attack):
 
     def run(self, model: Watched, pixels: Tensor, labels: Tensor, seed: int) -> Tensor:
         adversary = self._adversary(model, pixels.device, seed, model.classes(pixels))
-        if "square" in adversary.attacks_to_run and self.norm != "Linf":
-            _expect_grid(*pixels.shape[-2:])
+        if "square" in adversary.attacks_to_run:
+            _expect_grid(self.norm, *pixels.shape[-2:])
         # The library never resets what its check for dynamic models counts, and leaves a trace function behind.
         counted = import_module("pyautoattack.checks").funcs
         counted.update(dict.fromkeys(counted, 0))
@@ -162,15 +162,23 @@ def _configure(component: Any, options: Mapping[str, Any]) -> None:
         )
 
 
-def _expect_grid(height: int, width: int) -> None:
-    """Square's L2 and L1 start is a grid of tiles a fifth of the height wide, which the library lets run over the edge.
+def square_starts(norm: str | None, height: int, width: int) -> bool:
+    """Whether Square can start on images of this size.
+
+    Its L2 and L1 start is a grid of tiles a fifth of the height wide, which the library lets run over the edge.
+    """
+    tile = height // 5
+    offset = (height - 5 * tile) // 2
+    return norm == "Linf" or (tile > 0 and all(offset + side // tile * tile <= side for side in (height, width)))
+
+
+def _expect_grid(norm: str | None, height: int, width: int) -> None:
+    """Refuse images on which Square cannot start.
 
     Raises:
         ValueError: it would, half-way through AutoAttack.
     """
-    tile = height // 5
-    offset = (height - 5 * tile) // 2
-    if tile == 0 or any(offset + side // tile * tile > side for side in (height, width)):
+    if not square_starts(norm, height, width):
         raise ValueError(
             f"pixels: Square of pyautoattack cannot start in L2 or L1 on images of {height} x {width} "
             "(it can on 32 x 32 and 224 x 224); use Linf, or version='custom' without square"

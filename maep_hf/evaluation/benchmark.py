@@ -183,9 +183,7 @@ def benchmark(
                 "fingerprint": _fingerprint("classifier", classifier, out),
             },
             purifier=_describe_purifier(purifier, purifier_name, purify_kwargs, random_purifier, out),
-            source=None
-            if threat_model != "transfer"
-            else {"name": source_name or _name(source), "fingerprint": _fingerprint("source", source, out)},
+            source=_describe_source(source, source_name, out) if threat_model == "transfer" else None,
         )
         # there is something to sweep, and someone who meant it
         ball = attack.norm in ("Linf", "L2", "L1") and attack.eps is not None and not attack.control
@@ -385,6 +383,12 @@ def _describe_purifier(
     return described | {"randomised": randomised}
 
 
+def _describe_source(source: nn.Module, name: str | None, out: str | Path | None) -> dict:
+    described = {"name": name or _name(source), "fingerprint": _fingerprint("source", source, out)}
+    options = source.purify_kwargs if isinstance(source, PurifiedClassifier) else None
+    return described | ({"options": options} if options else {})
+
+
 def _fingerprint(argument: str, model: Any, out: str | Path | None) -> str:
     """Of a callable that says nothing of itself, one that no other has, so that nothing stored is taken for it."""
     try:
@@ -395,15 +399,21 @@ def _fingerprint(argument: str, model: Any, out: str | Path | None) -> str:
 
 
 def _known_record(folder: Path | None, key: str, checked: int) -> dict | None:
-    """What was measured already, its figure checked on so many images; none where more may mend what was too few."""
+    """What was measured already, its figure checked on so many images."""
     for record in read_jsonl(folder / RESULTS) if folder else ():
-        if record.get("key") != key:
-            continue
-        checks = record.get("checks")
-        enough = checks and ("images" not in checks["failed"] or checks.get("check_images", 0) >= checked)
-        if enough or not checked:
+        if record.get("key") == key and (not checked or _checked_enough(record.get("checks"), checked)):
             return record
     return None
+
+
+def _checked_enough(checks: Mapping | None, wanted: int) -> bool:
+    """Whether stored checks were on as many images as are wanted, or of a figure of zero, which needs none."""
+    if not checks:
+        return False
+    if [check["name"] for check in checks["results"]] == ["attack"]:
+        return True
+    unknown = 0 if "images" in checks["failed"] else wanted  # of records that do not say it yet
+    return checks.get("check_images", unknown) >= wanted
 
 
 def _checks(

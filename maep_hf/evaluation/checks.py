@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attacks import make_attack
+from ..attacks.autoattack import square_starts
 from ..classifier import PurifiedClassifier
 from ..randomised import seeded
 from .threat_models import attacked_model
@@ -35,10 +36,10 @@ LEAST_IMAGES = 20
 
 @dataclass
 class CheckResult:
-    """One check: whether it passed, what was seen in words, and the figures behind it."""
+    """One check: whether it passed (`None`: it was left out), what was seen in words, and the figures behind it."""
 
     name: str
-    passed: bool
+    passed: bool | None
     detail: str
     data: dict = field(default_factory=dict)
 
@@ -59,7 +60,7 @@ class MaskingReport:
 
     @property
     def failed(self) -> list[str]:
-        return [result.name for result in self.results if not result.passed]
+        return [result.name for result in self.results if result.passed is False]
 
     @property
     def reliable(self) -> bool:
@@ -128,7 +129,8 @@ def gradient_masking_checks(
             done, and of how many.
 
     Returns:
-        A report with one result a check: `gradient`, `randomness`, `eps sweep`, `step sweep`, `black-box`, `transfer`.
+        A report with one result a check: `gradient`, `randomness`, `eps sweep`, `step sweep`, `black-box` (left out
+        where Square cannot start on images of this size), `transfer`.
     """
     kept = {} if kept is None else kept
     bare, purifier = defended.classifier, defended.purifier
@@ -161,8 +163,8 @@ def gradient_masking_checks(
         sources["the full gradient"] = attacked_under("white-box")
     if source is not None:
         sources["the surrogate pipeline"] = source
-    radii = _radii(norm, eps)
-    total, done = len(radii) + len({*STEPS} - {SWEEP_STEPS}) + 1 + len(sources), 0
+    radii, queried = _radii(norm, eps), square_starts(norm, *pixels.shape[-2:])
+    total, done = len(radii) + len({*STEPS} - {SWEEP_STEPS}) + queried + len(sources), 0
     eot = {"eot_samples": eot_samples} if eot_samples > 1 else {}
 
     def survivors(check: str, target: str, model: nn.Module, name: str, radius: float, **options) -> Tensor:
@@ -192,9 +194,15 @@ def gradient_masking_checks(
     }
     results.append(_step_sweep(steps))
     white_box = steps[STEPS[-1]]
-    square = survivors("black-box", threat_model, view, "square", eps, n_queries=SQUARE_QUERIES)
-    results.append(_not_stronger("black-box", f"Square ({SQUARE_QUERIES} queries)", square, white_box))
-    together = torch.stack([*steps.values(), sweep[eps], square]).all(0)
+    together = torch.stack([*steps.values(), sweep[eps]]).all(0)
+    if queried:
+        square = survivors("black-box", threat_model, view, "square", eps, n_queries=SQUARE_QUERIES)
+        together &= square
+        results.append(_not_stronger("black-box", f"Square ({SQUARE_QUERIES} queries)", square, white_box))
+    else:
+        height, width = pixels.shape[-2:]
+        why = f"Square cannot start in {norm} on images of {height} x {width}"
+        results.append(CheckResult("black-box", None, f"left out: {why}"))
     for name, model in sources.items():
         transferred = pgd("transfer", name, model, eps)
         together &= transferred

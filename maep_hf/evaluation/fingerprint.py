@@ -30,6 +30,8 @@ _SAYS_NOTHING = (torch.device, PurePath, logging.Logger)
 Seen = tuple[int, ...]
 """What is being read already, by `id`: an object may hold itself."""
 _NOT_SETTINGS = ("training", "name_or_path", "warnings_issued", "peft_config")
+_PUT_THERE = frozenset(dir(nn.Module())) | {"_hf_hook", "_old_forward", "_is_hf_initialized"}
+"""Private attributes that torch, accelerate and transformers give any module."""
 _UNSAID = (
     "custom_pipelines",
     "_name_or_path",
@@ -52,8 +54,9 @@ def fingerprint(model: Any) -> str:
     """Hash of what decides a model's output: weights, buffers, layers and their settings, configuration.
 
     The same wherever the model lies and whatever device it is on. A function is known by its code, what it closes over
-    and, unless it is a library's, the global values and functions that it names; a class that is no library's, by its
-    methods likewise: who edits `forward` has another model.
+    and, unless it is a library's, the global values and functions that it names, also in modules that it imports; a
+    class that is no library's, by its methods likewise: who edits `forward` has another model. A module of such a class
+    is known by its private attributes too, and any by the forward hooks that are no library's.
 
     Raises:
         Opaque: something inside the model decides its output and cannot be read, such as a generator or a handle.
@@ -90,13 +93,15 @@ def _settings(module: nn.Module, seen: Seen) -> str:
         value = getattr(module, name, None) if hasattr(module, "lora_A") else None
         if value is not None:
             parts.append(f"{name}={value}")
+    parts += [f"hook={_code(hook, seen)}" for hook in _own_hooks(module)]
     if not isinstance(module, PreTrainedModel):
+        own = not all(_of_a_library(base.__module__) for base in type(module).__mro__)
         for name in sorted(module._non_persistent_buffers_set):
             buffer = module._buffers[name]
             if buffer is not None and not isinstance(module, PixelPreprocessing):  # whose follow from its spec
                 parts.append(f"{name}={_value(buffer, seen)}")
         for name, value in sorted(vars(module).items()):
-            if name.startswith("_") or name in _NOT_SETTINGS:
+            if name in _NOT_SETTINGS or name.startswith("_") and (not own or name in _PUT_THERE):
                 continue
             plain = _plain(value)
             if plain is not None:
@@ -106,6 +111,16 @@ def _settings(module: nn.Module, seen: Seen) -> str:
             elif not isinstance(value, nn.Module | PreprocessingSpec) and not hasattr(value, "to_diff_dict"):
                 parts.append(f"{name}={_value(value, seen)}")
     return "|".join(parts)
+
+
+def _own_hooks(module: nn.Module) -> Iterator[Any]:
+    """The hooks on a module's forward pass that somebody may edit; a library's are of what it put there."""
+    for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
+        function = hook
+        while isinstance(function, functools.partial):
+            function = function.func
+        if not _of_a_library(getattr(function, "__module__", None)):
+            yield hook
 
 
 def _said(module: nn.Module) -> str:
@@ -139,7 +154,9 @@ def _code(function: Any, seen: Seen) -> str:
     if isinstance(function, MethodType):
         return f"{_code(function.__func__, seen)} of {_value(function.__self__, seen)}"
     if isinstance(function, FunctionType):
-        cells = [_value(cell.cell_contents, seen) for cell in function.__closure__ or ()]
+        names = _names(function.__code__)
+        cells = [cell.cell_contents for cell in function.__closure__ or ()]
+        cells = [_outside(cell, names, seen) if _is_own_module(cell) else _value(cell, seen) for cell in cells]
         defaults = [_value(value, seen) for value in function.__defaults__ or ()]
         defaults += [_value(value, seen) for value in (function.__kwdefaults__ or {}).values()]
         known = _instructions(function.__code__)
@@ -160,6 +177,11 @@ def _pieces(code: CodeType) -> Iterator[CodeType]:
             yield from _pieces(value)
 
 
+def _names(code: CodeType) -> set[str]:
+    """What a piece of code and those inside it ask for by name: globals and attributes."""
+    return {name for piece in _pieces(code) for name in piece.co_names}
+
+
 def _instructions(code: CodeType) -> list[tuple]:
     """What a piece of code does, with the pieces inside it; not where it stands."""
     return [
@@ -174,15 +196,29 @@ def _instructions(code: CodeType) -> list[tuple]:
 
 def _globals(function: FunctionType, seen: Seen) -> dict[str, str]:
     """The values that a function finds outside itself, by name, where they can be read."""
-    names = {name for piece in _pieces(function.__code__) for name in piece.co_names}
-    found = {}
-    for name in sorted(names & function.__globals__.keys()):
-        value = function.__globals__[name]
-        try:
-            found[name] = _kind(value, seen) if isinstance(value, type) else _value(value, seen)
-        except Opaque:  # a logger's or a cache's handle; the model's own are read where it holds them
-            found[name] = type(value).__qualname__
-    return found
+    names = _names(function.__code__)
+    return {
+        name: _outside(function.__globals__[name], names, seen) for name in sorted(names & function.__globals__.keys())
+    }
+
+
+def _outside(value: Any, names: set[str], seen: Seen) -> str:
+    """What code finds outside itself; of a module that somebody may edit, what of `names` is in it."""
+    try:
+        if _is_own_module(value) and id(value) not in seen:
+            inside, there = (*seen, id(value)), vars(value)
+            found = {name: _outside(there[name], names, inside) for name in sorted(names & there.keys())}
+            return f"{value.__name__} {found}"
+        return _kind(value, seen) if isinstance(value, type) else _value(value, seen)
+    except Opaque:  # a logger's or a cache's handle; the model's own are read where it holds them
+        return type(value).__qualname__
+
+
+def _is_own_module(value: Any) -> bool:
+    """Whether a value is a Python module of nobody's library, such as a script's own `helpers`."""
+    if not isinstance(value, ModuleType):
+        return False
+    return not (_of_a_library(value.__name__) or _of_a_library(value.__name__.partition(".")[0]))
 
 
 def _kind(kind: type, seen: Seen) -> str:

@@ -22,7 +22,7 @@ class Protocol:
         dataset: name, split, which images, how many, their size and fingerprint.
         classifier: name and fingerprint.
         purifier: name, fingerprint, options, whether it is randomised; `None` for the bare classifier.
-        source: name and fingerprint of the surrogate pipeline of `transfer`.
+        source: name and fingerprint of the surrogate pipeline of `transfer`, and its purifier's options if it has any.
     """
 
     threat_model: str

@@ -58,7 +58,8 @@ class EvaluationArguments:
         seed, batch_size, passes: see [`benchmark`].
         random_mask_ratio, draws: purify under `draws` random masks of this ratio and average.
         eot_samples: passes that gradients are averaged over, for a randomised purifier.
-        mode, overlap: of windows, for images of another size than the purifier's; for the purifiers that have them.
+        mode, overlap: of windows, for images of another size than the purifier's; for the purifiers that have them,
+            `source_purifier` among them.
         scale: purify images resized by this factor, see [`RescaledPurifier`].
         source_classifier, source_purifier: the surrogate pipeline of the threat model `transfer`.
         checks, check_images: gradient-masking checks of adaptive threat models.
@@ -120,14 +121,16 @@ def run_evaluation(args: EvaluationArguments, console: Console | None = None) ->
         label_column=args.label_column,
     )
     images = read_images(dataset, args.max_images, args.image_size, _short(args.dataset), args.split)
-    source = None
-    if args.source_classifier:
-        front = _load_purifier(args.source_purifier or NONE, args, device)
-        source = PurifiedClassifier(front, load_frozen_classifier(args.source_classifier)).to(device)
     source_name = "+".join(_short(name) for name in (args.source_purifier, args.source_classifier) if name)
 
     models = {name: _load_purifier(name, args, device) for name in args.purifiers}  # all, before hours go by
-    options = _window_options(args, models)
+    before = args.source_purifier or NONE  # the surrogate pipeline's, which takes images as the purifiers do
+    sources = {before: _load_purifier(before, args, device)} if args.source_classifier else {}
+    options = _window_options(args, models | sources)
+    source = None
+    if args.source_classifier:
+        surrogate = load_frozen_classifier(args.source_classifier)
+        source = PurifiedClassifier(sources[before], surrogate, purify_kwargs=options[before]).to(device)
     classifiers = {name: load_frozen_classifier(name) for name in args.classifiers}
     records = []
     for (classifier_name, classifier), (purifier_name, purifier) in product(classifiers.items(), models.items()):
@@ -211,8 +214,8 @@ def _window_options(args: EvaluationArguments, purifiers: Mapping[str, Any]) -> 
 
 def _print_checks(record: dict, console: Console) -> None:
     for check in (record["checks"] or {}).get("results", ()):
-        mark = "passed" if check["passed"] else "FAILED"
-        style = "" if check["passed"] else "bold red"
+        mark = {True: "passed", False: "FAILED", None: "not run"}[check["passed"]]
+        style = "bold red" if check["passed"] is False else ""
         console.print(f"  {mark} {check['name']}: {check['detail']}", style=style, highlight=False, soft_wrap=True)
 
 
@@ -347,7 +350,7 @@ def parse_options(words: Sequence[str]) -> dict[str, Any]:
     """`name=value` words to a dictionary; values are read as YAML, so numbers and lists come out as such.
 
     Raises:
-        ValueError: a word without `=`.
+        ValueError: a word without `=`, or whose value is no YAML.
     """
     import yaml
 
@@ -363,5 +366,9 @@ def parse_options(words: Sequence[str]) -> dict[str, Any]:
         name, equals, value = word.partition("=")
         if not equals or not name:
             raise ValueError(f"attack option {word!r} is not of the form name=value")
-        options[name] = yaml.load(value, Loader)
+        try:
+            options[name] = yaml.load(value, Loader)
+        except yaml.YAMLError as error:
+            reason = getattr(error, "problem", None) or error
+            raise ValueError(f"attack option {word!r}: its value cannot be read ({reason})") from error
     return options

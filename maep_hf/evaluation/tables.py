@@ -33,7 +33,7 @@ from .results import (
 )
 from .threat_models import THREAT_MODELS
 
-__all__ = ["csv_table", "markdown_table", "percent", "read_results", "rich_table", "rows_of", "worst_of"]
+__all__ = ["csv_table", "escape", "markdown_table", "percent", "read_results", "rich_table", "rows_of", "worst_of"]
 
 ATTACKS, CONTROLS = "Attacks", "Corruptions (control, no attacks)"
 _NAMES = ("dataset", "classifier", "purifier", "attack")
@@ -110,13 +110,13 @@ def markdown_table(records: Iterable[Mapping], *, percent_digits: int = 1) -> st
     parts, notes = _parts(records, percent_digits)
     lines = []
     for part in parts:
-        lines += [f"**{_escape(part.title)}.** {_escape(_said(part.common))}", ""]
-        lines.append(_markdown_row(map(_escape, part.header)))
+        lines += [f"**{escape(part.title)}.** {escape(_said(part.common))}", ""]
+        lines.append(_markdown_row(map(escape, part.header)))
         lines.append(_markdown_row("---" if name in _NAMES else "---:" for name in part.header))
         lines += [_markdown_row(map(_markdown_cell, row)) for row in part.rows]
         lines.append("")
     for number, note in enumerate(notes, 1):
-        lines += [f"<sup>{number}</sup> {_escape(note)}", ""]
+        lines += [f"<sup>{number}</sup> {escape(note)}", ""]
     return "\n".join(lines).rstrip("\n") + "\n"
 
 
@@ -281,14 +281,14 @@ def _rich_cell(cell: _Cell) -> Text:
 def _markdown_cell(cell: _Cell) -> str:
     mark = f" {cell.mark}" if cell.mark else ""
     note = f" <sup>{cell.note}</sup>" if cell.note else ""
-    return f"{_escape(cell.text)}{mark}{note}"
+    return f"{escape(cell.text)}{mark}{note}"
 
 
 def _markdown_row(cells: Iterable[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _escape(text: str) -> str:
+def escape(text: str) -> str:
     """Text that Markdown shows as it is; underscores within a word need nothing."""
     text = re.sub(r"([\\|*<>`\[\]~])", r"\\\1", " ".join(text.split()))
     return re.sub(r"(?<![^\W_])_|_(?![^\W_])", r"\\_", text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import site
 import sys
@@ -31,9 +32,10 @@ from .folders import (
 )
 from .names import hub_id
 from .recipe import Recipe
-from .results import ATTACKERS, CardResults, records_of, validation_results
+from .results import ATTACKERS, CardResults, fingerprints_of, records_of, validation_results
 from .seal import LICENCE, licence_sentence, renewed, sealed
 
+logger = logging.getLogger(__name__)
 PAPER = "arxiv:2501.16904"  # as a tag, the Hub links it
 EXTENDED = "extended|"  # in a dataset card, the dataset that it was made from
 _TEMPLATES = Path(__file__).parent / "templates"
@@ -68,8 +70,9 @@ def render_card(
         A `ModelCard`, or a `DatasetCard` for pairs and evaluation records, that carries its seal (see `seal.py`).
 
     Raises:
-        ValueError: a folder of no known kind, results that lack their protocol or are of other weights, or an adapter
-            without a Hub id of its base, or a template that is no Jinja or asks for what there is not.
+        ValueError: a folder of no known kind, results that lack their protocol or are of other weights (of an adapter,
+            where its base lies here), an adapter without a Hub id of its base, or a template that is no Jinja or asks
+            for what there is not.
         OSError: the template cannot be read.
     """
     folder = Path(folder)
@@ -152,22 +155,41 @@ def own_records(folder: Path, records: Sequence[Mapping[str, Any]]) -> list[Mapp
     Raises:
         ValueError: there are records, and all of them are of other weights.
     """
+    return records_of(records, _fingerprints(folder)) if records else []
+
+
+def _fingerprints(folder: Path) -> set[str]:
+    """Of the purifier in a folder, and of what it was before a push."""
     from ..checkpoints import load_purifier
     from ..evaluation.fingerprint import fingerprint
 
-    if not records:
-        return []
     purifier = load_purifier(folder.resolve())
     fingerprints = {fingerprint(purifier)}
     if vars(purifier.config).pop("custom_pipelines", None):  # a push adds it, and changes no output
         fingerprints.add(fingerprint(purifier))
-    return records_of(records, fingerprints)
+    return fingerprints
+
+
+def _adapted_fingerprints(folder: Path, base: str | None) -> set[str] | None:
+    """Of an adapter merged into its base; unknown without a folder of that base."""
+    from ..checkpoints import base_folder
+
+    if not base or base_folder(folder, base) is None:
+        return None
+    try:
+        return _fingerprints(folder)
+    except (ValueError, OSError) as error:
+        logger.warning("%s: whether its records are of these weights is not known: %s", folder, error)
+        return None
 
 
 def _adapter(folder: Path, repo_id: str, base_model: str | None, records: list) -> dict[str, Any]:
     adapter = read_json(folder / ADAPTER_CONFIG)
     base = base_of_adapter(adapter, base_model)
-    context = _trained(folder, records_of(records, None))
+    records = records_of(records, None)
+    if fingerprints_of(records):  # a rescaled or randomised purifier's is another one
+        records = records_of(records, _adapted_fingerprints(folder, adapter.get("base_model_name_or_path")))
+    context = _trained(folder, records)
     card_data = _model_data(
         repo_id,
         library_name="peft",

@@ -10,7 +10,7 @@ from huggingface_hub import EvalResult
 
 from ..evaluation.results import Result, attack_name, check_record, flatten, results
 from ..evaluation.statistics import wilson_interval
-from ..evaluation.tables import markdown_table, percent
+from ..evaluation.tables import escape, markdown_table, percent
 from ..paths import short
 from ..records import read_jsonl
 from .names import dataset_id
@@ -97,9 +97,10 @@ def _summary(threat_model: str, named: Sequence[Result]) -> dict[str, str]:
         return row | {"worst": "**not measured**", "by": "–"}
     worst = min(found, key=lambda each: each.figure["percent"])
     mark = f" {worst.mark}" if worst.mark else ""
+    by = escape(f"{worst.attack}, {worst.classifier}")
     return row | {
         "worst": f"**{percent(worst.figure)} %**{mark}",
-        "by": f"{worst.attack}, {worst.classifier}, n = {worst.figure['n']}; worst of {len(found)} measured",
+        "by": f"{by}, n = {worst.figure['n']}; worst of {len(found)} measured",
     }
 
 
