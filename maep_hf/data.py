@@ -87,9 +87,11 @@ class ImageDataset:
 
     @property
     def no_labels(self) -> str:
-        """Why a column with a usual name of labels holds none, where one has the name."""
+        """What to do where there is no `label_column`, and why a column with a usual name of labels is none."""
         unusable = [name for name in LABEL_NAMES if name in (self.stored_columns or {})]
-        return _no_indices(f"its column {unusable[0]!r}", self.stored_columns[unusable[0]]) if unusable else ""
+        if not unusable:
+            return "name them with label_column"
+        return _no_indices(f"its column {unusable[0]!r}", self.stored_columns[unusable[0]])
 
     def find_class_names(self) -> list[str]:
         """Names of the classes; where the labels are bare numbers, the numbers up to the largest one.
@@ -99,7 +101,7 @@ class ImageDataset:
         """
         if self.class_names:
             return self.class_names
-        if self.label_column is None and self.no_labels:
+        if self.label_column is None:
             raise DataError(f"dataset: it has no labels; {self.no_labels}")
         if not self.num_classes:
             raise DataError(

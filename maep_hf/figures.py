@@ -40,26 +40,32 @@ def new_figure(width: float, height: float, dpi: int = _DPI, **options: Any) -> 
     return figure
 
 
-def plain_text(figure: Figure) -> None:
-    """Show the `$` of file names and of models' names as it is: matplotlib takes what stands between two for a formula,
-    and gives up where it is none. [`save_figure`] does it; what measures text before that, as `tight_layout`, needs it.
-    """
-    logarithmic = [axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis) if axis.get_scale() == "log"]
-    powers = {label for axis in logarithmic for tick in axis.get_major_ticks() for label in tick.findobj(Text)}
-    for text in {*figure.findobj(Text)} - powers:  # whose ticks say 10 to the power of something
-        text.set_parse_math(False)
-
-
-def save_figure(figure: Figure, path: str | os.PathLike) -> Path:
+def save_figure(figure: Figure, path: str | os.PathLike, tight: Sequence[float] | None = None) -> Path:
     """Write the figure as a PNG, whole or not at all; returns the path.
+
+    Args:
+        figure: its texts are shown as they are, also the `$` of a file's or a model's name.
+        path: of the PNG.
+        tight: left, bottom, right and top of the share of the figure that its axes and their texts are fitted to; by
+            default they stay where they are.
 
     Raises:
         OSError: the file cannot be written.
     """
-    plain_text(figure)
+    _take_no_formulas(figure)  # before anything measures a text
+    if tight is not None:
+        figure.tight_layout(rect=tight)
     figure.canvas.draw()
     save_image(Image.fromarray(np.asarray(figure.canvas.buffer_rgba())[..., :3]), path, "PNG")
     return Path(path)
+
+
+def _take_no_formulas(figure: Figure) -> None:
+    """Matplotlib takes what stands between two `$` for a formula, and gives up where it is none."""
+    logarithmic = [axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis) if axis.get_scale() == "log"]
+    powers = {label for axis in logarithmic for tick in axis.get_major_ticks() for label in tick.findobj(Text)}
+    for text in {*figure.findobj(Text)} - powers:  # whose ticks say 10 to the power of something
+        text.set_parse_math(False)
 
 
 def difference_image(image: Tensor, reference: Tensor, factor: float = 8.0) -> Tensor:

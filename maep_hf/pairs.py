@@ -195,8 +195,7 @@ class _Attacker:
         self.true_labels = args.attack_labels == "true"
         if self.true_labels:
             if dataset.label_column is None:
-                held = dataset.no_labels or "name them with label_column"
-                raise DataError(f"the dataset has no labels: {held}, or use attack_labels=predicted")
+                raise DataError(f"the dataset has no labels: {dataset.no_labels}, or use attack_labels=predicted")
             self._expect_classes(len(dataset.class_names or []))
             match_classes(self.surrogates, dataset.class_names)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from ablation_table import REFERENCE
 
-from maep_hf.figures import GREY, GRID, INK, PALETTE, new_figure, plain_text, save_figure
+from maep_hf.figures import GREY, GRID, INK, PALETTE, new_figure, save_figure
 
 COLORS = (GREY, *PALETTE[:6])  # clean is grey
 MARKERS = "|osD^vP"
@@ -51,9 +51,7 @@ def write_chart(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     axis.spines[["top", "right", "left"]].set_visible(False)
     axis.set_xlabel("accuracy in %, gray-box; dashed: the reference")
     figure.legend(*axis.get_legend_handles_labels(), loc="upper center", ncols=len(names), frameon=False)
-    plain_text(figure)
-    figure.tight_layout(rect=(0, 0, 1, 1 - 0.4 / figure.get_figheight()))
-    save_figure(figure, path)
+    save_figure(figure, path, tight=(0, 0, 1, 1 - 0.4 / figure.get_figheight()))
 
 
 def _figure_of(row: Mapping[str, Any], name: str) -> Mapping[str, Any]:

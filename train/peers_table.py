@@ -18,7 +18,7 @@ from table_command import table_command
 
 from maep_hf.evaluation.results import NO_PURIFIER, Result, results
 from maep_hf.evaluation.tables import percent
-from maep_hf.figures import GRID, INK, PALETTE, new_figure, plain_text, save_figure
+from maep_hf.figures import GRID, INK, PALETTE, new_figure, save_figure
 
 MAIN_ATTACK = "AutoAttack (standard), Linf 8/255"
 
@@ -139,9 +139,7 @@ def picture(records: Sequence[Mapping[str, Any]], path: Path) -> None:
     axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)
     figure.legend(*axis.get_legend_handles_labels(), loc="upper center", ncols=3, frameon=False, fontsize=9)
-    plain_text(figure)
-    figure.tight_layout(rect=(0, 0, 1, 0.94))
-    save_figure(figure, path)
+    save_figure(figure, path, tight=(0, 0, 1, 0.94))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

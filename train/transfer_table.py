@@ -17,7 +17,7 @@ from table_command import table_command
 
 from maep_hf.evaluation.results import NO_PURIFIER, Result, flatten, results, with_fields
 from maep_hf.evaluation.tables import percent
-from maep_hf.figures import new_figure, plain_text, save_figure
+from maep_hf.figures import new_figure, save_figure
 
 Domain = tuple[str, str]
 TAKEN = ("mode", "overlap", "scale")  # options of how images larger than a window are taken
@@ -174,9 +174,7 @@ def picture(records: Sequence[Mapping[str, Any]], path: Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].invert_yaxis()
     figure.supxlabel("accuracy in %: light, clean images; dark, attacked images (gray-box)", fontsize=9)
-    plain_text(figure)
-    figure.tight_layout()
-    save_figure(figure, path)
+    save_figure(figure, path, tight=(0, 0, 1, 1))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -133,8 +133,7 @@ def read_images(
         DataError: no labels, an image without one, images of different sizes, or none that can be read.
     """
     if dataset.label_column is None:
-        held = dataset.no_labels and f"; {dataset.no_labels}"
-        raise DataError(f"dataset: it has no labels, and accuracy needs them{held or '; name them with label_column'}")
+        raise DataError(f"dataset: it has no labels, and accuracy needs them; {dataset.no_labels}")
     if max_images is not None and max_images < 1:
         raise DataError(f"max_images={max_images}: must be at least 1")
     arrays: list[np.ndarray] = []

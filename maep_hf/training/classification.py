@@ -40,8 +40,7 @@ class ClassificationTask(Task):
     ):
         super().__init__(model, train_data, validation_data, augmentation, validation_images)
         if train_data.label_column is None:
-            held = train_data.no_labels or "name the dataset's column with label_column"
-            raise DataError(f"a classifier needs labels: {held}")
+            raise DataError(f"a classifier needs labels: {train_data.no_labels}")
         # others may have weights for another purpose, such as the mask token of a dinov2; looking for them takes time
         self.leaves_weights_unused = not isinstance(model, CifarResNetForImageClassification)
         self.image_processor = image_processor

@@ -211,8 +211,7 @@ class PurificationTask(Task):
             return
         for role, data in (("training", self.train_data), ("validation", self.validation_data)):
             if data.label_column is None:
-                held = data.no_labels or "name them with label_column"
-                raise DataError(f"the {role} dataset has no labels: {held}, or use attack_labels=predicted")
+                raise DataError(f"the {role} dataset has no labels: {data.no_labels}, or use attack_labels=predicted")
         found, named = self.train_data.num_classes, self.train_data.class_names is not None
         hint = "give a surrogate of this dataset, or attack_labels=predicted"
         for classes in self.num_classes:
