@@ -97,6 +97,10 @@ def purify(
     window_batch_size: Annotated[
         int | None, typer.Option(min=1, help="Windows run at once: less memory when small.", show_default="model's")
     ] = None,
+    strength: Annotated[
+        float | None,
+        typer.Option(min=0.0, help="Factor on the correction; 0 leaves images as they are.", show_default="model's"),
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, ...")] = "auto",
     dtype: Annotated[Precision, typer.Option(help="Number type of the weights.")] = Precision.float32,
 ) -> None:
@@ -112,7 +116,10 @@ def purify(
         found = find_images(images, exclude=out)
         check_outputs(found, out)
         purifier = _load_purifier(model, device, dtype, revision)
-        options = {"mode": mode and mode.value, "overlap": overlap, "window_batch_size": window_batch_size}
+        options = {
+            "mode": mode and mode.value, "overlap": overlap, "window_batch_size": window_batch_size,
+            "strength": strength,
+        }  # fmt: skip
         options = {name: value for name, value in options.items() if value is not None}
         failed = _purify_files(purifier, found, out, compare, options)
     done = len(found) - failed

@@ -79,6 +79,9 @@ def evaluate(
     overlap: Annotated[
         float | None, typer.Option(min=0, max=0.9, help="Least overlap of windows.", show_default="model's")
     ] = None,
+    strength: Annotated[
+        float | None, typer.Option(min=0, help="Factor on the purifier's correction.", show_default="model's")
+    ] = None,
     scale: Annotated[
         float, typer.Option(help="Purify images resized by this factor; the correction is resized back.")
     ] = 1.0,
@@ -130,6 +133,7 @@ def evaluate(
                 eot_samples=eot_samples,
                 mode=mode,
                 overlap=overlap,
+                strength=strength,
                 scale=scale,
                 source_classifier=source_classifier,
                 source_purifier=source_purifier,

@@ -47,6 +47,8 @@ class MAEPConfig(PreTrainedConfig):
         window_batch_size (`int` or `None`): Most windows `purify` runs at once. `None`: as many as make 2**16
             pixels on a CPU (64 windows of 32 x 32), 2**18 elsewhere, which bounds memory whatever the window.
         purify_mode (`"windows"` or `"interpolate"`): How `purify` treats images of another size than `image_size`.
+        purify_strength (`float` >= 0): Factor on the corrections of `purify`: 1 as they were trained, 0 leaves images
+            as they are.
         norm_pix_loss (`bool`): Only `False`: a model of normalised patches cannot return real pixels.
 
     Raises:
@@ -88,6 +90,7 @@ class MAEPConfig(PreTrainedConfig):
     window_overlap: float | int = 0.25
     window_batch_size: int | None = None
     purify_mode: str = "windows"
+    purify_strength: float | int = 1.0
     norm_pix_loss: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -120,7 +123,7 @@ class MAEPConfig(PreTrainedConfig):
             value = _check_number(name, getattr(self, name))
             if not 0 <= value < 1:
                 raise ValueError(f"{name}={value} must be at least 0 and less than 1.")
-        for name in ("reconstruction_loss_weight", "purification_loss_weight"):
+        for name in ("reconstruction_loss_weight", "purification_loss_weight", "purify_strength"):
             if _check_number(name, getattr(self, name)) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative.")
         for name in ("layer_norm_eps", "initializer_range"):

@@ -29,8 +29,8 @@ class ImagePurificationPipeline(Pipeline):
             every image's size.
         batch_size (`int`, defaults to 1): Images of a list to purify at once. Their sizes may differ: those of one size
             share a forward pass.
-        mode (`str`), overlap (`float`), window_batch_size (`int`): As in [`MAEPModel.purify`], whose defaults are those
-            of the model's configuration.
+        mode (`str`), overlap (`float`), window_batch_size (`int`), strength (`float`): As in [`MAEPModel.purify`],
+            whose defaults are those of the model's configuration.
         return_difference (`bool`, defaults to `False`): Return a dictionary with the magnified difference as well.
         difference_factor (`float`, defaults to 8): Its magnification.
         keep_mode (`bool`, defaults to `False`): Give every picture back in the mode it came in, by
@@ -105,6 +105,7 @@ class ImagePurificationPipeline(Pipeline):
         mode: str | None = None,
         overlap: float | None = None,
         window_batch_size: int | None = None,
+        strength: float | None = None,
         return_difference: bool | None = None,
         difference_factor: float | None = None,
         keep_mode: bool | None = None,
@@ -112,7 +113,7 @@ class ImagePurificationPipeline(Pipeline):
         local_files_only: bool | None = None,  # transformers passes on what it has already acted upon
         **unknown: Any,
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-        forward = {"mode": mode, "overlap": overlap, "window_batch_size": window_batch_size}
+        forward = {"mode": mode, "overlap": overlap, "window_batch_size": window_batch_size, "strength": strength}
         show = {"return_difference": return_difference, "difference_factor": difference_factor, "keep_mode": keep_mode}
         if unknown:
             options = ", ".join(["batch_size", "num_workers", "timeout", *forward, *show])

@@ -68,10 +68,10 @@ def test_purify_writes_what_the_purifier_returns(purifier, photos, tmp_path, mon
         return pixel_values / 2
 
     monkeypatch.setattr(MAEPModel, "purify", darken)
-    options = ["--mode", "windows", "--overlap", "0.5", "--window-batch-size", "3"]
+    options = ["--mode", "windows", "--overlap", "0.5", "--window-batch-size", "3", "--strength", "1.5"]
     code, _, _ = run("purify", photos / "colour.png", "-o", tmp_path / "o", "--model", purifier, "--compare", *options)
     assert code == 0
-    assert calls == [{"mode": "windows", "overlap": 0.5, "window_batch_size": 3}]
+    assert calls == [{"mode": "windows", "overlap": 0.5, "window_batch_size": 3, "strength": 1.5}]
     before, after = (np.asarray(Image.open(path), float) for path in (photos / "colour.png", tmp_path / "o/colour.png"))
     assert np.abs(before / 2 - after).max() <= 0.5
     assert Image.open(tmp_path / "o" / "colour.png.compare.png").width > 3 * 34

@@ -163,6 +163,20 @@ def test_windows_are_for_the_purifiers_that_have_them(
         assert [purifier and purifier["options"].get("overlap") for purifier in purifiers] == [0.5, None, None, None]
 
 
+def test_strength_is_of_the_protocol(classifier_folder, purifier_folder, image_folder, tmp_path):
+    words = ["evaluate", "--classifier", classifier_folder, "--purifier", purifier_folder, "--dataset", image_folder]
+    words += ["--attack", "fgsm", "--device", "cpu", "--out", tmp_path]
+    for strength in ([], ["--strength", 0], ["--strength", 2]):
+        code, output = invoke(*words, *strength)
+        assert code == 0, output
+    plain, none, double = read_jsonl(tmp_path / "results.jsonl")
+    options = [record["protocol"]["purifier"]["options"] for record in (plain, none, double)]
+    assert options == [{}, {"strength": 0.0}, {"strength": 2.0}]
+    assert none["accuracy"]["purified_clean"]["correct"] == none["accuracy"]["clean"]["correct"]
+    psnr = [record["psnr_db"]["purified_clean"] for record in (plain, none, double)]
+    assert psnr[2] < psnr[0] < psnr[1] == 100  # dB, the most that is told
+
+
 def test_the_purifier_of_a_source_has_the_same_windows(classifier_folder, purifier_folder, image_folder, tmp_path):
     words = ["evaluate", "--classifier", classifier_folder, "--dataset", image_folder, "--image-size", SIZE + 4]
     words += ["--source-classifier", classifier_folder, "--source-purifier", purifier_folder, "--attack", "pgd"]

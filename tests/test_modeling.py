@@ -71,6 +71,8 @@ def images(batch=3, size=16, channels=3, seed=0):
         ("layer_norm_eps", 0),
         ("pixel_loss", "l3"),
         ("purify_mode", "tiles"),
+        ("purify_strength", -1),
+        ("purify_strength", "high"),
         ("residual", 1),
         ("image_mean", [0.5]),
         ("image_std", [0.5, 0.5, 0.0]),

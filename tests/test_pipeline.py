@@ -147,7 +147,7 @@ def test_difference(pipe):
 def test_options_of_the_call_and_of_the_constructor(pipe, monkeypatch):
     seen, purify = [], pipe.model.purify
     monkeypatch.setattr(pipe.model, "purify", lambda x, **options: seen.append(options) or purify(x, **options))
-    options = {"mode": "interpolate", "overlap": 0.5, "window_batch_size": 2}
+    options = {"mode": "interpolate", "overlap": 0.5, "window_batch_size": 2, "strength": 1.2}
     pipe(picture(0), **options)
     made = ImagePurificationPipeline(pipe.model, task=TASK, return_difference=True, **options)
     assert set(made(picture(0))) == {"purified", "difference"}
@@ -178,7 +178,13 @@ def test_what_is_wrong_is_named(pipe, tmp_path):
         pipe([[picture(0)]])
     with pytest.raises(TypeError, match="windows: no such option of image-purification; there are .*window_batch_size"):
         pipe(picture(0), windows=3)
-    for options in ({"difference_factor": 0}, {"mode": "best"}, {"overlap": 1}, {"window_batch_size": 0}):
+    for options in (
+        {"difference_factor": 0},
+        {"mode": "best"},
+        {"overlap": 1},
+        {"window_batch_size": 0},
+        {"strength": -1},
+    ):
         with pytest.raises(ValueError, match=next(iter(options))):
             pipe(picture(0), **options)
     with pytest.raises(ValueError, match="model: Linear is not a purifier"):

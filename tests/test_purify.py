@@ -160,6 +160,34 @@ def test_bfloat16():
     assert model.purify(pixels.bfloat16()).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("mode", ["windows", "interpolate"])
+@pytest.mark.parametrize("size", [(16, 16), (20, 30)])
+def test_strength_multiplies_the_correction(size, mode):
+    model, pixels = build(), torch.rand(2, 3, *size)
+    correction = model.purify(pixels, mode=mode) - pixels
+    assert correction.abs().max() > 0.01
+    for strength in (0, 0.5, 1.3):
+        expected = (pixels + strength * correction).clamp(0, 1)
+        torch.testing.assert_close(model.purify(pixels, mode=mode, strength=strength), expected)
+    assert torch.equal(model.purify(pixels, mode=mode, strength=0), pixels)
+    assert model.purify(pixels, mode=mode, strength=100).aminmax() == (0, 1)
+    stronger = build(purify_strength=1.3)
+    assert torch.equal(stronger.purify(pixels, mode=mode), model.purify(pixels, mode=mode, strength=1.3))
+    assert torch.equal(stronger.purify(pixels, mode=mode, strength=1), model.purify(pixels, mode=mode))
+
+
+def test_strength_multiplies_the_gradient_and_keeps_the_dtype():
+    model, pixels = build(perturb=0.02), 0.4 + 0.2 * torch.rand(1, 3, 20, 20)
+    gradients = []
+    for strength in (0.0, 1.0, 2.0):
+        leaf = pixels.clone().requires_grad_()
+        gradients.append(torch.autograd.grad(model.purify(leaf, strength=strength).square().sum(), leaf)[0])
+    assert torch.equal(gradients[0], 2 * pixels)  # the image itself
+    assert not torch.equal(gradients[1], gradients[2])
+    half = build().bfloat16()
+    assert half.purify(pixels.bfloat16(), strength=1.3).dtype == torch.bfloat16
+
+
 def test_masked_purification_follows_the_generator():
     model, pixels = build(), torch.rand(1, 3, 20, 30)
     draws = [model.purify(pixels, mask_ratio=0.5, generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2)]
@@ -179,6 +207,9 @@ def test_masked_purification_follows_the_generator():
         (torch.rand(1, 3, 20, 20), {"overlap": 1.0}, "overlap"),
         (torch.rand(1, 3, 20, 20), {"window_batch_size": 0}, "window_batch_size"),
         (torch.rand(1, 3, 20, 20), {"mask_ratio": 1}, "mask_ratio"),
+        (torch.rand(1, 3, 16, 16), {"strength": -0.1}, "strength"),
+        (torch.rand(1, 3, 20, 20), {"strength": float("inf")}, "strength"),
+        (torch.rand(1, 3, 20, 20), {"strength": float("nan")}, "strength"),
     ],
 )
 def test_arguments_are_checked(pixels, arguments, message):

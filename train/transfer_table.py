@@ -20,7 +20,7 @@ from maep_hf.evaluation.tables import percent
 from maep_hf.figures import new_figure, save_figure
 
 Domain = tuple[str, str]
-TAKEN = ("mode", "overlap", "scale")  # options of how images larger than a window are taken
+TAKEN = ("mode", "overlap", "scale", "strength")  # options of how images are purified
 
 
 def domains(records: Sequence[Mapping[str, Any]]) -> dict[Domain, list[Result]]:

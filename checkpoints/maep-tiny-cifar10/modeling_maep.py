@@ -497,6 +497,7 @@ class MAEPModel(MAEPPreTrainedModel):
         window_batch_size: int | None = None,
         mask_ratio: float = 0.0,
         generator: torch.Generator | None = None,
+        strength: float | None = None,
     ) -> torch.Tensor:
         """Purify images of any height and width, in training mode as in evaluation mode: nothing is masked unless
         asked, and dropout is off. Differentiable; gradients are recorded unless the caller switches them off.
@@ -517,14 +518,17 @@ class MAEPModel(MAEPPreTrainedModel):
                 configuration.
             mask_ratio: Share of each window's patches to hide.
             generator: Draws that mask.
+            strength: Factor on the correction, finite and not negative; pixels are cut off at 0 and 1 after it. More
+                than 1 where the purifier corrects too little, on images unlike those of its training. Default:
+                `config.purify_strength`.
 
         Returns:
             Tensor of the shape and dtype of `pixel_values`, in [0, 1].
 
         Raises:
             TypeError: `pixel_values` is not a tensor.
-            ValueError: wrong shape, dtype or range of `pixel_values`, unknown mode, overlap or batch size out of
-                range.
+            ValueError: wrong shape, dtype or range of `pixel_values`, unknown mode, overlap, batch size or strength out
+                of range.
         """
         self._check_pixels(pixel_values, any_size=True)
         mode = self.config.purify_mode if mode is None else mode
@@ -539,8 +543,10 @@ class MAEPModel(MAEPPreTrainedModel):
             limit = max(1, PIXELS_AT_ONCE.get(pixel_values.device.type, PIXELS_AT_ONCE_ELSEWHERE) // size**2)
         if limit < 1:
             raise ValueError(f"window_batch_size={window_batch_size} must be at least 1.")
-        exporting = _is_exporting()
-        if not exporting and not len(pixel_values):
+        strength = self.config.purify_strength if strength is None else strength
+        if not 0 <= strength < math.inf:
+            raise ValueError(f"strength={strength} must be a finite number, not negative.")
+        if not _is_exporting() and not len(pixel_values):
             return pixel_values.clone()
         if not torch.compiler.is_compiling():
             low, high = pixel_values.detach().aminmax()
@@ -564,16 +570,20 @@ class MAEPModel(MAEPPreTrainedModel):
         if torch.jit.is_tracing():  # tensors there, and the trace is of this size alone
             height, width = int(height), int(width)
         if (height, width) == (size, size):
-            if exporting:
-                return run(pixel_values)
-            parts = [run(part) for part in pixel_values.split(limit)]
-            return parts[0] if len(parts) == 1 else torch.cat(parts)
-        if mode == "interpolate":
+            parts = [run(part) for part in ([pixel_values] if _is_exporting() else pixel_values.split(limit))]
+            purified = parts[0] if len(parts) == 1 else torch.cat(parts)
+        elif mode == "interpolate":
             patch = self.config.patch_size
             padded = _extend(pixel_values, -(-height // patch) * patch, -(-width // patch) * patch)
-            return run(padded, interpolate=True)[:, :, :height, :width]
-        grid = MAEPWindows(height, width, size, overlap, pixel_values.device, pixel_values.dtype)
-        return self._purify_windows(grid, pixel_values, limit, run)
+            purified = run(padded, interpolate=True)[:, :, :height, :width]
+        else:
+            grid = MAEPWindows(height, width, size, overlap, pixel_values.device, pixel_values.dtype)
+            purified = self._purify_windows(grid, pixel_values, limit, run)
+        if strength == 1:
+            return purified
+        wide = torch.promote_types(purified.dtype, torch.float32)
+        corrected = torch.lerp(pixel_values.to(wide), purified.to(wide), float(strength))
+        return corrected.clamp(0, 1).to(purified.dtype)
 
     def _purify_windows(
         self, grid: "MAEPWindows", image: torch.Tensor, limit: int, run: Callable[[torch.Tensor], torch.Tensor]

@@ -60,6 +60,7 @@ class EvaluationArguments:
         eot_samples: passes that gradients are averaged over, for a randomised purifier.
         mode, overlap: of windows, for images of another size than the purifier's; for the purifiers that have them,
             `source_purifier` among them.
+        strength: factor on the correction, for the same purifiers.
         scale: purify images resized by this factor, see [`RescaledPurifier`].
         source_classifier, source_purifier: the surrogate pipeline of the threat model `transfer`.
         checks, check_images: gradient-masking checks of adaptive threat models.
@@ -89,6 +90,7 @@ class EvaluationArguments:
     eot_samples: int = 1
     mode: str | None = None
     overlap: float | None = None
+    strength: float | None = None
     scale: float = 1.0
     source_classifier: str | None = None
     source_purifier: str | None = None
@@ -126,7 +128,7 @@ def run_evaluation(args: EvaluationArguments, console: Console | None = None) ->
     models = {name: _load_purifier(name, args, device) for name in args.purifiers}  # all, before hours go by
     before = args.source_purifier or NONE  # the surrogate pipeline's, which takes images as the purifiers do
     sources = {before: _load_purifier(before, args, device)} if args.source_classifier else {}
-    options = _window_options(args, models | sources)
+    options = _purify_options(args, models | sources)
     source = None
     if args.source_classifier:
         surrogate = load_frozen_classifier(args.source_classifier)
@@ -197,9 +199,9 @@ def _combinations(args: EvaluationArguments, console: Console | None) -> list[tu
     return found
 
 
-def _window_options(args: EvaluationArguments, purifiers: Mapping[str, Any]) -> dict[str, dict[str, Any] | None]:
-    """`mode` and `overlap` for each purifier that has them: a defence or a peer works without windows."""
-    given = {name: getattr(args, name) for name in ("mode", "overlap") if getattr(args, name) is not None}
+def _purify_options(args: EvaluationArguments, purifiers: Mapping[str, Any]) -> dict[str, dict[str, Any] | None]:
+    """`mode`, `overlap` and `strength` for each purifier that has them: a defence or a peer works without."""
+    given = {name: getattr(args, name) for name in ("mode", "overlap", "strength") if getattr(args, name) is not None}
     found: dict[str, dict[str, Any] | None] = {}
     for name, purifier in purifiers.items():
         while isinstance(purifier, RescaledPurifier | RandomisedPurifier):  # they hand options on
