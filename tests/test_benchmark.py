@@ -529,6 +529,16 @@ def test_adapters_are_known_by_their_settings():
     assert fingerprint(first) == known
 
 
+def test_another_strength_is_another_purifier():
+    purifier = tiny_purifier()
+    known, found = fingerprint(purifier), []
+    for strength in (1, 1.0, 1.3):
+        purifier.config.purify_strength = strength
+        found.append(fingerprint(purifier))
+    del purifier.config.purify_strength  # as the field was not there when the release's records were made
+    assert found[:2] == [known, known] == [fingerprint(purifier)] * 2 and found[2] != known
+
+
 def test_gray_box_images_are_attacked_once_for_all_purifiers(classifier, images, tmp_path):
     first = benchmark(classifier, Spy(0.01), images, out=tmp_path, **PGD)
     second = benchmark(classifier, Spy(0.02), images, out=tmp_path, **PGD)

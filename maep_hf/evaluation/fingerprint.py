@@ -41,6 +41,8 @@ _UNSAID = (
     "dtype",
     "torch_dtype",
 )
+_LATER = {"purify_strength": 1.0}
+"""Fields that configurations had not when records were made, with the value that changes nothing."""
 _OWN_PACKAGE = __name__.partition(".")[0]
 _FROM_THE_HUB = "transformers_modules"
 """Where transformers puts code that comes with weights: it is of their revision."""
@@ -85,6 +87,7 @@ def _settings(module: nn.Module, seen: Seen) -> str:
     config = getattr(module, "config", None)
     if hasattr(config, "to_diff_dict"):  # without the folder and the library's version, which say nothing of the output
         kept = {key: value for key, value in config.to_diff_dict().items() if key not in _UNSAID}
+        kept = {key: value for key, value in kept.items() if key not in _LATER or value != _LATER[key]}
         parts.append(json.dumps(kept, sort_keys=True, default=str))
     spec = getattr(getattr(module, "preprocessing", None), "spec", None)
     if spec is not None:
