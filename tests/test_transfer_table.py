@@ -46,6 +46,14 @@ def test_across_domains_one_line_a_purifier_under_each_domains_first_attack():
     assert "interpolate" not in "".join(lines)
 
 
+def test_another_strength_is_another_line_across_domains():
+    stronger = [made(45.0, strength=1.3), made(70.0, dataset="cifar10", strength=1.3)]
+    stronger.append(made(44.0, "adapted", strength=2))  # in one domain: no comparison
+    _, figures = transfer_table.across(transfer_table.domains([*RECORDS, *stronger]))
+    assert list(figures) == ["maep", "adapted", "maep, strength 1.3"]
+    assert figures["maep, strength 1.3"] == [(90.0, 45.0), (90.0, 70.0)]
+
+
 def of_weights(mark, one):
     one["protocol"]["purifier"] |= {"fingerprint": mark * 16}
     return one | {"key": one["key"] + mark}

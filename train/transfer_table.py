@@ -2,8 +2,8 @@
 
 python train/transfer_table.py checkpoints/transfer     # reads results.jsonl, writes transfer.md and transfer.png
 
-One table a domain (dataset and classifier): every purifier and every way to take large images, with the accuracy,
-picture quality and time of each; and one table across domains, trained on A and used on B.
+One table a domain (dataset and classifier): every purifier, every way to take large images and every strength, with the
+accuracy, picture quality and time of each; and one table across domains, trained on A and used on B.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from maep_hf.evaluation.tables import percent
 from maep_hf.figures import new_figure, save_figure
 
 Domain = tuple[str, str]
-TAKEN = ("mode", "overlap", "scale", "strength")  # options of how images are purified
+STRENGTH = "strength"
+TAKEN = ("mode", "overlap", "scale", STRENGTH)  # options of how images are purified
 
 
 def domains(records: Sequence[Mapping[str, Any]]) -> dict[Domain, list[Result]]:
@@ -98,12 +99,14 @@ def compared(found: Mapping[Domain, Sequence[Result]]) -> dict[Domain, Sequence[
 
 def across(found: Mapping[Domain, Sequence[Result]]) -> tuple[list[str], dict[str, list[tuple[float, float] | None]]]:
     """The attack that all of a domain's purifiers were measured under (its first), for those measured in several
-    domains: lines of the table, and for each purifier its (purified clean, robust) percentages by domain."""
+    domains, of whatever strength: lines of the table, and for each its (purified clean, robust) percentages by domain.
+    """
     everywhere: dict[str, dict[Domain, Mapping[str, Any]]] = {}
     attacks = {domain: rows[0].attack for domain, rows in found.items()}
     for domain, rows in found.items():
         for result in rows:
-            if result.attack == attacks[domain] and not result.record["protocol"]["purifier"]["options"]:
+            options = result.record["protocol"]["purifier"]["options"]
+            if result.attack == attacks[domain] and options.keys() <= {STRENGTH}:
                 everywhere.setdefault(result.purifier, {})[domain] = result.record
     kept = {name: by for name, by in everywhere.items() if len(by) > 1}
     header = ["purifier"] + [
