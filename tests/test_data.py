@@ -274,6 +274,42 @@ def test_split_that_a_saved_dataset_lacks(sources):
         load_image_dataset(str(sources["saved_dict"]), "dev")
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("kind", ["parquet", "folder", "saved", "saved_dict", "embedded"])
+def test_slices_of_splits(sources, kind, streaming):
+    source, count = ("embedded:cifar10", 20) if kind == "embedded" else (str(sources[kind]), 24)
+    if streaming and kind in ("parquet", "folder"):
+        with pytest.raises(DataError, match=r"split='train\[:50%\]': a stream has no slices; leave streaming out"):
+            load_image_dataset(source, "train[:50%]", streaming=True)
+        return
+    every = [image.tobytes() for image in pixels(load_image_dataset(source))]
+
+    def rows(split: str) -> list[int]:
+        found = pixels(load_image_dataset(source, split, streaming=streaming))
+        return [every.index(image.tobytes()) for image in found]
+
+    assert rows("train[:50%]") + rows("train[50%:]") == list(range(count))
+    assert rows("train[:3]+train[-2:]") == [0, 1, 2, count - 2, count - 1]
+    with pytest.raises(DataError, match=r"train\[5:2\].*no images"):
+        rows("train[5:2]")
+    with pytest.raises(DataError, match=r"train\[0\.5:\]"):
+        rows("train[0.5:]")
+    with pytest.raises(DataError, match="other"):
+        rows("train[:50%]+other[:2]")
+
+
+def test_a_slice_that_was_saved_is_not_cut_again(sources, tmp_path, caplog):
+    datasets.load_dataset(str(sources["folder"]), split="train[:50%]").save_to_disk(tmp_path)
+    assert len(load_image_dataset(str(tmp_path), "train[:50%]")) == 12 and not caplog.text
+    assert len(load_image_dataset(str(tmp_path), "train")) == 12 and "saved as one split" in caplog.text
+
+
+def test_splits_are_added_up_across_a_saved_dataset(sources):
+    assert len(load_image_dataset(str(sources["saved_dict"]), "train[20:]+test[:2]")) == 6
+    read = read_images(load_image_dataset(str(sources["saved_dict"]), "test[:4]"), image_size=8)
+    assert read.labels.tolist() == [0, 1, 2, 0]
+
+
 def test_missing_validation_split_names_its_argument(sources):
     arguments = DataArguments(dataset=str(sources["folder"]), validation_split="dev")
     with pytest.raises(DataError, match="'dev'.*validation_split"):
