@@ -118,7 +118,8 @@ def make_pairs(args: PairsArguments, attack: AttackArguments) -> Path:
     Raises:
         maep_hf.data.DataError: the dataset cannot be read, has no usable labels, or none of its images can be decoded.
         RunFolderError: the folder cannot be written, holds something else, or pairs made with other arguments.
-        OSError, ValueError: a surrogate that cannot be loaded, or shares and ranges that make no mixture.
+        OSError, ValueError: a surrogate that cannot be loaded, or whose logits or gradients are not finite, or shares
+            and ranges that make no mixture.
     """
     if attack.pgd_l2:
         raise ValueError(
@@ -250,9 +251,8 @@ class _Attacker:
         parameters = AttackParameters.from_batch(batch)
         labels = batch["labels"] if self.true_labels else None
         with torch.backends.cudnn.flags(deterministic=True, benchmark=False):
-            adversarial = perturb(self.surrogates, batch["pixel_values"], labels, parameters).cpu()
-        if not adversarial.isfinite().all():
-            raise ValueError("surrogates: a classifier's gradient is not finite, its images cannot be attacked")
+            attacked = perturb(self.surrogates, batch["pixel_values"], labels, parameters, self.args.surrogates)
+        adversarial = attacked.cpu()
         clean = torch.stack([sample["pixel_values"] for sample in samples])
         # From pixel units back to the number that was drawn: a radius of 8 must not become 7.9999998 and round to 7.
         eps = (parameters.eps.cpu().double() * 255).round(decimals=5)

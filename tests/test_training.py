@@ -26,7 +26,7 @@ from running import (
     words,
 )
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor
 
 from maep_hf import MAEPConfig, MAEPImageProcessor, MAEPModel, PixelClassifier, load_classifier
@@ -573,6 +573,18 @@ def test_divergence_names_step_and_fixes(options, tmp_path):
     wild = {"optimizer": "sgd", "learning_rate": 1e30, "max_grad_norm": 0, "warmup_steps": 0}
     with pytest.raises(NonFiniteLossError, match="loss is not finite at step [234];.*learning_rate.*warmup_steps"):
         run("finetune", options(tmp_path / "run", **wild))
+
+
+def test_a_surrogate_that_cannot_be_attacked_is_named(task_of, classifier_folder, tmp_path):
+    broken = shutil.copytree(classifier_folder, tmp_path / "broken") / "model.safetensors"
+    weights = load_file(broken)
+    save_file(weights | {"classifier.bias": weights["classifier.bias"] * np.nan}, broken, metadata={"format": "pt"})
+    task = task_of(surrogates=[classifier_folder, tmp_path / "broken"])
+    with pytest.raises(ValueError, match="logits or gradients of .*broken are not finite.*give other surrogates"):
+        batch_of(task)
+    task = task_of(surrogates=[tmp_path / "broken"], attack_labels="predicted")
+    with pytest.raises(ValueError, match="logits or gradients of .*broken are not finite.*give other surrogates"):
+        task.evaluate(task.model.eval())
 
 
 def test_an_infinite_gradient_is_never_saved(options, tmp_path, monkeypatch):

@@ -290,7 +290,8 @@ class PurificationTask(Task):
             batch["attacked"] = batch["adversarial_pixel_values"]  # a stored dataset has its own share of clean pairs
         else:
             parameters = AttackParameters.from_batch(batch)
-            batch["attacked"] = perturb(self.surrogates, clean, self._labels(batch), parameters)
+            names = self.arguments.surrogates
+            batch["attacked"] = perturb(self.surrogates, clean, self._labels(batch), parameters, names)
         if self.arguments.guided:
             with torch.no_grad():
                 batch["clean_values"] = self._guide_values(clean, batch["guidance_surrogate"])
@@ -393,7 +394,8 @@ class PurificationTask(Task):
             else:
                 self._warn_of_labels(100 * (predicted == labels).float().mean().item())
             pairs = zip(clean.split(self._images_at_once), labels.split(self._images_at_once), strict=True)
-            attacked = [pgd(self.surrogates[0], x, y, seed=i, **VALIDATION_ATTACK) for i, (x, y) in enumerate(pairs)]
+            options = VALIDATION_ATTACK | {"name": self.arguments.surrogates[0]}
+            attacked = [pgd(self.surrogates[0], x, y, seed=i, **options) for i, (x, y) in enumerate(pairs)]
             self._validation = {"clean": clean, "labels": labels, "attacked": torch.cat(attacked)}
         return self._validation
 
