@@ -202,6 +202,7 @@ def load_image_dataset(
     adversarial_column: str | None = None,
     streaming: bool = False,
     max_images: int | None = None,
+    columns_where_found: bool = False,
 ) -> ImageDataset:
     """Load images from the Hub, a folder (images or parquet), a parquet file, a saved dataset, or `embedded:cifar10`.
 
@@ -215,6 +216,8 @@ def load_image_dataset(
         adversarial_column: column of attacked images (a stored pairs dataset); `adversarial_image` is found by itself.
         streaming: read without downloading first.
         max_images: keep only the first so many images.
+        columns_where_found: column names may be those of another dataset; where this one has none of the name, it is
+            as if none was given.
 
     Raises:
         DataError: the source cannot be reached or read, it has no such split or column, or a slice of it is streamed.
@@ -232,6 +235,10 @@ def load_image_dataset(
         rows = rows.take(max_images) if streaming else rows.select(range(min(max_images, len(rows))))
     if not streaming and len(rows) == 0:
         raise DataError(f"dataset={source!r}, split={split!r}: there are no images in it")
+    if columns_where_found:
+        rows = rows if rows.features is not None else rows._resolve_features()
+        named = (image_column, label_column, adversarial_column)
+        image_column, label_column, adversarial_column = (name if name in rows.features else None for name in named)
     found = _with_columns(rows, source, image_column, label_column, adversarial_column, streaming)
     found.origin = repr((source, split, config_name, max_images))
     return found

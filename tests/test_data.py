@@ -27,6 +27,7 @@ from maep_hf.data import (
 from maep_hf.evaluation import EvaluationImages, read_images
 from maep_hf.evaluation.images import _count_labels
 from maep_hf.training import Augmentation, DataArguments, PositionedImages, StreamedImages
+from maep_hf.training import arguments as arguments_module
 
 
 def test_names_of_classes_are_the_same_in_other_letters():
@@ -224,6 +225,45 @@ def test_validation_on_other_classes_is_refused(sources, tmp_path, names, refuse
         with pytest.raises(DataError, match=f"validation_dataset=.*names {len(names)} classes.*align_labels_with"):
             arguments.load()
     arguments.load(labelled=not refused)  # other classes do no harm where labels are not used
+
+
+def test_named_columns_are_those_of_the_validation_dataset_that_has_them(tmp_path):
+    rows = image_rows(6).cast_column("label", datasets.Value("int64"))
+    two = rows.add_column("mask", list(rows.cast_column("image", datasets.Image(decode=False))["image"]))
+    two = two.cast_column("mask", datasets.Image())
+    two.rename_column("label", "category").save_to_disk(tmp_path / "train")
+    rows.rename_column("label", "category").save_to_disk(tmp_path / "named")
+    rows.save_to_disk(tmp_path / "other")
+    two.save_to_disk(tmp_path / "two")
+    for streaming in (False, True):
+        for name, label in (("train", "category"), ("named", "category"), ("other", "label"), ("two", "label")):
+            arguments = DataArguments(
+                dataset=str(tmp_path / "train"), validation_dataset=str(tmp_path / name), validation_split="train",
+                image_column="image", label_column="category", streaming=streaming,
+            )  # fmt: skip
+            train_data, own = arguments.load()
+            assert (train_data.label_column, own.image_column, own.label_column) == ("category", "image", label)
+    with pytest.raises(DataError, match="label_column='category' is not in"):  # of the dataset itself it must be there
+        DataArguments(dataset=str(tmp_path / "two"), image_column="image", label_column="category").load()
+
+
+def test_a_validation_dataset_has_a_configuration_of_its_own(monkeypatch, image_folder):
+    asked, load = [], arguments_module.load_image_dataset
+
+    def spied(*args, config_name, **more):
+        asked.append(config_name)
+        return load(*args, **more)
+
+    monkeypatch.setattr(arguments_module, "load_image_dataset", spied)
+    folder = str(image_folder)
+    DataArguments(dataset=folder, validation_dataset=folder, dataset_config="a", validation_config="b").load()
+    DataArguments(dataset=folder, validation_dataset=folder, dataset_config="a").load()
+    DataArguments(dataset=folder, dataset_config="a").load()
+    assert asked == ["a", "b", "a", None, "a", "a"]
+    with pytest.raises(ValueError, match="validation_config='b'.*dataset_config"):
+        DataArguments(validation_config="b")
+    with pytest.raises(ValueError, match="max_train_images=0: must be at least 1"):
+        DataArguments(max_train_images=0)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
