@@ -283,6 +283,13 @@ def load_adapter(
     return model
 
 
+def base_dtype(source: str, revision: str | None = None) -> torch.dtype | None:
+    """The one in which an adapter's base was while it was trained, which need not be the stored one; `None` where it is
+    not recorded."""
+    found = getattr(torch, (_read_base_record(source, revision) or {}).get("dtype", ""), None)
+    return found if isinstance(found, torch.dtype) else None
+
+
 def _adapters(model: nn.Module) -> Mapping[str, PeftConfig]:
     """Adapters by name, also those that a `MAEPModel` loaded by itself."""
     return getattr(model, "peft_config", None) or {}

@@ -95,12 +95,13 @@ def _adapter_config(source: str, revision: str | None) -> PeftConfig:
 
 
 def _load_adapted(source: str, config: PeftConfig, revision: str | None) -> MAEPModel:
-    from .adaptation import load_adapter, merge_adapter
+    from .adaptation import base_dtype, load_adapter, merge_adapter
 
     base = config.base_model_name_or_path
     if not base:
         raise ValueError(f"purifier: the adapter in {source} does not say its base model (base_model_name_or_path)")
-    adapted = load_adapter(_load_whole(base_folder(source, base) or base, None, None), source, revision=revision)
+    whole = _load_whole(base_folder(source, base) or base, base_dtype(source, revision), None)
+    adapted = load_adapter(whole, source, revision=revision)
     return merge_adapter(adapted).eval().requires_grad_(False)
 
 

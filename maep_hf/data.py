@@ -202,24 +202,28 @@ def load_image_dataset(
     adversarial_column: str | None = None,
     streaming: bool = False,
     max_images: int | None = None,
+    columns_where_found: bool = False,
 ) -> ImageDataset:
     """Load images from the Hub, a folder (images or parquet), a parquet file, a saved dataset, or `embedded:cifar10`.
 
     Args:
         source: Hub id (`uoft-cs/cifar10`), path, or one of `embedded:cifar10`, `embedded:imagenet`.
-        split: split name; a single parquet file is that split by itself.
+        split: split name, also sliced or added up as datasets does (`train[:50%]`, `train[:100]+test`), which a stream
+            does not take unless it is one of a saved dataset; a single parquet file is that split by itself.
         image_column, label_column: column names; found by feature type and usual names when `None`. Images may be
             image features, encoded bytes, or `{bytes, path}`; labels are class indices, in a column of a usual name
             or else in the only one with named classes.
         adversarial_column: column of attacked images (a stored pairs dataset); `adversarial_image` is found by itself.
         streaming: read without downloading first.
         max_images: keep only the first so many images.
+        columns_where_found: column names may be those of another dataset; where this one has none of the name, it is
+            as if none was given.
 
     Raises:
-        DataError: the source cannot be reached or read, or it has no such split or column.
+        DataError: the source cannot be reached or read, it has no such split or column, or a slice of it is streamed.
     """
     if source in EMBEDDED_DATASETS:
-        rows = _embedded_rows(EMBEDDED_DATASETS[source])
+        rows = _take_split(_embedded_rows(EMBEDDED_DATASETS[source]), source, split)
         rows = rows.to_iterable_dataset() if streaming else rows
     elif source.startswith("embedded:"):
         raise DataError(f"dataset={source!r}: no such embedded dataset; there are {', '.join(EMBEDDED_DATASETS)}")
@@ -231,6 +235,10 @@ def load_image_dataset(
         rows = rows.take(max_images) if streaming else rows.select(range(min(max_images, len(rows))))
     if not streaming and len(rows) == 0:
         raise DataError(f"dataset={source!r}, split={split!r}: there are no images in it")
+    if columns_where_found:
+        rows = rows if rows.features is not None else rows._resolve_features()
+        named = (image_column, label_column, adversarial_column)
+        image_column, label_column, adversarial_column = (name if name in rows.features else None for name in named)
     found = _with_columns(rows, source, image_column, label_column, adversarial_column, streaming)
     found.origin = repr((source, split, config_name, max_images))
     return found
@@ -295,20 +303,15 @@ def _load_rows(source: str, split: str, config_name: str | None, streaming: bool
         if path.is_file():
             if path.suffix != ".parquet":
                 raise DataError(f"dataset={source!r}: a single file must be .parquet; give a folder for images")
-            return datasets.load_dataset("parquet", data_files={split: str(path)}, split=split, streaming=streaming)
+            name = _one_split(source, split)
+            _refuse_streamed_slice(source, split, streaming)
+            return datasets.load_dataset("parquet", data_files={name: str(path)}, split=split, streaming=streaming)
         if path.is_dir() and any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
             saved = datasets.load_from_disk(str(path))
-            if isinstance(saved, datasets.DatasetDict):
-                if split not in saved:
-                    raise DataError(f"split={split!r} is not in {source!r}; it has {', '.join(saved)}")
-                saved = saved[split]
-            elif saved.split is not None and str(saved.split) != split:
-                logger.warning(
-                    "dataset=%r: it was saved as one split, %r by its record, and is taken for %r", source,
-                    str(saved.split), split,
-                )  # fmt: skip
+            saved = _take_split(saved, source, split)
             saved = saved.with_format(None)  # one that it was saved with would leave out columns, or make tensors
             return saved.to_iterable_dataset() if streaming else saved
+        _refuse_streamed_slice(source, split, streaming)
         name = str(path.resolve()) if path.is_dir() else source
         rows = datasets.load_dataset(name, config_name, split=split, streaming=streaming)
         if path.is_dir() and not any(map(_is_image, (rows.features or {"": None}).values())) and _has_pictures(path):
@@ -325,6 +328,77 @@ def _load_rows(source: str, split: str, config_name: str | None, streaming: bool
             "Without the Hub, give local data: --dataset FOLDER with train/test images or parquet files, "
             "--dataset FILE.parquet, or --dataset embedded:cifar10 for the 20 images that come with foolbox."
         ) from error
+
+
+def _read_instruction(source: str, split: str) -> tuple[Any, list[Any]]:
+    """datasets' own reading of a split, and its parts, each with a `splitname` and the ends `from_` and `to`, or none.
+
+    Raises:
+        DataError: it is not the name of a split, nor slices of some.
+    """
+    import datasets
+
+    try:
+        instruction = datasets.ReadInstruction.from_spec(split)
+    except (ValueError, AssertionError) as error:
+        raise DataError(
+            f"dataset={source!r}, split={split!r} is no split: {error}; give a name such as train, or a slice such as "
+            "train[:50%] or train[100:200]"
+        ) from error
+    return instruction, instruction._relative_instructions  # nothing public tells the names
+
+
+def _one_split(source: str, split: str) -> str:
+    """The name of the one split that `split` is, or is slices of."""
+    names = {part.splitname for part in _read_instruction(source, split)[1]}
+    if len(names) > 1:
+        raise DataError(
+            f"dataset={source!r}, split={split!r} is made of {len(names)} splits, and this dataset is one: name one"
+        )
+    return names.pop()
+
+
+def _refuse_streamed_slice(source: str, split: str, streaming: bool) -> None:
+    if streaming and "[" in split:  # in no name of a split
+        raise DataError(
+            f"dataset={source!r}, split={split!r}: a stream has no slices; leave streaming out, name a whole split, or "
+            "take its first images by their number (--max_train_images, --max-images)"
+        )
+
+
+def _take_split(saved: Any, source: str, split: str) -> Any:
+    """A split, or slices of some, of a `DatasetDict`, or of a `Dataset` that is one split as a whole.
+
+    Raises:
+        DataError: there is no such split, or no row in these slices.
+    """
+    import datasets
+
+    if isinstance(saved, datasets.DatasetDict):
+        if split in saved:
+            return saved[split]
+        splits = dict(saved)
+    elif saved.split is not None and str(saved.split) == split:  # a slice too, where one was saved
+        return saved
+    else:
+        name = _one_split(source, split)
+        if saved.split is not None and str(saved.split) != name:
+            logger.warning(
+                "dataset=%r: it was saved as one split, %r by its record, and is taken for %r", source,
+                str(saved.split), name,
+            )  # fmt: skip
+        splits = {name: saved}
+    instruction, parts = _read_instruction(source, split)
+    if any(part.splitname not in splits for part in parts):
+        raise DataError(f"split={split!r} is not in {source!r}; it has {', '.join(splits)}")
+    taken = [
+        rows if (part.from_, part.to) == (0, len(rows)) else rows.select(range(part.from_, part.to))
+        for part in instruction.to_absolute({name: len(rows) for name, rows in splits.items()})
+        for rows in [splits[part.splitname]]
+    ]
+    if not any(map(len, taken)):
+        raise DataError(f"dataset={source!r}, split={split!r}: there are no images in it")
+    return taken[0] if len(taken) == 1 else datasets.concatenate_datasets(taken)
 
 
 def _has_pictures(folder: Path) -> bool:

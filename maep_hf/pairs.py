@@ -7,7 +7,6 @@ missing shard, and on the same machine the result is byte for byte that of a run
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import logging
@@ -37,7 +36,7 @@ from .classifier_sources import match_classes
 from .data import DataError, ImageDataset, decode_image, expect_classes, load_image_dataset
 from .devices import pick_device
 from .records import describe_environment, write_json
-from .tensors import tensor_bytes
+from .tensors import weights_fingerprint
 from .training.run_folder import RunFolder, RunFolderError
 from .training.samples import DECODE_ERRORS, Augmentation, collate
 from .training.stages import AttackArguments, load_surrogates
@@ -87,7 +86,7 @@ class PairsArguments:
     overwrite_output_dir: bool = field(default=False, metadata={"help": "start over in a folder that holds pairs"})
 
     def __post_init__(self) -> None:
-        for name in ("copies", "batch_size", "shard_images", "image_size"):
+        for name in ("copies", "batch_size", "shard_images", "image_size", "max_train_images"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value}: must be at least 1")
@@ -118,7 +117,8 @@ def make_pairs(args: PairsArguments, attack: AttackArguments) -> Path:
     Raises:
         maep_hf.data.DataError: the dataset cannot be read, has no usable labels, or none of its images can be decoded.
         RunFolderError: the folder cannot be written, holds something else, or pairs made with other arguments.
-        OSError, ValueError: a surrogate that cannot be loaded, or shares and ranges that make no mixture.
+        OSError, ValueError: a surrogate that cannot be loaded, or whose logits or gradients are not finite, or shares
+            and ranges that make no mixture.
     """
     if attack.pgd_l2:
         raise ValueError(
@@ -144,9 +144,11 @@ def make_pairs(args: PairsArguments, attack: AttackArguments) -> Path:
     surrogates = load_surrogates(args.surrogates)
     attacker = _Attacker(args, dataset, surrogates, mixture)
     arguments = {"pairs": asdict(args), "attack": asdict(attack)}
-    data = {"dataset": dataset.fingerprint, "surrogates": [_fingerprint(model) for model in surrogates]}
+    data = {"dataset": dataset.fingerprint, "surrogates": [weights_fingerprint(model) for model in surrogates]}
     if args.overwrite_output_dir:
-        for stale in (folder.path / "data", folder.path / UNFINISHED):
+        doomed = [path for path in (folder.path / "data", folder.path / UNFINISHED) if path.exists()]
+        folder.refuse_overwriting(arguments, doomed)
+        for stale in doomed:
             shutil.rmtree(stale, ignore_errors=True)
         folder.record.unlink(missing_ok=True)
     folder.prepare(arguments, data, checkpoint_bytes=0, kept=0, overwrite=False)
@@ -250,9 +252,8 @@ class _Attacker:
         parameters = AttackParameters.from_batch(batch)
         labels = batch["labels"] if self.true_labels else None
         with torch.backends.cudnn.flags(deterministic=True, benchmark=False):
-            adversarial = perturb(self.surrogates, batch["pixel_values"], labels, parameters).cpu()
-        if not adversarial.isfinite().all():
-            raise ValueError("surrogates: a classifier's gradient is not finite, its images cannot be attacked")
+            attacked = perturb(self.surrogates, batch["pixel_values"], labels, parameters, self.args.surrogates)
+        adversarial = attacked.cpu()
         clean = torch.stack([sample["pixel_values"] for sample in samples])
         # From pixel units back to the number that was drawn: a radius of 8 must not become 7.9999998 and round to 7.
         eps = (parameters.eps.cpu().double() * 255).round(decimals=5)
@@ -415,12 +416,3 @@ def _png(pixels: Tensor) -> dict[str, Any]:
     stream = io.BytesIO()
     PILImage.fromarray(pixels.permute(1, 2, 0).contiguous().numpy()).save(stream, "PNG")
     return {"bytes": stream.getvalue(), "path": None}
-
-
-def _fingerprint(model: PixelClassifier) -> str:
-    """Hash of the weights: a surrogate that was trained on in between makes other pairs."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor_bytes(tensor))
-    return digest.hexdigest()[:16]

@@ -158,6 +158,33 @@ def test_one_table_has_one_budget(start):
         start(rows="reference")
 
 
+def test_what_finished_before_its_row_was_changed_is_not_taken_for_it(start, monkeypatch):
+    def broken(*_):
+        raise OSError("no purifier")
+
+    with monkeypatch.context() as patch:  # a row that failed, or was killed, after its training
+        patch.setattr(ablation.Judge, "__call__", broken)
+        with pytest.raises(ValueError, match="reference-seed0"):
+            start(rows="reference")
+    start.table["finetune"]["guidance_weight"] = 0.3
+    refusal = "reference-seed0 holds a finished stage of other arguments .finetune.guidance_weight: 0.05 there, 0.3 now"
+    with pytest.raises(ValueError, match=refusal):
+        start(rows="reference")
+    start.table["finetune"]["guidance_weight"] = 0.05
+    start.table["pretrain"]["mask_ratio"] = 0.25
+    with pytest.raises(ValueError, match="finetune.model: '.*-seed0' there"):
+        start(rows="reference")
+    start.table["pretrain"]["mask_ratio"] = 0.5
+    (start.folder / "rows.jsonl").unlink()
+    with pytest.raises(ValueError, match="pretrain.max_steps: 1 there, 2 now|finetune.max_steps: 1 there, 2 now"):
+        start(rows="reference", max_steps=4)
+    moved = start.folder.rename(start.folder.with_name("moved"))
+    before = (moved / "reference-seed0" / "model.safetensors").stat().st_mtime_ns
+    (line,) = start("moved", rows="reference")
+    assert line["row"] == "reference"
+    assert (moved / "reference-seed0" / "model.safetensors").stat().st_mtime_ns == before
+
+
 def test_other_attacks_measure_finished_rows_again_without_training(start):
     start(rows="reference")
     before = (start.folder / "reference-seed0" / "model.safetensors").stat().st_mtime_ns

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from maep_hf import MAEPModel
 from maep_hf.adaptation import load_adapter, trainable_share
-from maep_hf.checkpoints import CheckpointError
+from maep_hf.checkpoints import CheckpointError, load_purifier
 from maep_hf.data import DataError
 from maep_hf.storage import store_weights
 from maep_hf.training import DataArguments, LoopArguments, parse_arguments
@@ -209,6 +209,17 @@ def test_an_adapter_is_trained_further(whole_run, options, tmp_path, purifier_fo
     last = [each for each in records(whole_run) if "validation" in each][-1]["validation"]
     assert first[1]["psnr_clean"] == pytest.approx(last["psnr_clean"], abs=1e-4) != first[0]["psnr_clean"]
     assert load_adapter(MAEPModel.from_pretrained(purifier_folder), folder / "adapter")
+    record = json.loads((folder / "run.json").read_text())["arguments"]
+    assert record["lora"]["lora_rank"] == 2 and record["lora"]["lora_alpha"] == 4  # its own, not what was asked for
+    assert record["adapt"]["lora_scope"] is None and len(record["lora"]["lora_targets"]) >= 1
+
+
+def test_an_adapter_of_a_base_in_16_bits_is_loaded_as_it_was_trained(options, tmp_path, caplog):
+    tiny_purifier().to(torch.bfloat16).save_pretrained(tmp_path / "stored")
+    folder = run("adapt_lora", options(tmp_path / "run", model=tmp_path / "stored", max_steps=2, eval_steps=2))
+    adapted, merged = load_purifier(folder / "adapter"), MAEPModel.from_pretrained(folder).state_dict()
+    assert "cannot be compared" not in caplog.text
+    assert all(torch.equal(value, merged[name]) for name, value in adapted.state_dict().items())
 
 
 def test_what_cannot_be_adapted_is_refused_before_anything_is_written(options, tmp_path, classifier_folder):

@@ -12,7 +12,7 @@ from running import assert_same_run, checkpoints, run, words
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from maep_hf import MAEPModel, pairs
+from maep_hf import MAEPModel
 from maep_hf.adaptation import (
     LINEAR_LAYERS,
     add_lora,
@@ -28,6 +28,7 @@ from maep_hf.adaptation import (
 )
 from maep_hf.checkpoints import CheckpointError, load_purifier
 from maep_hf.storage import store_weights
+from maep_hf.tensors import weights_fingerprint
 
 
 def adapted(model, **options):
@@ -725,9 +726,9 @@ def test_digests_of_weights_stay_what_records_hold():
             value.copy_((torch.arange(value.numel()) - index).reshape(value.shape) / 8)
         model[0].bias[0] = -0.0
     assert describe_base(model) == {"fingerprint": "b64cc9b9db4b2119", "dtype": "float32,int64"}
-    assert pairs._fingerprint(model) == "bcbf5ea4c6ce320b"
+    assert weights_fingerprint(model) == "bcbf5ea4c6ce320b"
     assert describe_base(model.half()) == {"fingerprint": "837cd619e247d34f", "dtype": "float16,int64"}
-    assert pairs._fingerprint(model) == "048006265f628120"
+    assert weights_fingerprint(model) == "048006265f628120"
 
 
 # --- stage 2: LoRA on the decoder ----------------------------------------------------------------------------------

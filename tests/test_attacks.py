@@ -95,6 +95,44 @@ def test_pgd_in_the_l2_norm_equals_foolbox(classifier, images):
     torch.testing.assert_close(perturb([classifier], images, LABELS, parameters), reference, atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("outside", [False, True])
+@pytest.mark.parametrize("guard", [torch.no_grad, torch.inference_mode])
+def test_attacks_inside_a_guard_of_gradients(classifier, images, guard, outside):
+    expected = pgd(classifier, images, LABELS, steps=3)
+    views = AttackMixture(clean=0, input_diversity=1.0)
+    batch = mixed_batch(6, views)
+    mixed = perturb([classifier], images, None, AttackParameters.from_batch(batch))
+    with guard():
+        made = images.clone(), LABELS.clone(), {key: value.clone() for key, value in batch.items()}
+        x, y, copied = (images, LABELS, batch) if outside else made
+        assert torch.equal(pgd(classifier, x, y, steps=3), expected)
+        assert torch.equal(perturb([classifier], x, None, AttackParameters.from_batch(copied)), mixed)
+    x, y, copied = made  # tensors of inference mode outside of it
+    assert torch.equal(pgd(classifier, x, y, steps=3), expected)
+    assert torch.equal(perturb([classifier], x, None, AttackParameters.from_batch(copied)), mixed)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_cannot_be_attacked_is_not_passed_for_attacked(classifier, images, bad):
+    def broken(pixels):
+        logits = classifier(pixels)
+        return logits + torch.where(pixels[:, :1, 0, 0] < 0.3, bad, 0.0)  # of single images alone
+
+    images[:, 0, 0, 0] = torch.tensor([0.5, 0.1, 0.6, 0.7, 0.2, 0.9])
+    parameters = AttackParameters.from_batch(mixed_batch(6, AttackMixture(clean=0, fgsm=1, num_surrogates=1)))
+    parameters.surrogate = torch.tensor([0, 1, 1, 0, 0, 1])
+    both = "logits or gradients of {} are not finite .* on {} of 6 images"
+    with pytest.raises(ValueError, match=both.format("classifier 2", 1)):
+        perturb([classifier, broken], images, LABELS, parameters)
+    with pytest.raises(ValueError, match=both.format("one, other", 2)):
+        perturb([broken, broken], images, LABELS, parameters, ["one", "other"])
+    with pytest.raises(ValueError, match=both.format("mine", 2)):
+        pgd(broken, images, LABELS, steps=2, random_start=False, name="mine")
+    parameters.steps[[1, 4]] = 0  # nothing asks the classifiers about them
+    assert perturb([broken, broken], images, LABELS, parameters).isfinite().all()
+    assert torch.equal(pgd(lambda pixels: pixels.flatten(1)[:, :5] * 0, images, LABELS, random_start=False), images)
+
+
 def test_fgsm_is_one_signed_step(classifier, images):
     fgsm = AttackMixture(clean=0, fgsm=1, fgsm_rs=0, mi_fgsm=0, pgd=0, eps_min=8, eps_max=8)
     parameters = AttackParameters.from_batch(mixed_batch(6, fgsm))

@@ -158,3 +158,8 @@ def test_arguments_out_of_range(words, capsys):
     with pytest.raises(SystemExit):
         SCRIPT["main"](words)
     assert words[0].strip("-") in capsys.readouterr().err
+
+
+def test_a_device_that_is_not_there_is_told(capsys):
+    with pytest.raises(ValueError, match="--device xpu cannot be used here"):
+        SCRIPT["main"](["--device", "xpu"])

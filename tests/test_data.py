@@ -27,6 +27,7 @@ from maep_hf.data import (
 from maep_hf.evaluation import EvaluationImages, read_images
 from maep_hf.evaluation.images import _count_labels
 from maep_hf.training import Augmentation, DataArguments, PositionedImages, StreamedImages
+from maep_hf.training import arguments as arguments_module
 
 
 def test_names_of_classes_are_the_same_in_other_letters():
@@ -226,6 +227,45 @@ def test_validation_on_other_classes_is_refused(sources, tmp_path, names, refuse
     arguments.load(labelled=not refused)  # other classes do no harm where labels are not used
 
 
+def test_named_columns_are_those_of_the_validation_dataset_that_has_them(tmp_path):
+    rows = image_rows(6).cast_column("label", datasets.Value("int64"))
+    two = rows.add_column("mask", list(rows.cast_column("image", datasets.Image(decode=False))["image"]))
+    two = two.cast_column("mask", datasets.Image())
+    two.rename_column("label", "category").save_to_disk(tmp_path / "train")
+    rows.rename_column("label", "category").save_to_disk(tmp_path / "named")
+    rows.save_to_disk(tmp_path / "other")
+    two.save_to_disk(tmp_path / "two")
+    for streaming in (False, True):
+        for name, label in (("train", "category"), ("named", "category"), ("other", "label"), ("two", "label")):
+            arguments = DataArguments(
+                dataset=str(tmp_path / "train"), validation_dataset=str(tmp_path / name), validation_split="train",
+                image_column="image", label_column="category", streaming=streaming,
+            )  # fmt: skip
+            train_data, own = arguments.load()
+            assert (train_data.label_column, own.image_column, own.label_column) == ("category", "image", label)
+    with pytest.raises(DataError, match="label_column='category' is not in"):  # of the dataset itself it must be there
+        DataArguments(dataset=str(tmp_path / "two"), image_column="image", label_column="category").load()
+
+
+def test_a_validation_dataset_has_a_configuration_of_its_own(monkeypatch, image_folder):
+    asked, load = [], arguments_module.load_image_dataset
+
+    def spied(*args, config_name, **more):
+        asked.append(config_name)
+        return load(*args, **more)
+
+    monkeypatch.setattr(arguments_module, "load_image_dataset", spied)
+    folder = str(image_folder)
+    DataArguments(dataset=folder, validation_dataset=folder, dataset_config="a", validation_config="b").load()
+    DataArguments(dataset=folder, validation_dataset=folder, dataset_config="a").load()
+    DataArguments(dataset=folder, dataset_config="a").load()
+    assert asked == ["a", "b", "a", None, "a", "a"]
+    with pytest.raises(ValueError, match="validation_config='b'.*dataset_config"):
+        DataArguments(validation_config="b")
+    with pytest.raises(ValueError, match="max_train_images=0: must be at least 1"):
+        DataArguments(max_train_images=0)
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 def test_texts_beside_pictures(sources, tmp_path, streaming):
     folder = shutil.copytree(sources["imagefolder"], tmp_path / "captioned")
@@ -272,6 +312,42 @@ def test_unusable_local_sources(tmp_path, image_folder, streaming):
 def test_split_that_a_saved_dataset_lacks(sources):
     with pytest.raises(DataError, match="split='dev'.*train, test"):
         load_image_dataset(str(sources["saved_dict"]), "dev")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("kind", ["parquet", "folder", "saved", "saved_dict", "embedded"])
+def test_slices_of_splits(sources, kind, streaming):
+    source, count = ("embedded:cifar10", 20) if kind == "embedded" else (str(sources[kind]), 24)
+    if streaming and kind in ("parquet", "folder"):
+        with pytest.raises(DataError, match=r"split='train\[:50%\]': a stream has no slices; leave streaming out"):
+            load_image_dataset(source, "train[:50%]", streaming=True)
+        return
+    every = [image.tobytes() for image in pixels(load_image_dataset(source))]
+
+    def rows(split: str) -> list[int]:
+        found = pixels(load_image_dataset(source, split, streaming=streaming))
+        return [every.index(image.tobytes()) for image in found]
+
+    assert rows("train[:50%]") + rows("train[50%:]") == list(range(count))
+    assert rows("train[:3]+train[-2:]") == [0, 1, 2, count - 2, count - 1]
+    with pytest.raises(DataError, match=r"train\[5:2\].*no images"):
+        rows("train[5:2]")
+    with pytest.raises(DataError, match=r"train\[0\.5:\]"):
+        rows("train[0.5:]")
+    with pytest.raises(DataError, match="other"):
+        rows("train[:50%]+other[:2]")
+
+
+def test_a_slice_that_was_saved_is_not_cut_again(sources, tmp_path, caplog):
+    datasets.load_dataset(str(sources["folder"]), split="train[:50%]").save_to_disk(tmp_path)
+    assert len(load_image_dataset(str(tmp_path), "train[:50%]")) == 12 and not caplog.text
+    assert len(load_image_dataset(str(tmp_path), "train")) == 12 and "saved as one split" in caplog.text
+
+
+def test_splits_are_added_up_across_a_saved_dataset(sources):
+    assert len(load_image_dataset(str(sources["saved_dict"]), "train[20:]+test[:2]")) == 6
+    read = read_images(load_image_dataset(str(sources["saved_dict"]), "test[:4]"), image_size=8)
+    assert read.labels.tolist() == [0, 1, 2, 0]
 
 
 def test_missing_validation_split_names_its_argument(sources):

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import ViTImageProcessor
 
 from maep_hf import MAEPConfig, MAEPModel, pairs
@@ -417,6 +418,21 @@ def test_arguments_out_of_range(options, message):
         PairsArguments(**options)
     with pytest.raises(ValueError, match="surrogates"):
         PairsArguments(surrogates=[])
+
+
+def spoil(folder):
+    """A surrogate whose logits are NaN."""
+    path = Path(folder) / "model.safetensors"
+    weights = load_file(path)
+    save_file(weights | {"classifier.bias": weights["classifier.bias"] * np.nan}, path, metadata={"format": "pt"})
+    return str(folder)
+
+
+def test_a_surrogate_without_finite_gradients_makes_no_pairs(source, tmp_path):
+    broken = spoil(save_classifier(tmp_path / "broken"))
+    with pytest.raises(ValueError, match="logits or gradients of .*broken are not finite.*give other surrogates"):
+        make_pairs(arguments(source, broken, tmp_path / "pairs"), ATTACK)
+    assert not (tmp_path / "pairs" / "data").exists()
 
 
 def test_radius_below_one_level_and_missing_surrogate(source, surrogate, tmp_path):

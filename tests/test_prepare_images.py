@@ -41,6 +41,17 @@ def test_one_a_class_with_what_is_held_out(tmp_path, monkeypatch):
     assert stored(tmp_path / "out" / "validation-00000-of-00001.parquet")["label"] == [0]
 
 
+def test_what_is_held_out_is_looked_at_first(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(prepare, "IMAGENET_CLASSES", 1)
+    test_nips2017(tmp_path / "nips")
+    save_pictures(tmp_path / "in", ["n01000001_a.png"])
+    words = [str(tmp_path / "in"), str(tmp_path / "out"), "--validation", str(tmp_path / "nips" / "out")]
+    for kind, said in (("one-a-class", "2 images, and those from 560 to 687 are needed"), ("nips2017", "takes none")):
+        with pytest.raises(SystemExit):
+            prepare.main([kind, *words])
+        assert said in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
 def test_tiny_imagenet(tmp_path):
     (tmp_path / "val").mkdir()
     (tmp_path / "wnids.txt").write_text("n2\nn1\n")

@@ -76,6 +76,17 @@ def test_an_integer_will_do_for_a_float(recipe):
     assert isinstance(decay, float) and decay == 1
 
 
+@pytest.mark.parametrize("written", ["no", "'no'", "No"])
+def test_a_word_is_not_taken_for_a_switch(recipe, written, capsys):
+    if written == "No":
+        assert "mixed_precision='No': must be one of no, bf16" in refused(capsys, recipe("mixed_precision: No"))
+    else:
+        assert loop_of(recipe(f"mixed_precision: {written}")).mixed_precision == "no"
+    for word, value in (("no", False), ("off", False), ("False", False), ("on", True), ("yes", True), ("'true'", True)):
+        assert parse_arguments(*TYPES, argv=recipe(f"flip: {word}"))[0].flip is value
+        assert parse_arguments(*TYPES, argv=[*recipe(f"flip: {word}"), "--no_flip"])[0].flip is False
+
+
 def test_lists(recipe):
     def surrogates(argv):
         return parse_arguments(*TYPES, argv=argv)[1].surrogates

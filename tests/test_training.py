@@ -26,10 +26,11 @@ from running import (
     words,
 )
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor
 
 from maep_hf import MAEPConfig, MAEPImageProcessor, MAEPModel, PixelClassifier, load_classifier
+from maep_hf.adaptation import add_lora, default_lora_config
 from maep_hf.data import DataError, load_image_dataset
 from maep_hf.devices import available_cores, pick_precision
 from maep_hf.records import describe_environment
@@ -290,6 +291,39 @@ def test_a_purifier_that_changed_under_its_name_is_no_start_of_the_same_run(opti
     assert (tmp_path / "run" / "model.safetensors").read_bytes() == exported
 
 
+@pytest.mark.parametrize("script", ["finetune", "pretrain"])
+def test_a_surrogate_that_changed_under_its_name_is_no_part_of_the_same_run(options, tmp_path, script):
+    surrogates = [save_classifier(tmp_path / name) for name in ("one", "other")]
+    argv = options(tmp_path / "run", surrogates=surrogates, max_steps=2, eval_steps=2, save_steps=1)
+    if script == "pretrain":
+        model = {name: TINY[name] for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "patch_size")}
+        argv[argv.index("--model") : argv.index("--model") + 2] = words(image_size=16, **model)
+    run(script, argv, stop=("log", 2))
+    save_classifier(tmp_path / "other", seed=5)
+    with pytest.raises(RunFolderError, match=r"other arguments \(surrogates\[\S*other\]: its weights are not those"):
+        run(script, argv)
+    record = tmp_path / "run" / "run.json"
+    older = json.loads(record.read_text())
+    assert len([name for name in older["start"] if name.startswith("surrogates")]) == 2
+    older["start"] = {name: value for name, value in older["start"].items() if "surrogates" not in name}
+    record.write_text(json.dumps(older))
+    run(script, [*argv, "--save_total_limit", "1"])  # of an older version: they are not known, and stay so
+    assert json.loads(record.read_text())["start"] == older["start"]
+
+
+def test_a_purifier_stored_in_16_bits_is_trained_in_32(options, tmp_path):
+    tiny_purifier().to(torch.bfloat16).save_pretrained(tmp_path / "stored")
+    before = load_file(tmp_path / "stored" / "model.safetensors")
+    assert {value.dtype for value in before.values()} == {torch.bfloat16}
+    changed = {"max_steps": 2, "eval_steps": 2, "learning_rate": 1e-5, "ema_decay": 0}
+    folder = run("finetune", options(tmp_path / "run", model=tmp_path / "stored", **changed))
+    after = load_file(folder / "model.safetensors")
+    assert {value.dtype for value in after.values()} == {torch.float32}
+    assert json.loads((folder / "config.json").read_text())["dtype"] == "float32"
+    moved = torch.cat([(before[name].float() != value).flatten() for name, value in after.items()])
+    assert moved.float().mean() > 0.5  # steps that bfloat16 would round away
+
+
 def test_dropout_is_on_in_training(options, tmp_path):
     changed = {"max_steps": 1, "guidance_weight": 0}
     tiny_purifier(hidden_dropout_prob=0.3).save_pretrained(tmp_path / "dropout")
@@ -447,6 +481,24 @@ def test_an_overwritten_run_leaves_no_old_weights(whole_run, options, tmp_path):
     assert not (folder / "model.safetensors").exists() and not (folder / "config.json").exists()
 
 
+@pytest.mark.parametrize("name", ["model", "start_share_of", "dataset", "surrogates"])
+def test_an_overwrite_does_not_remove_what_the_run_reads(whole_run, options, tmp_path, name):
+    folder = shutil.copytree(whole_run, tmp_path / "run")
+    for path in (folder, folder / "checkpoints" / "deeper" / ".."):
+        groups = {"group": {name: [str(path)] if name == "surrogates" else str(path), "output_dir": str(folder)}}
+        with pytest.raises(
+            RunFolderError, match=rf"output_dir='.*run': overwrite_output_dir would remove what {name}='"
+        ):
+            RunFolder(folder).prepare(groups, {}, 0, 1, True)
+    if name == "model":
+        with pytest.raises(RunFolderError, match="overwrite_output_dir would remove what model="):
+            run("finetune", options(folder, model=folder, overwrite_output_dir=True))
+    assert (folder / "model.safetensors").read_bytes() == (whole_run / "model.safetensors").read_bytes()
+    kept = {"group": {name: str(folder / "images"), "model": str(folder.parent), "adapter": None}}
+    RunFolder(folder).prepare(kept, {}, 0, 1, True)  # that is not removed
+    assert not (folder / "model.safetensors").exists()
+
+
 def test_overwriting_starts_over(whole_run, options, tmp_path):
     folder = tmp_path / "run"
     run("finetune", options(folder, max_steps=3, seed=5))
@@ -573,6 +625,18 @@ def test_divergence_names_step_and_fixes(options, tmp_path):
     wild = {"optimizer": "sgd", "learning_rate": 1e30, "max_grad_norm": 0, "warmup_steps": 0}
     with pytest.raises(NonFiniteLossError, match="loss is not finite at step [234];.*learning_rate.*warmup_steps"):
         run("finetune", options(tmp_path / "run", **wild))
+
+
+def test_a_surrogate_that_cannot_be_attacked_is_named(task_of, classifier_folder, tmp_path):
+    broken = shutil.copytree(classifier_folder, tmp_path / "broken") / "model.safetensors"
+    weights = load_file(broken)
+    save_file(weights | {"classifier.bias": weights["classifier.bias"] * np.nan}, broken, metadata={"format": "pt"})
+    task = task_of(surrogates=[classifier_folder, tmp_path / "broken"])
+    with pytest.raises(ValueError, match="logits or gradients of .*broken are not finite.*give other surrogates"):
+        batch_of(task)
+    task = task_of(surrogates=[tmp_path / "broken"], attack_labels="predicted")
+    with pytest.raises(ValueError, match="logits or gradients of .*broken are not finite.*give other surrogates"):
+        task.evaluate(task.model.eval())
 
 
 def test_an_infinite_gradient_is_never_saved(options, tmp_path, monkeypatch):
@@ -791,6 +855,28 @@ def test_a_classifier_needs_labels(tmp_path):
 # --- the purification task -----------------------------------------------------------------------------------------
 
 
+def test_a_classifier_needs_labels_of_its_classes(tmp_path, image_folder):
+    rows = image_rows(24).cast_column("label", datasets.Value("int64")).sort("label")
+    rows.save_to_disk(tmp_path / "numbers")
+    usual = {
+        "depth": 8, "width": 4, "image_size": 16, "max_steps": 1, "warmup_steps": 0, "validation_images": 9,
+        "per_device_train_batch_size": 4, "cpu_threads": 1, "output_dir": tmp_path / "run",
+        "dataset": tmp_path / "numbers", "validation_dataset": image_folder,
+    }  # fmt: skip
+    with pytest.raises(
+        DataError, match="of the validation dataset has the class index 2, and the classifier has the 2 "
+    ):
+        run("train_classifier", words(**usual, max_train_images=12))
+    run("train_classifier", words(**usual | {"output_dir": tmp_path / "whole"}))
+
+
+@pytest.mark.parametrize("words", [["--label_smoothing", "2"], ["--label_smoothing", "-0.1"], ["--padding", "-1"]])
+def test_arguments_of_a_classifier_out_of_range(words, capsys):
+    with pytest.raises(SystemExit):
+        load_script("train_classifier").main(words)
+    assert f"error: {words[0].strip('-')}={words[1]}" in capsys.readouterr().err
+
+
 @pytest.fixture
 def task_of(image_folder, classifier_folder):
     """A function of what is changed, to a task on the tiny purifier."""
@@ -989,6 +1075,25 @@ def test_validation_needs_every_label_unless_it_goes_by_predictions(task_of, tmp
         assert task.evaluate(task.model.eval())
 
 
+@pytest.mark.parametrize("role", ["training", "validation"])
+def test_labels_beyond_the_classes_are_told(task_of, tmp_path, role, classifier_folder):
+    rows = image_rows(4).cast_column("label", datasets.Value("int64"))
+    rows.map(lambda row, index: {"label": 3 if index == 2 else 0}, with_indices=True).save_to_disk(tmp_path / "rows")
+    data = {"validation_dataset": str(tmp_path / "rows"), "validation_split": "train"}
+    if role == "training":  # a stream does not say how many classes it has
+        data = {"dataset": str(tmp_path / "rows"), "streaming": True}
+    refused = f"of the {role} dataset has the class index 3, and a surrogate only 3 classes .0 to 2.*=predicted"
+
+    def use(task) -> None:
+        task.prepare(collate(list(task.samples(total=4, start=0, seed=0)))) if role == "training" else task.evaluate(
+            task.model.eval()
+        )
+
+    with pytest.raises(DataError, match=refused):
+        use(task_of(data=data))
+    use(task_of(data=data, attack_labels="predicted"))
+
+
 @pytest.mark.parametrize("labels", [["cat", "dog"], [0.0, 1.0]])
 def test_labels_that_are_no_indices_are_told_at_once(task_of, tmp_path, labels):
     rows = image_rows(2).remove_columns("label").add_column("label", labels)
@@ -1173,6 +1278,21 @@ def test_other_sizes_need_windows(task_of):
 def test_a_surrogate_is_needed(task_of):
     with pytest.raises(ValueError, match="surrogates"):
         purification_module.PurificationTask(tiny_purifier(), None, [], None, None, None, None, None)
+
+
+def test_steps_of_accumulation_are_those_that_were_asked_for(options, tmp_path, monkeypatch):
+    plain = run("finetune", options(tmp_path / "plain", max_steps=2))
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2")
+    assert_same_run(plain, run("finetune", options(tmp_path / "set", max_steps=2)))
+
+
+@pytest.mark.parametrize("rank", [1, 2])
+def test_weight_decay_is_on_matrices_of_any_rank(rank):
+    model = add_lora(tiny_purifier(), default_lora_config(tiny_purifier(), rank=rank))
+    decayed, free = loop_module.build_optimizer(model, LoopArguments()).param_groups
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    assert sum(".lora_" in names[id(parameter)] for parameter in decayed["params"]) > 10
+    assert not any(".lora_" in names[id(parameter)] for parameter in free["params"])
 
 
 def test_weight_decay_leaves_vectors_alone():

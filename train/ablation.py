@@ -17,7 +17,7 @@ import logging
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +38,15 @@ from maep_hf.evaluation import EvaluationImages, benchmark, read_images
 from maep_hf.evaluation.fingerprint import Opaque, fingerprint
 from maep_hf.records import append_jsonl, describe_environment, read_jsonl
 from maep_hf.training import parse_arguments, run_script
+from maep_hf.training.arguments import ADDED_LATER, FREE_ARGUMENTS, KEPT_ARGUMENTS
 from maep_hf.training.stages import AttackArguments, ModelArguments
 
 TABLE = Path(__file__).parent / "configs" / "ablation.yaml"
 RECORDS = "rows.jsonl"
 FINISHED = "ablation_finished"
 WEIGHTS = "classifier_fingerprint"  # of what rows are measured with; older records have the name alone
+# What does not decide the weights that a finished stage has stored.
+OF_NO_MATTER = FREE_ARGUMENTS - KEPT_ARGUMENTS - {"export_dtype"}
 # What a row's own arguments are to blame for: a loss that is not finite, a surrogate that is not there, a full disk.
 ROW_ERRORS = (ValueError, OSError, RuntimeError, SystemExit)
 
@@ -166,9 +169,10 @@ def run_recipe(recipe: Recipe, folder: Path, model: Path | None = None) -> Path:
     """Train one stage in `folder`, or go on with it; its recipe is kept beside the folder.
 
     Raises:
-        ValueError: arguments that the script refuses.
+        ValueError: arguments that the script refuses, or a finished stage of other ones.
     """
     if (folder / FINISHED).is_file():
+        check_finished(recipe, folder, model)
         return folder
     values = recipe.values | {"output_dir": folder.as_posix()} | ({"model": model.as_posix()} if model else {})
     path = folder.with_name(f"{folder.name}.yaml")
@@ -192,11 +196,50 @@ def same_protocol(known: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
     return one == other
 
 
+def stage_folders(row: Row, recipes: list[Recipe], seed: int, out: Path) -> list[Path]:
+    """Where a row's stages are trained: the last one in its own folder, the first of two where others find it."""
+    shared = [out / "stage1" / f"{recipes[0].key}-seed{seed}"] if len(recipes) > 1 else []
+    return [*shared, out / f"{row.name}-seed{seed}"]
+
+
+def check_finished(recipe: Recipe, folder: Path, model: Path | None = None) -> None:
+    """Refuse a finished stage that was trained by other arguments, which would be reported as of these.
+
+    Args:
+        recipe: the stage as it is asked for now.
+        folder: where it is, or will be, trained.
+        model: what it starts from.
+
+    Raises:
+        ValueError: there is a finished stage of other arguments; it names them.
+    """
+    if not (folder / FINISHED).is_file():
+        return
+    groups = json.loads((folder / "run.json").read_text())["arguments"].values()
+    stored = {name: value for group in groups for name, value in group.items()}
+    values = recipe.values | ({"model": model.as_posix()} if model else {})
+    with tempfile.TemporaryDirectory() as temporary:
+        path = Path(temporary) / "recipe.yaml"
+        path.write_text(yaml.safe_dump(values), encoding="utf-8")
+        parsed = parse_arguments(*argument_types(recipe.script), argv=["--config", str(path)])
+    now = {name: value for group in plain([asdict(group) for group in parsed]) for name, value in group.items()}
+    for each in (stored, now) if model else ():
+        each["model"] = Path(each["model"]).name  # it says of which arguments; the folders may have been moved since
+    different = [
+        f"{recipe.script}.{name}: {there!r} there, {value!r} now"
+        for name, value in now.items()
+        if name not in OF_NO_MATTER and (there := stored.get(name, ADDED_LATER.get(name, value))) != value
+    ]
+    if different:
+        raise ValueError(
+            f"{folder} holds a finished stage of other arguments ({'; '.join(different)}): give another output_dir"
+        )
+
+
 def train_row(row: Row, recipes: list[Recipe], seed: int, out: Path, console: Console) -> Path:
     """Train a row's stages; a first stage of the same arguments is trained once for all rows that have it."""
-    target = out / f"{row.name}-seed{seed}"
     first, *rest = recipes
-    folder = out / "stage1" / f"{first.key}-seed{seed}" if rest else target
+    folder, target = (stage_folders(row, recipes, seed, out)[index] for index in (0, -1))
     with locked(folder) if rest else nullcontext():  # a row of one stage is trained in its own folder, held already
         console.print(f"{row.name}, seed {seed}: stage 1, {first.values['max_steps']} steps, {folder.name}")
         run_recipe(first, folder)
@@ -311,8 +354,7 @@ def run_row(
                               "change": row.change, "budget": budget, "training": described(recipes)}  # fmt: skip
     try:
         folder = train_row(row, recipes, seed, out, console)
-        folders = [out / "stage1" / f"{recipes[0].key}-seed{seed}", folder] if len(recipes) > 1 else [folder]
-        record |= training_time(folders) | judge(folder, record["key"])
+        record |= training_time(stage_folders(row, recipes, seed, out)) | judge(folder, record["key"])
         record |= {"evaluation": judge.describe(), "environment": describe_environment()}
     except ROW_ERRORS as error:
         record["failed"] = f"{type(error).__name__}: {' '.join(str(error).split())}"
@@ -361,6 +403,11 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         planned = plan.get((known["row"], known["seed"]))
         measured = planned and "failed" not in known
         check_same(known, described(planned[1]) if measured else None, budget, out)
+    for (_, seed), (row, recipes) in plan.items():
+        models: list[Path | None] = [None]
+        for recipe, folder in zip(recipes, stage_folders(row, recipes, seed, out), strict=True):
+            check_finished(recipe, folder, models[-1])
+            models.append(folder)
     judge = Judge.of(args)
     evaluation = judge.describe()
     failed = []

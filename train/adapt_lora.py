@@ -7,7 +7,8 @@ accelerate launch train/adapt_lora.py --config train/configs/adapt_lora_tiny_ima
 Writes the adapter to OUTPUT_DIR/adapter and the merged purifier to OUTPUT_DIR.
 """
 
-from dataclasses import dataclass, field
+import logging
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from accelerate.utils import set_seed
@@ -16,6 +17,8 @@ from maep_hf.adaptation import load_adapter
 from maep_hf.training import DataArguments, LoopArguments, as_groups, parse_arguments, run_script, train
 from maep_hf.training.purification import PurificationArguments
 from maep_hf.training.stages import AttackArguments, LoraArguments, load_trainable, purification_task
+
+logger = logging.getLogger(__name__)
 
 RECIPE = Path(__file__).parent / "configs" / "adapt_lora_imagenet.yaml"
 
@@ -29,7 +32,7 @@ class AdaptArguments:
         default=None,
         metadata={"help": "adapter of it to go on training, folder or Hub id; its rank and targets stay"},
     )
-    lora_scope: str = field(default="all", metadata={"help": "blocks that are adapted: all, or decoder"})
+    lora_scope: str | None = field(default="all", metadata={"help": "blocks that are adapted: all, or decoder"})
     pixel_loss: str | None = field(default=None, metadata={"help": "l1, l2 or charbonnier; the model's own by default"})
     purification_loss_weight: float | None = field(
         default=None, metadata={"help": "weight of the pixel loss; the model's own by default"}
@@ -55,6 +58,12 @@ def main(argv: list[str] | None = None) -> Path:
     )
     if adapt.adapter:
         model = load_adapter(base, adapt.adapter, trainable=True)
+        # the record tells what is trained, not what a recipe has for a new adapter
+        lora, adapt = LoraArguments.of(model), replace(adapt, lora_scope=None)
+        logger.info(
+            "adapter=%r keeps its own rank (%d), alpha, dropout and targets; arguments of a new one do not count",
+            adapt.adapter, lora.lora_rank,
+        )  # fmt: skip
     else:
         model = lora.adapt(base, adapt.lora_scope)
     groups = as_groups(adapt=adapt, lora=lora, data=data, attack=attack, purification=purification, loop=loop)

@@ -29,7 +29,7 @@ from maep_hf.attacks import AttackParameters, perturb
 from maep_hf.checkpoints import CheckpointError
 from maep_hf.classifier import PixelClassifier
 from maep_hf.configuration_cifar_resnet import CifarResNetConfig
-from maep_hf.devices import available_cores
+from maep_hf.devices import available_cores, pick_device
 from maep_hf.folding import fold_batch_norm
 from maep_hf.modeling_cifar_resnet import CifarResNetForImageClassification
 from maep_hf.records import describe_environment, write_json
@@ -127,7 +127,7 @@ def purify_contestants(
 
 def measure(args: BenchmarkArguments) -> dict[str, Any]:
     """All measurements; times in ms, arithmetic in GFLOP/s, ratios one a round."""
-    device = torch.device(args.device)
+    device = pick_device(args.device)
     torch.manual_seed(0)
     config = getattr(MAEPConfig, args.size)(mask_ratio=MASK_RATIO)
     training = training_contestants(config, args.batch_size, device)
@@ -203,9 +203,10 @@ def show(result: dict[str, Any], args: BenchmarkArguments, console: Console) -> 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     (args,) = parse_arguments(BenchmarkArguments, argv=argv)
+    device = pick_device(args.device)
     torch.set_num_threads(args.cpu_threads or available_cores())
     machine = {
-        "processor": processor_name(torch.device(args.device)),
+        "processor": processor_name(device),
         "cpu_threads": torch.get_num_threads(),
         "load_average_before": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
     }

@@ -64,6 +64,21 @@ def save(rows: Rows, classes: int, path: Path) -> None:
     print(f"{path}: {len(rows):,} images")
 
 
+def read_held_out(folder: Path) -> Dataset:
+    """The images of a prepared `nips2017` dataset to validate on.
+
+    Raises:
+        ValueError: it has too few images.
+    """
+    images = load_dataset("parquet", data_files=str(folder / "test-*.parquet"), split="train")
+    if len(images) < HELD_OUT.stop:
+        raise ValueError(
+            f"--validation {folder}: {len(images)} images, and those from {HELD_OUT.start} to {HELD_OUT.stop - 1} are "
+            "needed; give what `nips2017` made of the whole collection"
+        )
+    return images.select(HELD_OUT)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("kind", choices=KINDS)
@@ -71,13 +86,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("out", type=Path, help="folder for the parquet files")
     parser.add_argument("--validation", type=Path, help="one-a-class: a nips2017 dataset, its images 560 to 687")
     args = parser.parse_args(argv)
+    if args.validation and args.kind != "one-a-class":
+        parser.error(f"--validation: {args.kind} takes none; leave it out")
     read, classes = KINDS[args.kind]
     try:
+        held_out = read_held_out(args.validation) if args.validation else None  # before anything is written
         for split, rows in read(args.folder).items():
             save(rows, classes, args.out / f"{split}-00000-of-00001.parquet")
-        if args.validation:
-            held_out = load_dataset("parquet", data_files=str(args.validation / "test-*.parquet"), split="train")
-            held_out.select(HELD_OUT).to_parquet(args.out / "validation-00000-of-00001.parquet")
+        if held_out is not None:
+            held_out.to_parquet(args.out / "validation-00000-of-00001.parquet")
     except (OSError, ValueError, KeyError) as error:
         parser.error(f"{type(error).__name__}: {error}")
 

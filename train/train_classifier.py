@@ -47,6 +47,12 @@ class ClassifierArguments:
     label_smoothing: float = field(default=0.0, metadata={"help": "share of the target spread over all classes"})
     padding: int = field(default=4, metadata={"help": "reflected border before the random crop, pixels"})
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.label_smoothing <= 1:
+            raise ValueError(f"label_smoothing={self.label_smoothing}: must be in [0, 1]")
+        if self.padding < 0:
+            raise ValueError(f"padding={self.padding}: must not be negative")
+
 
 def make_classifier(args: ClassifierArguments, class_names: list[str], image_size: int) -> PreTrainedModel:
     """An untrained classifier of images of `image_size` x `image_size` pixels.

@@ -54,7 +54,11 @@ class AttackParameters:
 
 
 def perturb(
-    classifiers: Sequence[Classifier], pixel_values: Tensor, labels: Tensor | None, parameters: AttackParameters
+    classifiers: Sequence[Classifier],
+    pixel_values: Tensor,
+    labels: Tensor | None,
+    parameters: AttackParameters,
+    names: Sequence[str] | None = None,
 ) -> Tensor:
     """Attack every sample by its own parameters: ascend the cross-entropy inside the eps ball and [0, 1].
 
@@ -63,12 +67,14 @@ def perturb(
         pixel_values: (B, C, H, W) in [0, 1], float32 (in 16 bits rounding passes the radius).
         labels: (B,) integers; `None` or negative entries stand for the surrogate's own prediction on the clean image.
         parameters: see [`AttackParameters`].
+        names: what an error calls the classifiers; their places by default.
 
     Returns:
         Attacked images, same shape, detached; `|x_a - x| <= eps` holds for every pixel, or for the image's length.
 
     Raises:
-        ValueError: pixels in 16 bits.
+        ValueError: pixels in 16 bits, or a classifier whose logits or gradients are not finite on some image, which
+            would then be left as it is and still pass for attacked.
     """
     x = pixel_values.detach()
     if x.dtype in (torch.float16, torch.bfloat16):
@@ -98,6 +104,7 @@ def perturb(
     adversarial = project(x + eps * parameters.start.to(x), slice(None))
     labels = _complete_labels(classifiers, x, labels, parameters.surrogate)
     direction = torch.zeros_like(x)
+    finite = torch.ones(len(x), dtype=torch.bool, device=x.device)
     for step in range(int(parameters.steps.max())):
         for index, classifier in enumerate(classifiers):
             rows = ((parameters.steps > step) & (parameters.surrogate == index)).nonzero().squeeze(1)
@@ -108,11 +115,20 @@ def perturb(
             if any_smoothing:
                 gradient = _smooth(gradient, smoothing[rows])
             norm = gradient.abs().mean(dim=(1, 2, 3), keepdim=True).clamp_min(torch.finfo(gradient.dtype).tiny)
+            finite[rows] &= norm.isfinite().flatten()  # neither is that of a gradient, or of logits, with NaN or inf
             direction[rows] = momentum[rows] * direction[rows] + gradient / norm
             unit = direction[rows].sign()
             if any_l2:
                 unit = torch.where(l2[rows], direction[rows] / _length(direction[rows]), unit)
             adversarial[rows] = project(adversarial[rows] + step_size[rows] * unit, rows)
+    if not finite.all():  # asked once a batch, for a GPU has to finish for it
+        lost = parameters.surrogate.to(x.device)[~finite].tolist()
+        places = [names[index] if names else f"classifier {index + 1}" for index in sorted(set(lost))]
+        raise ValueError(
+            f"logits or gradients of {', '.join(places)} are not finite (NaN, inf) on {len(lost)} of {len(x)} images, "
+            "which cannot be attacked on it: give other surrogates, mend its weights or preprocessing, or run it in "
+            "float32"
+        )
     return adversarial
 
 
@@ -126,11 +142,15 @@ def pgd(
     step_size: float = 2.0,
     random_start: bool = True,
     seed: int = 0,
+    name: str = "the classifier",
 ) -> Tensor:
     """PGD with one set of parameters for the whole batch; `eps` and `step_size` in units of 1/255.
 
     Returns:
         Attacked images (B, C, H, W) in [0, 1], detached.
+
+    Raises:
+        ValueError: as [`perturb`], which calls the classifier `name`.
     """
     size = (len(pixel_values),)
     generator = torch.Generator().manual_seed(seed)
@@ -149,7 +169,7 @@ def pgd(
         smoothing=torch.zeros(size, device=device),
         views=torch.ones((*size, 0, 3), device=device),
     )
-    return perturb([classifier], pixel_values, labels, parameters)
+    return perturb([classifier], pixel_values, labels, parameters, [name])
 
 
 def _length(change: Tensor) -> Tensor:
@@ -166,7 +186,9 @@ def input_gradient(classifier: Classifier, pixel_values: Tensor, labels: Tensor,
         labels: (B,).
         view: what the classifier sees in place of the images, (B, 3) as in [`AttackParameters`].
     """
-    with torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad():
+        # what was made in inference mode takes no part in a gradient, its copy does
+        pixel_values, labels = (each.clone() if each.is_inference() else each for each in (pixel_values, labels))
         leaf = pixel_values.detach().requires_grad_()
         seen = leaf if view is None else _look(leaf, view)
         loss = F.cross_entropy(classifier(seen).float(), labels, reduction="sum")

@@ -111,6 +111,9 @@ FREE_ARGUMENTS = KEPT_ARGUMENTS | frozenset(
     }
 )
 
+# What a run reads, and an overwrite must not remove.
+SOURCE_ARGUMENTS = frozenset({"dataset", "validation_dataset", "model", "adapter", "start_share_of", "surrogates"})
+
 # What arguments that came later were before: run folders from then lack them.
 ADDED_LATER = {
     "square": 0.0,
@@ -126,6 +129,7 @@ ADDED_LATER = {
     "input_diversity": 0.0,
     "smoothed_gradient": 0.0,
     "window_overlap": None,
+    "validation_config": None,
     "start_share": 0.0,
     "start_share_of": None,
     "architecture": "cifar_resnet",
@@ -152,10 +156,14 @@ class DataArguments:
         default=None, metadata={"help": "dataset to validate on; the same by default"}
     )
     validation_split: str = field(default="test", metadata={"help": "split to validate on"})
+    validation_config: str | None = field(default=None, metadata={"help": "configuration name of validation_dataset"})
     image_column: str | None = field(
-        default=None, metadata={"help": "column of images; found by itself when there is one"}
+        default=None,
+        metadata={"help": "column of images, also of a validation_dataset that has it; found by itself if alone"},
     )
-    label_column: str | None = field(default=None, metadata={"help": "column of class indices; found by itself"})
+    label_column: str | None = field(
+        default=None, metadata={"help": "column of class indices, likewise; found by itself"}
+    )
     streaming: bool = field(default=False, metadata={"help": "read while training instead of downloading first"})
     max_train_images: int | None = field(default=None, metadata={"help": "use only the first so many training images"})
     validation_images: int = field(
@@ -179,6 +187,13 @@ class DataArguments:
     def __post_init__(self) -> None:
         if self.validation_images < 1:
             raise ValueError(f"validation_images={self.validation_images}: must be at least 1")
+        if self.max_train_images is not None and self.max_train_images < 1:
+            raise ValueError(f"max_train_images={self.max_train_images}: must be at least 1")
+        if self.validation_config is not None and self.validation_dataset is None:
+            raise ValueError(
+                f"validation_config={self.validation_config!r}: is of a validation_dataset, and none is given; "
+                "dataset_config names that of the dataset"
+            )
 
     def load(self, labelled: bool = True) -> tuple[ImageDataset, ImageDataset]:
         """The training and the validation images.
@@ -193,12 +208,13 @@ class DataArguments:
                      "label_column": self.label_column, "streaming": self.streaming}  # fmt: skip
         train_data = load_image_dataset(self.dataset, self.train_split, max_images=self.max_train_images, **described)
         try:
-            if self.validation_dataset is not None:  # another dataset: its own columns, found by themselves
-                own = load_image_dataset(self.validation_dataset, self.validation_split, streaming=self.streaming)
-            else:
-                own = load_image_dataset(self.dataset, self.validation_split, **described)
+            if self.validation_dataset is not None:  # its columns may have other names
+                described |= {"config_name": self.validation_config, "columns_where_found": True}
+            own = load_image_dataset(self.validation_dataset or self.dataset, self.validation_split, **described)
         except DataError as error:
-            raise DataError(f"{error} (validation_dataset and validation_split say what to validate on)") from error
+            raise DataError(
+                f"{error} (validation_dataset, validation_config and validation_split say what to validate on)"
+            ) from error
         if same_names_in_order(train_data.class_names, own.class_names) is not None:
             raise DataError(
                 "the validation dataset has the training dataset's classes in another order; bring one into the order "

@@ -55,7 +55,7 @@ class ClassificationTask(Task):
         return (pixel_values - mean) / std
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        _expect_labels(batch["labels"])
+        self._expect_labels(batch["labels"], "training")
         pixel_values = self._normalize(batch["pixel_values"]).contiguous(memory_format=torch.channels_last)
         logits = model(pixel_values=pixel_values).logits.float()
         loss = F.cross_entropy(logits, batch["labels"], label_smoothing=self.label_smoothing)
@@ -68,7 +68,7 @@ class ClassificationTask(Task):
         if self._validation is None:
             self._validation = self.validation_batch()
         pixel_values, labels = self._validation["pixel_values"], self._validation["labels"]
-        _expect_labels(labels)
+        self._expect_labels(labels, "validation")
         classifier = PixelClassifier(model, self.image_processor)
         logits = torch.cat([classifier(chunk) for chunk in pixel_values.split(250)])
         attacked = pgd(classifier, pixel_values[:128], labels[:128], eps=8, steps=10)
@@ -82,7 +82,13 @@ class ClassificationTask(Task):
         model.save_pretrained(folder)
         self.image_processor.save_pretrained(folder)
 
-
-def _expect_labels(labels: Tensor) -> None:
-    if labels.min() < 0:
-        raise DataError("an image has no label: leave such images out of the dataset of a classifier")
+    def _expect_labels(self, labels: Tensor, role: str) -> None:
+        (low, high), classes = torch.stack(labels.aminmax()).tolist(), self.model.config.num_labels
+        if low < 0:
+            raise DataError("an image has no label: leave such images out of the dataset of a classifier")
+        if high >= classes:
+            raise DataError(
+                f"an image of the {role} dataset has the class index {high}, and the classifier has the {classes} "
+                "classes of the training dataset: leave such images out, or let the training dataset name all classes "
+                "(datasets' ClassLabel) or have images of each"
+            )

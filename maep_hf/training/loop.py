@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator, DataLoaderConfiguration, PartialState
 from accelerate.utils import (
     DistributedDataParallelKwargs,
+    GradientAccumulationPlugin,
     broadcast_object_list,
     gather_object,
     parse_flag_from_env,
@@ -90,7 +91,8 @@ class _Loop:
         device = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).device
         self.accelerator = Accelerator(
             mixed_precision=pick_precision(args.mixed_precision, device),
-            gradient_accumulation_steps=args.gradient_accumulation_steps,
+            # the steps alone would give way to a variable of the environment
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=args.gradient_accumulation_steps),
             log_with=None if args.report_to == "none" else args.report_to,
             project_dir=args.output_dir,
             dataloader_config=DataLoaderConfiguration(dispatch_batches=False),
@@ -106,7 +108,7 @@ class _Loop:
         if self.main:
             data = task.describe_data()
             from_weights = any(isinstance(group.get("model"), str) for group in arguments.values())  # or from a seed
-            start = task.describe_start() if from_weights else {}
+            start = (task.describe_start() if from_weights else {}) | task.describe_frozen()
             processes = self.accelerator.num_processes
             kept, overwrite = args.save_total_limit, args.overwrite_output_dir
             precision = self.accelerator.mixed_precision  # what `auto` is here
@@ -413,11 +415,12 @@ class _Loop:
 
 def build_optimizer(model: nn.Module, args: LoopArguments) -> torch.optim.Optimizer:
     """AdamW or SGD over the trainable parameters; vectors (norms, biases, tokens) carry no weight decay."""
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in trainable if p.squeeze().ndim > 1], "weight_decay": args.weight_decay},
-        {"params": [p for p in trainable if p.squeeze().ndim <= 1], "weight_decay": 0.0},
-    ]
+    decayed, free = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            is_matrix = parameter.squeeze().ndim > 1 or (".lora_" in name and parameter.ndim > 1)  # also of rank 1
+            (decayed if is_matrix else free).append(parameter)
+    groups = [{"params": decayed, "weight_decay": args.weight_decay}, {"params": free, "weight_decay": 0.0}]
     if args.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=args.learning_rate, momentum=0.9, nesterov=True)
     return torch.optim.AdamW(groups, lr=args.learning_rate, betas=(0.9, 0.95))

@@ -21,6 +21,7 @@ from ..data import DataError, ImageDataset, expect_classes
 from ..evaluation import psnr
 from ..figures import difference_image, image_grid
 from ..modeling_maep import MAEPOutput, MAEPWindows
+from ..tensors import weights_fingerprint
 from .guidance import GUIDED_BY, Guide, divergence
 from .samples import Augmentation, Draw
 from .task import Task
@@ -268,6 +269,10 @@ class PurificationTask(Task):
             described["start_share_of"] = describe_base(self._start)["fingerprint"]
         return described
 
+    def describe_frozen(self) -> dict[str, str]:
+        named = zip(self._names, self.surrogates, strict=True)
+        return {f"surrogates[{name}]": weights_fingerprint(surrogate) for name, surrogate in named}
+
     def draw(self) -> Draw:
         data, size = self.train_data, self.augmentation.image_size
         return PairDraw(
@@ -280,8 +285,27 @@ class PurificationTask(Task):
             surrogates=tuple(self.arguments.surrogates),
         )
 
-    def _labels(self, batch: dict[str, Tensor]) -> Tensor | None:
-        return None if self.arguments.attack_labels == "predicted" else batch["labels"]
+    @property
+    def _names(self) -> list[str]:
+        """What the surrogates are called."""
+        names = self.arguments.surrogates
+        return names if len(names) == len(self.surrogates) else [str(index) for index in range(len(self.surrogates))]
+
+    def _labels(self, batch: dict[str, Tensor], role: str) -> Tensor | None:
+        """The labels that images are attacked away from; `None` where those are the surrogates' own predictions.
+
+        Raises:
+            maep_hf.data.DataError: one is beyond a surrogate's classes.
+        """
+        if self.arguments.attack_labels == "predicted":
+            return None
+        largest, classes = int(batch["labels"].max()), min(self.num_classes)
+        if largest >= classes:
+            raise DataError(
+                f"an image of the {role} dataset has the class index {largest}, and a surrogate only {classes} classes "
+                f"(0 to {classes - 1}): give a surrogate of this dataset, or attack_labels=predicted"
+            )
+        return batch["labels"]
 
     def prepare(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Attack the batch, unless it comes with attacked images: adds `attacked` and, for guidance, `clean_values`."""
@@ -290,7 +314,8 @@ class PurificationTask(Task):
             batch["attacked"] = batch["adversarial_pixel_values"]  # a stored dataset has its own share of clean pairs
         else:
             parameters = AttackParameters.from_batch(batch)
-            batch["attacked"] = perturb(self.surrogates, clean, self._labels(batch), parameters)
+            labels = self._labels(batch, "training")
+            batch["attacked"] = perturb(self.surrogates, clean, labels, parameters, self._names)
         if self.arguments.guided:
             with torch.no_grad():
                 batch["clean_values"] = self._guide_values(clean, batch["guidance_surrogate"])
@@ -381,7 +406,7 @@ class PurificationTask(Task):
         """The fixed subset with its attacked version (PGD-10 at 8/255 on the first surrogate), made once."""
         if self._validation is None:
             batch = self.validation_batch()
-            clean, labels = batch["pixel_values"], self._labels(batch)
+            clean, labels = batch["pixel_values"], self._labels(batch, "validation")
             predicted = torch.cat([self._predict(chunk) for chunk in clean.split(self._images_at_once)])
             if labels is None:
                 labels = predicted
@@ -393,7 +418,8 @@ class PurificationTask(Task):
             else:
                 self._warn_of_labels(100 * (predicted == labels).float().mean().item())
             pairs = zip(clean.split(self._images_at_once), labels.split(self._images_at_once), strict=True)
-            attacked = [pgd(self.surrogates[0], x, y, seed=i, **VALIDATION_ATTACK) for i, (x, y) in enumerate(pairs)]
+            options = VALIDATION_ATTACK | {"name": self._names[0]}
+            attacked = [pgd(self.surrogates[0], x, y, seed=i, **options) for i, (x, y) in enumerate(pairs)]
             self._validation = {"clean": clean, "labels": labels, "attacked": torch.cat(attacked)}
         return self._validation
 
@@ -431,7 +457,7 @@ class PurificationTask(Task):
         out where images take several windows and training has no masks.
 
         Raises:
-            maep_hf.data.DataError: with `attack_labels=true`, one of the images has no label.
+            maep_hf.data.DataError: with `attack_labels=true`, an image has no label, or one beyond the classes.
         """
         data = self._validation_set()
         clean, attacked, labels = data["clean"], data["attacked"], data["labels"]

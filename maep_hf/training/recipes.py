@@ -12,10 +12,18 @@ from typing import Any
 
 import yaml
 from transformers import HfArgumentParser
+from transformers.hf_argparser import string_to_bool
 
 from ..memory import keep_freed_memory
 from .loop import NonFiniteLossError
 from .run_folder import RunFolderError
+
+
+class _RecipeLoader(yaml.SafeLoader):
+    """Leaves a word such as `no` as it is written: YAML takes it for a switch, `mixed_precision` does not."""
+
+
+_RecipeLoader.add_constructor("tag:yaml.org,2002:bool", yaml.SafeLoader.construct_yaml_str)
 
 
 def parse_arguments(
@@ -65,7 +73,7 @@ def as_groups(**groups: Any) -> dict[str, dict[str, Any]]:
 
 def _apply_recipe(parser: HfArgumentParser, types: Sequence[type], recipe: Path) -> None:
     try:
-        values = yaml.safe_load(recipe.read_text()) or {}
+        values = yaml.load(recipe.read_text(), _RecipeLoader) or {}
     except (OSError, yaml.YAMLError) as error:
         parser.error(f"--config {recipe}: {' '.join(str(error).split())}")
     if not isinstance(values, dict):
@@ -90,6 +98,8 @@ def _recipe_value(parser: HfArgumentParser, action: argparse.Action, field: Fiel
         parser.error(f"--config {recipe}: {field.name} cannot be {value!r}")
     if action.nargs == 0:  # the --no_NAME twin of a switch; NAME itself holds the value
         return action.default
+    if action.type is string_to_bool:
+        words = [yaml.SafeLoader.bool_values.get(str(word).lower(), word) for word in words]  # on and off too
     try:
         return parser._get_values(action, [str(word) for word in words])
     except argparse.ArgumentError as error:

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 
 from ..adaptation import ADAPTER_FOLDER
 from ..records import describe_environment, write_json
-from .arguments import ADDED_LATER, FREE_ARGUMENTS, KEPT_ARGUMENTS
+from .arguments import ADDED_LATER, FREE_ARGUMENTS, KEPT_ARGUMENTS, SOURCE_ARGUMENTS
 from .checkpoint_files import CHECKPOINT_PREFIX, damage, numbered, seal, step_of, sync_folder, unreadable
 
 logger = logging.getLogger(__name__)
@@ -63,8 +63,8 @@ class RunFolder:
             overwrite: remove a run that is already here; a folder without a record holds none.
             num_processes: processes of the run, where their number is a part of what is computed.
             precision: what `mixed_precision` means on this machine, likewise.
-            start: fingerprints of the weights that the run starts from, by the argument that names them; a record of
-                an older version lacks them.
+            start: fingerprints of the weights that the run starts from and is trained against, by the argument that
+                names them; a record of an older version lacks them.
             checked: called between the checks and the first change; if it raises, everything is as it was.
 
         Raises:
@@ -86,6 +86,8 @@ class RunFolder:
             self._refuse_other_content()
         if self.record.is_file() and not overwrite:
             self._refuse_other_run(arguments, data, num_processes, precision, start or {})
+        if overwrite:
+            self.refuse_overwriting(arguments, [*self._content(), *self._results()])
         if checked is not None:
             checked()
         try:
@@ -123,6 +125,26 @@ class RunFolder:
                 f"output_dir={str(self.path)!r} holds files that a run would replace "
                 f"({', '.join(path.name for path in found[:3])}) and no {self.record.name}: give a new folder"
             )
+
+    def refuse_overwriting(self, arguments: Mapping[str, Mapping[str, Any]], doomed: Collection[Path]) -> None:
+        """Neither may an overwrite take away what the run is made from.
+
+        Args:
+            arguments: of the run, by group.
+            doomed: files and folders of this one that are to be removed.
+
+        Raises:
+            RunFolderError: an argument names this folder, or something in it that is to be removed.
+        """
+        own, lost = self.path.resolve(), [path.resolve() for path in doomed]
+        for name, value in ((name, value) for group in arguments.values() for name, value in group.items()):
+            for source in (value if isinstance(value, list) else [value]) if name in SOURCE_ARGUMENTS else ():
+                path = Path(source or "/").expanduser().resolve()
+                if lost and (path == own or any(path.is_relative_to(each) for each in lost)):
+                    raise RunFolderError(
+                        f"output_dir={str(self.path)!r}: overwrite_output_dir would remove what {name}={source!r} is "
+                        "to be read from; give another output_dir"
+                    )
 
     def _remove_run(self) -> None:
         # The record goes last: whatever an interruption leaves is still known as the old run's.
@@ -187,8 +209,10 @@ class RunFolder:
         if before != record["arguments"]:
             now = describe_environment()
             record.setdefault("first_start", {name: record[name] for name in now if name in record})
-            if start and "start" in record:  # a share of other weights, perhaps
-                record["start"] = start
+            if start and "start" in record:  # a share of other weights, perhaps; of what was not known nothing is told
+                changed = {name for _, name, _, _ in _changes(before, record["arguments"])}
+                known = {name: start[name] for name in start if name in record["start"] or name in changed}
+                record["start"] = known
             write_json(self.record, record | now)
         return any(name in KEPT_ARGUMENTS for _, name, _, _ in _changes(before, record["arguments"]))
 

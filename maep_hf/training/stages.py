@@ -6,6 +6,7 @@ import logging
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from ..attacks import AttackMixture
@@ -126,6 +127,18 @@ class LoraArguments:
         metadata={"help": "names of the layers that are adapted, or all; attention and MLP of every block by default"},
     )
 
+    @classmethod
+    def of(cls, model: PeftModel) -> LoraArguments:
+        """Those of the active adapter, which it keeps however it is trained on."""
+        config = model.peft_config[model.active_adapter]
+        targets = config.target_modules
+        return cls(
+            lora_rank=config.r,
+            lora_alpha=config.lora_alpha,
+            lora_dropout=config.lora_dropout,
+            lora_targets=[targets] if isinstance(targets, str) else sorted(targets),
+        )
+
     def adapt(self, model: MAEPModel, scope: str) -> PeftModel:
         """The purifier with its weights frozen and a trainable update beside them.
 
@@ -147,7 +160,7 @@ class LoraArguments:
 
 
 def load_trainable(name_or_path: str, **chosen: Any) -> MAEPModel:
-    """A purifier to go on training, by folder or Hub id.
+    """A purifier to go on training, by folder or Hub id; in float32, for in 16 bits most updates would be rounded away.
 
     Args:
         name_or_path: folder or Hub id.
@@ -158,7 +171,8 @@ def load_trainable(name_or_path: str, **chosen: Any) -> MAEPModel:
     """
     name_or_path = expanded(name_or_path)
     check_model(name_or_path, model_type="maep", kind="a purifier")
-    return MAEPModel.from_pretrained(name_or_path, **{key: value for key, value in chosen.items() if value is not None})
+    given = {key: value for key, value in chosen.items() if value is not None}
+    return MAEPModel.from_pretrained(name_or_path, dtype=torch.float32, **given)
 
 
 def load_surrogates(names: list[str]) -> list[PixelClassifier]:

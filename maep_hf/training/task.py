@@ -119,3 +119,7 @@ class Task(ABC):
     def describe_start(self) -> dict[str, str]:
         """Fingerprints of the weights that the run starts from, by the argument that names them, for `run.json`."""
         return {"model": describe_base(self.model)["fingerprint"]}
+
+    def describe_frozen(self) -> dict[str, str]:
+        """Fingerprints of the weights that the run is trained against and that stay, likewise; none by default."""
+        return {}
