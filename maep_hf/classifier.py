@@ -222,6 +222,10 @@ class PurifiedClassifier(nn.Module):
     their parameters where these require them. To train a purifier through a frozen classifier, freeze the classifier's
     parameters and call `model.purifier.train()`; `model.train()` would put the classifier into training mode too.
 
+    Purifier and classifier must take the same number of channels. In front of a grey classifier, a `PixelClassifier`,
+    `PixelClassifier(nn.Sequential(nn.AvgPool3d((3, 1, 1)), classifier))` averages the three of an RGB purifier; given
+    so, gray-box attacks differentiate the average too.
+
     Args:
         purifier: a `MAEPModel` (or anything with a method `purify`), also wrapped by PEFT or DistributedDataParallel;
             any module or callable that maps images to images of the same shape; or None for the bare classifier.
@@ -275,7 +279,7 @@ class PurifiedClassifier(nn.Module):
             check_pixels(pixel_values)
             return pixel_values
         num_channels = getattr(getattr(self.purifier, "config", None), "num_channels", None)
-        check_pixels(pixel_values, num_channels if isinstance(num_channels, int) else None)
+        check_pixels(pixel_values, num_channels if isinstance(num_channels, int) else None, "the purifier")
         return call_purifier(self.purifier, pixel_values, **self.purify_kwargs)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
