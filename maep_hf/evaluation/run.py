@@ -46,7 +46,8 @@ class EvaluationArguments:
     Args:
         purifiers: folders or Hub ids (also of a PEFT adapter), `defence:NAME` for a classical one, `none`, or
             `python:MODULE:FUNCTION[:ARGUMENT]`: what a function makes, see [`python_purifier`].
-        classifiers: folders or Hub ids.
+        classifiers: folders or Hub ids, `timm:NAME` or `python:MODULE:FUNCTION[:ARGUMENT]`, see
+            [`load_frozen_classifier`].
         dataset, split, dataset_config, image_column, label_column: see [`load_image_dataset`].
         max_images, image_size: see [`read_images`].
         threat_models: see [`benchmark`].
