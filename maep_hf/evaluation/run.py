@@ -217,7 +217,8 @@ def _purify_options(args: EvaluationArguments, purifiers: Mapping[str, Any]) -> 
 
 def _print_checks(record: dict, console: Console) -> None:
     for check in (record["checks"] or {}).get("results", ()):
-        mark = {True: "passed", False: "FAILED", None: "not run"}[check["passed"]]
+        undecided = "unknown" if check.get("data") else "not run"  # what was run has figures
+        mark = {True: "passed", False: "FAILED", None: undecided}[check["passed"]]
         style = "bold red" if check["passed"] is False else ""
         console.print(f"  {mark} {check['name']}: {check['detail']}", style=style, highlight=False, soft_wrap=True)
 
