@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from ..figures import GREY, GRID, INK, PALETTE, new_figure, save_figure
+from ..figures import GREY, GRID, INK, PALETTE, new_figure, save_figure, whiskers
 from .results import NO_PURIFIER, NOT_CHECKED, UNDEFENDED, UNRELIABLE, Result, ResultsError, results
 from .tables import Row, rows_of
 from .threat_models import ADAPTIVE, THREAT_MODELS
@@ -295,9 +295,7 @@ def _draw_bars(axis: Axes, panel: _Panels, column: str, purifiers: Sequence[str]
     values = [share["percent"] for share in shares]
     faces = ["white" if hatch else color for hatch, color in zip(hatches, colors, strict=True)]
     axis.barh(heights, values, 0.86 * step, color=faces, edgecolor=colors, hatch=hatches, linewidth=1)
-    whiskers = [[max(0, side * (share["percent"] - share["interval_95"][end])) for share in shares]
-                for end, side in ((0, 1), (1, -1))]  # fmt: skip
-    axis.errorbar(values, heights, xerr=whiskers, fmt="none", ecolor=INK, elinewidth=1, capsize=2, zorder=3)
+    axis.errorbar(values, heights, xerr=whiskers(shares), fmt="none", ecolor=INK, elinewidth=1, capsize=2, zorder=3)
     for purifier, value in dict.fromkeys(panel.before(column)):
         color = INK if bare or len(purifiers) < 2 else _purifier_color(purifiers, purifier)
         axis.axvline(value, color=color, linestyle="--", linewidth=1.2, zorder=2)
