@@ -6,6 +6,7 @@ Both are plain callables `tensor -> tensor`, as foolbox, RobustBench and AutoAtt
 """
 
 import json
+import os
 import textwrap
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -221,6 +222,10 @@ class PurifiedClassifier(nn.Module):
     their parameters where these require them. To train a purifier through a frozen classifier, freeze the classifier's
     parameters and call `model.purifier.train()`; `model.train()` would put the classifier into training mode too.
 
+    Purifier and classifier must take the same number of channels. In front of a grey classifier, a `PixelClassifier`,
+    `PixelClassifier(nn.Sequential(nn.AvgPool3d((3, 1, 1)), classifier))` averages the three of an RGB purifier; given
+    so, gray-box attacks differentiate the average too.
+
     Args:
         purifier: a `MAEPModel` (or anything with a method `purify`), also wrapped by PEFT or DistributedDataParallel;
             any module or callable that maps images to images of the same shape; or None for the bare classifier.
@@ -274,7 +279,7 @@ class PurifiedClassifier(nn.Module):
             check_pixels(pixel_values)
             return pixel_values
         num_channels = getattr(getattr(self.purifier, "config", None), "num_channels", None)
-        check_pixels(pixel_values, num_channels if isinstance(num_channels, int) else None)
+        check_pixels(pixel_values, num_channels if isinstance(num_channels, int) else None, "the purifier")
         return call_purifier(self.purifier, pixel_values, **self.purify_kwargs)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
@@ -320,16 +325,31 @@ def load_classifier(
     rounded to zero, attacks find no way, and it looks robust. Another `dtype` is at the caller's own risk.
 
     Args:
-        name_or_path: a model id of the Hub, or a folder.
+        name_or_path: a model id of the Hub, or a folder; `timm:NAME` for a pretrained timm model (`pip install timm`);
+            `python:MODULE:FUNCTION[:ARGUMENT]` for what a function makes, see
+            [`classifier_sources.load_frozen_classifier`].
         image_processor, size, image_mean, image_std, interpolation, do_resize, always_resize: see `PixelClassifier`.
         **hub_kwargs: for `AutoModelForImageClassification.from_pretrained` (`revision`, `token`, `dtype`,
             `local_files_only`, `trust_remote_code`, ...); those that name the source go to the image processor too.
+            None for `timm:` and `python:`.
 
     Raises:
         OSError: there is no such model, or the Hub cannot be reached.
         ValueError: it is no image classifier, or its weights lack some of the network (an untrained head); or its
-            preprocessing is none that `PixelClassifier` takes.
+            preprocessing is none that `PixelClassifier` takes. A [`CheckpointError`] where timm is not installed, or
+            there is no such timm model, module or function.
+        TypeError: `hub_kwargs` for `timm:` or `python:`.
     """
+    from .classifier_sources import is_made, made_classifier  # which itself needs what is here
+
+    name = os.fspath(name_or_path)
+    explicit = {"size": size, "do_resize": do_resize, "image_mean": image_mean, "image_std": image_std}
+    others = {"interpolation": interpolation, "always_resize": always_resize}
+    if is_made(name):
+        if hub_kwargs:
+            raise TypeError(f"{', '.join(hub_kwargs)}: only for a folder or Hub id, not for {name!r}; leave it out.")
+        made = made_classifier(name, image_processor=image_processor, **explicit, **others)
+        return made.requires_grad_(False).eval()
     dtype = {} if "torch_dtype" in hub_kwargs else {"dtype": torch.float32}  # transformers' older name for it
     try:
         model, info = AutoModelForImageClassification.from_pretrained(
@@ -348,13 +368,12 @@ def load_classifier(
             f"{str(name_or_path)!r} is not a trained image classifier: its weights lack {', '.join(missing[:4])}"
             f"{f' and {len(missing) - 4} more' if len(missing) > 4 else ''}. Fine-tune it first."
         )
-    explicit = {"size": size, "do_resize": do_resize, "image_mean": image_mean, "image_std": image_std}
     if image_processor is None:
         source = {key: value for key, value in hub_kwargs.items() if key in HUB_ARGUMENTS and value is not None}
         required = not _is_said(**explicit) and _stated_preprocessing(model) is None
         image_processor = _saved_image_processor(name_or_path, required, **source)
     model.requires_grad_(False)
-    return PixelClassifier(model, image_processor, **explicit, interpolation=interpolation, always_resize=always_resize)
+    return PixelClassifier(model, image_processor, **explicit, **others)
 
 
 def _set_mode(module: nn.Module, mode: bool) -> None:

@@ -6,7 +6,7 @@ import importlib
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,13 +43,29 @@ def load_frozen_classifier(name: str | os.PathLike) -> PixelClassifier:
         OSError, ValueError: as [`load_classifier`].
     """
     name = os.fspath(name)
-    if name.startswith(TIMM):
-        loaded = _from_timm(name.removeprefix(TIMM))
-    elif name.startswith(PYTHON):
-        loaded = _from_python(name)
-    else:
-        loaded = _from_folder_or_hub(expanded(name))
+    loaded = made_classifier(name) if is_made(name) else _from_folder_or_hub(expanded(name))
     return _channels_last(loaded.requires_grad_(False).eval())
+
+
+def is_made(name: str) -> bool:
+    """Whether a classifier's name is one that timm or a Python function makes, not a folder or Hub id."""
+    return name.startswith((TIMM, PYTHON))
+
+
+def made_classifier(name: str, **preprocessing: Any) -> PixelClassifier:
+    """The classifier that `timm:NAME` or `python:MODULE:FUNCTION[:ARGUMENT]` names.
+
+    Args:
+        name: see [`load_frozen_classifier`].
+        **preprocessing: arguments of [`PixelClassifier`]; of a function that returns one, none may be given.
+
+    Raises:
+        CheckpointError: there is no such module, function or timm model, or it makes no classifier.
+        ValueError: the preprocessing is none that `PixelClassifier` takes.
+    """
+    if name.startswith(TIMM):
+        return _from_timm(name.removeprefix(TIMM), preprocessing)
+    return _from_python(name, preprocessing)
 
 
 def _channels_last(classifier: PixelClassifier) -> PixelClassifier:
@@ -113,7 +129,7 @@ def _import_function(module_name: str, function_name: str, name: str, kind: str)
     return function
 
 
-def _from_python(name: str) -> PixelClassifier:
+def _from_python(name: str, preprocessing: Mapping[str, Any]) -> PixelClassifier:
     from .classifier import PixelClassifier
 
     made = call_named(name, "classifier")
@@ -122,14 +138,19 @@ def _from_python(name: str) -> PixelClassifier:
             f"classifier {name!r} returned {type(made).__name__}: it must return an nn.Module from pixels to logits"
         )
     if isinstance(made, PixelClassifier):
+        if given := [key for key, value in preprocessing.items() if value not in (None, False)]:
+            raise CheckpointError(
+                f"classifier {name!r} returned a PixelClassifier, which has its preprocessing: give {', '.join(given)} "
+                "to that one, in the function"
+            )
         return made
     try:
-        return PixelClassifier(made)
+        return PixelClassifier(made, **preprocessing)
     except TypeError as error:  # a purifier before it, say
         raise CheckpointError(f"classifier {name!r}: {error}") from error
 
 
-def _from_timm(name: str) -> PixelClassifier:
+def _from_timm(name: str, preprocessing: Mapping[str, Any]) -> PixelClassifier:
     from .classifier import PixelClassifier
 
     try:
@@ -140,7 +161,7 @@ def _from_timm(name: str) -> PixelClassifier:
         model = timm.create_model(name, pretrained=True)
     except RuntimeError as error:
         raise CheckpointError(f"classifier timm:{name}: {error}") from error
-    return PixelClassifier(model)
+    return PixelClassifier(model, **preprocessing)
 
 
 def _from_folder_or_hub(name: str) -> PixelClassifier:

@@ -12,13 +12,18 @@ def evaluate(
     purifier: Annotated[
         list[str] | None,
         typer.Option(
-            help="Folder or Hub id (of an adapter too), defence:NAME (jpeg, median, ...), or none. Repeatable.",
+            help="Folder or Hub id (of an adapter too), defence:NAME (jpeg, median, ...), "
+            "python:MODULE:FUNCTION[:ARGUMENT], or none. Repeatable.",
             show_default="checkpoints/maep-tiny-cifar10",
         ),
     ] = None,
     classifier: Annotated[
         list[str] | None,
-        typer.Option(help="Folder or Hub id. Repeatable.", show_default="checkpoints/resnet20-cifar10"),
+        typer.Option(
+            help="Folder or Hub id, timm:NAME, or python:MODULE:FUNCTION[:ARGUMENT] for what your function makes. "
+            "Repeatable.",
+            show_default="checkpoints/resnet20-cifar10",
+        ),
     ] = None,
     dataset: Annotated[
         str, typer.Option(help="Hub id, folder, .parquet file, embedded:cifar10 or embedded:imagenet.")
@@ -86,7 +91,8 @@ def evaluate(
         float, typer.Option(help="Purify images resized by this factor; the correction is resized back.")
     ] = 1.0,
     source_classifier: Annotated[
-        str | None, typer.Option(help="Classifier of the surrogate pipeline that `transfer` attacks.")
+        str | None,
+        typer.Option(help="Classifier of the surrogate pipeline that `transfer` attacks, named as --classifier."),
     ] = None,
     source_purifier: Annotated[str | None, typer.Option(help="Purifier of that pipeline.", show_default="none")] = None,
     checks: Annotated[

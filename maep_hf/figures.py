@@ -60,6 +60,14 @@ def save_figure(figure: Figure, path: str | os.PathLike, tight: Sequence[float] 
     return Path(path)
 
 
+def whiskers(shares: Sequence[Mapping[str, Any]]) -> list[list[float]]:
+    """For `errorbar`: how far each share's 95 % interval reaches below its `percent`, and how far above, in points."""
+    return [
+        [max(0, side * (share["percent"] - share["interval_95"][end])) for share in shares]
+        for end, side in ((0, 1), (1, -1))
+    ]
+
+
 def _take_no_formulas(figure: Figure) -> None:
     """Matplotlib takes what stands between two `$` for a formula, and gives up where it is none."""
     logarithmic = [axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis) if axis.get_scale() == "log"]

@@ -138,7 +138,7 @@ class PixelPreprocessing(nn.Module):
             TypeError: not floating point.
         """
         spec = self.spec
-        check_pixels(pixel_values, spec.num_channels)
+        check_pixels(pixel_values, spec.num_channels, "the classifier")
         pixels = pixel_values if pixel_values.dtype == torch.float64 else pixel_values.float()
         if self.always_resize or tuple(pixels.shape[-2:]) != spec.input_size:
             pixels = self._resize_and_crop(pixels)
@@ -179,8 +179,11 @@ def center_crop(pixels: Tensor, size: tuple[int, int]) -> Tensor:
     return pixels[..., top : top + size[0], left : left + size[1]]
 
 
-def check_pixels(pixel_values: Any, num_channels: int | None = None) -> None:
+def check_pixels(pixel_values: Any, num_channels: int | None = None, taker: str = "the model") -> None:
     """Refuse what is not a floating (B, C, H, W) batch with `num_channels` channels.
+
+    Args:
+        taker: who takes them, for the error: "the classifier", "the purifier".
 
     Raises:
         TypeError: not a tensor, or not floating point.
@@ -203,8 +206,14 @@ def check_pixels(pixel_values: Any, num_channels: int | None = None) -> None:
             hint = f"; repeat grey images with `pixel_values.expand(-1, {num_channels}, -1, -1)`"
         elif pixel_values.shape[-1] == num_channels:
             hint = "; channels come second, not last: `pixel_values.permute(0, 3, 1, 2)`"
+        elif channels == 3 and num_channels == 1:
+            hint = "; average them with `pixel_values.mean(1, keepdim=True)`"
+            if taker == "the classifier":
+                # not done by itself: in an evaluation the bare classifier, too, has to be the one that averages
+                averaging = "PixelClassifier(torch.nn.Sequential(torch.nn.AvgPool3d((3, 1, 1)), classifier))"
+                hint = f"; to average them in front of a grey classifier, itself a PixelClassifier: `{averaging}`"
         raise ValueError(
-            f"`pixel_values` has {channels} channels, but the model takes {num_channels} "
+            f"`pixel_values` has {channels} channels, but {taker} takes {num_channels} "
             f"(shape {tuple(pixel_values.shape)}){hint}."
         )
 

@@ -58,6 +58,15 @@ def all_attacks(classifiers=("resnet56",), attacks=LONG_ATTACKS):
     return records
 
 
+def with_few_white_box():
+    """As the records of a released purifier: many attacks of one classifier, one of them in white-box."""
+    standard = "AutoAttack (standard)"
+    records = [record(80, "gray-box", attack) for attack in (*(f"PGD-{steps}" for steps in range(10, 24)), standard)]
+    records += [record(60, "gray-box", f"noise {n}", control=True, norm=None, eps=None) for n in range(3)]
+    records.append(record(0, "white-box", standard, checks=PASSED))
+    return records + [record(70, "gray-box", standard, classifier=name) for name in ("wide-resnet-28-10", "resnet20")]
+
+
 THREE = ("resnet56", "wide-resnet-28-10", "vit-base-patch16-224-in21k-finetuned")
 PURIFIERS = [
     record(60 + 5 * index, threat_model, attack, purifier=purifier, checks=PASSED)
@@ -71,6 +80,7 @@ CASES = {
     "14 long names": (bars_over_attacks, all_attacks()),
     "3 classifiers": (bars_over_attacks, all_attacks(THREE, LONG_ATTACKS[:3])),
     "3 purifiers": (bars_over_attacks, PURIFIERS),
+    "few white-box": (bars_over_attacks, with_few_white_box()),
     "one eps": (accuracy_against_eps, [record()]),
     "one eps of the bare classifier": (accuracy_against_eps, [record(0, "white-box", purifier=None)]),
     "two norms": (accuracy_against_eps, sweep()),
@@ -283,6 +293,26 @@ def test_classifiers_have_rows_of_panels(build):
     assert len(figure.axes) == 9
     assert [axis.get_title(loc="left").split("\n")[0] for axis in figure.axes[::3]] == list(THREE)
     assert "classifier" not in figure._suptitle.get_text()
+
+
+def test_a_threat_model_has_no_panel_where_nothing_was_measured_under_it(draw):
+    figure = draw(bars_over_attacks, with_few_white_box())
+    titles = [axis.get_title(loc="left").split("\n")[-1] for axis in figure.axes]
+    assert titles == ["undefended", "gray-box", "white-box", "undefended", "gray-box", "undefended", "gray-box"]
+    labelled = [bool(axis.get_xlabel()) for axis in figure.axes]
+    assert labelled == [False, False, True, False, False, True, True]  # the lowest of each
+    ticks = [axis.xaxis.get_major_ticks()[0].label1.get_visible() for axis in figure.axes]
+    assert ticks == labelled
+
+
+def test_the_rule_above_the_controls_touches_no_label(draw):
+    axis = draw(bars_over_attacks, with_few_white_box()).axes[0]
+    (rule,) = [line for line in axis.lines if len({*line.get_ydata()}) == 1 and line.get_linestyle() == "-"]
+    height = axis.transData.transform((0, rule.get_ydata()[0]))[1]
+    renderer = axis.figure.canvas.get_renderer()
+    spans = {label.get_text(): label.get_window_extent(renderer) for label in axis.get_yticklabels()}
+    assert any("\n" in text for text in spans)
+    assert not [text for text, box in spans.items() if box.y0 - 1 <= height <= box.y1 + 1]
 
 
 # ------------------------------------------------------------------------------------------------------------- both

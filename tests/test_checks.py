@@ -306,6 +306,25 @@ def test_few_images_and_any_radius(classifier, pixels):
         assert "images" not in report.failed and len(report.survivors) == len(report.used) == 24
 
 
+def test_on_too_few_images_no_attack_is_said_to_be_the_stronger_one_nor_not_to_be(classifier, pixels, capsys):
+    """Six broken of six may be chance at 1 %, seven of seven not."""
+    right, broken = torch.ones(7, dtype=torch.bool), torch.zeros(7, dtype=torch.bool)
+    for n, found in ((6, None), (7, False)):
+        report = checks.MaskingReport([], list(range(n)), broken[:n].tolist())
+        told = checks.attack_check(report, right, "PGD-2")
+        assert told.passed is found and ("too few images to tell" in told.detail) == (n == 6)
+        assert ("too weak" in told.detail) == (n == 7)
+        assert checks._not_stronger("transfer", "PGD", broken[:n], right[:n]).passed is found
+        assert checks._step_sweep({1: broken[:n], 60: right[:n]}).passed is found
+        assert checks._eps_sweep({8.0: broken[:n], 128.0: broken[:n]}).passed is (None if n == 6 else True)
+    assert checks._eps_sweep({8.0: right[:6], 128.0: right[:6]}).passed is False  # that, six images tell
+    report = checked(tiny_purifier(), classifier, pixels[:6])
+    assert report.failed == ["images"] and not report.reliable
+    assert [check.name for check in report.results if check.passed] == ["gradient"]
+    _print_checks({"checks": report.record()}, Console())
+    assert "unknown step sweep: 1 steps: " in capsys.readouterr().out
+
+
 def test_nothing_right_is_nothing_to_check(classifier, pixels):
     with torch.no_grad():
         wrong = (classifier(pixels).argmax(-1) + 1) % 3

@@ -373,6 +373,23 @@ def test_grey_classifier():
         classifier(torch.rand(2, 3, 28, 28))
 
 
+def test_a_grey_classifier_behind_a_colour_purifier_names_the_way_out():
+    purifier = Shift()
+    purifier.config = types.SimpleNamespace(num_channels=3)
+    classifier = PixelClassifier(cifar_resnet(num_channels=1), image_mean=0.5, image_std=0.5)
+    grey = torch.rand(2, 1, 28, 28)
+    with pytest.raises(ValueError, match="has 1 channels, but the purifier takes 3 .*expand\\(-1, 3, -1, -1\\)"):
+        PurifiedClassifier(purifier, classifier)(grey)
+    pixels = grey.expand(-1, 3, -1, -1).clone().requires_grad_()
+    with pytest.raises(ValueError, match="has 3 channels, but the classifier takes 1 ") as caught:
+        PurifiedClassifier(purifier, classifier)(pixels)
+    way_out = str(caught.value).split("`")[-2]  # as it stands in the message
+    averaged = eval(way_out, {"torch": torch, "PixelClassifier": PixelClassifier, "classifier": classifier})
+    torch.testing.assert_close(averaged(pixels), classifier(grey))
+    PurifiedClassifier(purifier, averaged)(pixels).sum().backward()
+    assert pixels.grad.abs().sum((0, 2, 3)).min() > 0
+
+
 def test_grey_timm_classifier():
     model = nn.Sequential(nn.Conv2d(1, 3, 1), Flat())
     model.in_chans = 1

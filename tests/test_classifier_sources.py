@@ -32,6 +32,9 @@ def silent():
 def purified():
     from maep_hf import PurifiedClassifier
     return PurifiedClassifier(lambda pixels: pixels, bare())
+def wrapped():
+    from maep_hf import PixelClassifier
+    return PixelClassifier(bare())
 class Volume(nn.Module):
     def __init__(self):
         super().__init__()
@@ -83,6 +86,20 @@ def test_a_python_function_takes_an_argument(module):
 def test_a_wrong_python_name_is_a_clear_error(module, name, message):
     with pytest.raises(CheckpointError, match=message):
         load_frozen_classifier(name)
+
+
+def test_load_classifier_takes_the_names_of_the_command_line(module, monkeypatch):
+    classifier = load_classifier(f"{module}:of:5", image_mean=0.5, image_std=0.25, size=8)
+    pixels = torch.rand(2, 3, 8, 8)
+    torch.testing.assert_close(classifier(pixels), classifier.classifier((pixels - 0.5) / 0.25))
+    assert not classifier.training and not any(parameter.requires_grad for parameter in classifier.parameters())
+    with pytest.raises(CheckpointError, match="returned a PixelClassifier.*give size to that one"):
+        load_classifier(f"{module}:wrapped", size=8)
+    with pytest.raises(TypeError, match="revision: only for a folder or Hub id"):
+        load_classifier(f"{module}:bare", revision="main")
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(CheckpointError, match="timm is not installed \\(pip install timm\\)"):
+        load_classifier("timm:resnet50")
 
 
 def test_weights_of_three_dimensions_keep_their_format(module):

@@ -7,6 +7,7 @@ from threading import Thread
 import datasets
 import pytest
 from conftest import SIZE, image_rows
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from maep_hf import cli, records
@@ -20,6 +21,12 @@ def invoke(*words) -> tuple[int, str]:
     result = CliRunner().invoke(cli.app, [str(word) for word in words])
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
     return result.exit_code, result.output
+
+
+def test_help_names_every_kind_of_model():
+    options = {option.name: option.help for option in get_command(cli.app).commands["evaluate"].params}
+    assert all(kind in options["classifier"] for kind in ("timm:NAME", "python:MODULE:FUNCTION"))
+    assert all(kind in options["purifier"] for kind in ("defence:NAME", "python:MODULE:FUNCTION", "none"))
 
 
 @pytest.fixture

@@ -249,6 +249,14 @@ def test_a_name_breaks_no_row_of_the_summary(folder, of_these_weights):
     assert len(re.findall(r"(?<!\\)\|", row)) == 5 and r"res\|net, n = 1000" in row
 
 
+def test_the_worst_figure_stands_beside_the_same_images_without_an_attack(folder, of_these_weights):
+    """It may be that of another, weaker classifier, whose clean accuracy is not much higher."""
+    made = [of_these_weights(27.6, classifier="weak", purified_clean=39.6), of_these_weights(84.6)]
+    text = render_model_card(folder, results=made).text
+    (row,) = (line for line in text.splitlines() if line.startswith("| gray-box"))
+    assert re.search(r"\*\*27\.6 .*weak, n = 1000; purified clean 39\.6 \(36\.6–42\.7\) %; worst of 2 measured", row)
+
+
 def test_unreliable_results_say_so(folder, of_these_weights):
     made = of_these_weights(40, "white-box", checks=failed("gradient", "transfer"))
     check(card := render_model_card(folder, results=[made]))

@@ -4,6 +4,7 @@ import json
 
 import pytest
 from made_up_records import record
+from matplotlib.container import ErrorbarContainer
 
 from train import transfer_table
 
@@ -99,6 +100,38 @@ def test_the_command_writes_table_and_picture(tmp_path, capsys):
     text = (tmp_path / "transfer.md").read_text()
     assert text in capsys.readouterr().out and text.count("| adapted |") == 3
     assert (tmp_path / "transfer.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_picture_has_rows_of_two_panels_with_their_n_and_intervals(tmp_path, monkeypatch):
+    drawn, save = [], transfer_table.save_figure
+    monkeypatch.setattr(
+        transfer_table, "save_figure", lambda figure, *a, **b: drawn.append(save(figure, *a, **b) and figure)
+    )
+    third = [made(30.0, dataset="svhn", n=200), made(35.0, "adapted", dataset="svhn", n=200)]
+    stronger = [made(45.0, strength=1.3), made(70.0, dataset="cifar10", strength=1.3)]
+    transfer_table.picture([*RECORDS, *third, *stronger], tmp_path / "transfer.png")
+    (figure,) = drawn
+    places = [axis.get_position() for axis in figure.axes]
+    assert len({round(place.x0, 2) for place in places}) == len({round(place.y0, 2) for place in places}) == 2
+    titles = [axis.get_title(loc="left") for axis in figure.axes]
+    assert [title.split("\n")[0] for title in titles] == [
+        "nips test, the first 500", "cifar10 test, the first 500", "svhn test, the first 200",
+    ]  # fmt: skip
+    labels = [label.get_text().replace("\xa0", " ") for label in figure.axes[0].get_yticklabels()]
+    assert labels == ["none (undefended)", "maep", "adapted", "maep, strength 1.3"]
+    ends = [
+        segment[:, 0].tolist()
+        for bars in figure.axes[0].containers if isinstance(bars, ErrorbarContainer)
+        for segment in bars[2][0].get_segments()
+    ]  # fmt: skip
+    assert ends[2:4] == [pytest.approx(RECORDS[0]["accuracy"][kind]["interval_95"]) for kind in
+                         ("purified_clean", "purified_attacked")]  # fmt: skip
+    assert [text.get_text() for text in figure.axes[2].texts][-1] == "– not measured"  # of the strength
+    for axis in figure.axes:  # nothing of a panel lies in another one, over the legend or outside
+        box = axis.get_tightbbox()
+        assert box.x0 >= 0 and box.x1 <= figure.bbox.width and box.y1 <= figure.bbox.height
+        assert box.y0 >= figure.legends[0].get_window_extent().y1
+        assert not any(box.overlaps(other.get_window_extent()) for other in figure.axes if other is not axis)
 
 
 @pytest.mark.parametrize("lines", [None, "", '{"schema": 1}\n'])

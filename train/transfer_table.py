@@ -11,15 +11,22 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from table_command import table_command
 
 from maep_hf.evaluation.results import NO_PURIFIER, Result, flatten, results, with_fields
 from maep_hf.evaluation.tables import percent
-from maep_hf.figures import new_figure, save_figure
+from maep_hf.figures import GRID, INK, new_figure, save_figure, whiskers
 
 Domain = tuple[str, str]
+Share = Mapping[str, Any]  # percent, n and interval_95, as records hold them
+COLUMNS = 2  # of panels: a page is some 900 pixels wide
+BARS = ("#8fb8de", "#1f5a96")  # clean, attacked
 STRENGTH = "strength"
 TAKEN = ("mode", "overlap", "scale", STRENGTH)  # options of how images are purified
 
@@ -101,35 +108,29 @@ def across(found: Mapping[Domain, Sequence[Result]]) -> tuple[list[str], dict[st
     """The attack that all of a domain's purifiers were measured under (its first), for those measured in several
     domains, of whatever strength: lines of the table, and for each its (purified clean, robust) percentages by domain.
     """
-    everywhere: dict[str, dict[Domain, Mapping[str, Any]]] = {}
     attacks = {domain: rows[0].attack for domain, rows in found.items()}
-    for domain, rows in found.items():
-        for result in rows:
-            options = result.record["protocol"]["purifier"]["options"]
-            if result.attack == attacks[domain] and options.keys() <= {STRENGTH}:
-                everywhere.setdefault(result.purifier, {})[domain] = result.record
-    kept = {name: by for name, by in everywhere.items() if len(by) > 1}
     header = ["purifier"] + [
         f"{dataset}; {classifier}; {attacks[dataset, classifier]}" for dataset, classifier in found
     ]
     lines = [header, ["---"] + ["---:"] * len(found)]
     figures: dict[str, list[tuple[float, float] | None]] = {}
-    for name, by in kept.items():
-        line = [name]
-        figures[name] = []
-        for domain in found:
-            record = by.get(domain)
-            accuracy = None if record is None else record["accuracy"]
-            line.append(
-                "–" if accuracy is None
-                else f"{percent(accuracy['purified_clean'])} / {percent(accuracy['purified_attacked'])}"
-            )  # fmt: skip
-            figures[name].append(
-                None if accuracy is None
-                else (accuracy["purified_clean"]["percent"], accuracy["purified_attacked"]["percent"])
-            )  # fmt: skip
-        lines.append(line)
+    for name, pairs in _shares(found).items():
+        lines.append([name, *("–" if pair is None else " / ".join(map(percent, pair)) for pair in pairs)])
+        figures[name] = [None if pair is None else (pair[0]["percent"], pair[1]["percent"]) for pair in pairs]
     return [f"| {' | '.join(line)} |" for line in lines], figures
+
+
+def _shares(found: Mapping[Domain, Sequence[Result]]) -> dict[str, list[tuple[Share, Share] | None]]:
+    """For each purifier of [`across`] its accuracy on purified clean and on attacked and purified images, by domain."""
+    everywhere: dict[str, dict[Domain, tuple[Share, Share]]] = {}
+    for domain, rows in found.items():
+        for result in rows:
+            options = result.record["protocol"]["purifier"]["options"]
+            if result.attack == rows[0].attack and options.keys() <= {STRENGTH}:
+                accuracy = result.record["accuracy"]
+                pair = accuracy["purified_clean"], accuracy["purified_attacked"]
+                everywhere.setdefault(result.purifier, {})[domain] = pair
+    return {name: [by.get(domain) for domain in found] for name, by in everywhere.items() if len(by) > 1}
 
 
 def _db(value: float | None) -> str:
@@ -155,29 +156,55 @@ def markdown(records: Sequence[Mapping[str, Any]]) -> str:
 
 
 def picture(records: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Bars of the table across domains; no picture where no purifier was measured in several."""
+    """Bars of the table across domains, a panel each; no picture where no purifier was measured in several."""
     found = compared(domains(records))
-    _, figures = across(found)
-    if not figures:
+    lines = _shares(found)
+    if not lines:
         return
-    figure = new_figure(4.2 * len(found), 1.2 + 0.7 * len(figures), dpi=130)
-    axes = figure.subplots(1, len(found), sharey=True)
-    for index, (axis, ((dataset, classifier), rows)) in enumerate(zip(axes, found.items(), strict=True)):
-        accuracy = rows[0].record["accuracy"]
-        bars = {NO_PURIFIER: (accuracy["clean"]["percent"], rows[0].undefended["percent"])}
-        bars |= {name: values[index] for name, values in figures.items()}
-        for place, values in enumerate(bars.values()):
-            if values is not None:
-                axis.barh(place - 0.2, values[0], 0.38, color="#8fb8de")
-                axis.barh(place + 0.2, values[1], 0.38, color="#1f5a96")
-                for offset, value in zip((-0.2, 0.2), values, strict=True):
-                    axis.text(value + 1, place + offset, f"{value:.1f}", va="center", fontsize=8)
-        axis.set(yticks=range(len(bars)), yticklabels=list(bars), xlim=(0, 112))
-        axis.set_title(f"{dataset.split(',')[0]}, {classifier}\n{rows[0].attack}", fontsize=9)
+    names = [NO_PURIFIER, *lines]
+    rows = -(-len(found) // COLUMNS)
+    figure = new_figure(9, rows * (1.1 + 0.45 * len(names)) + 0.5, dpi=130)
+    axes = figure.subplots(rows, COLUMNS, squeeze=False, sharey=True)
+    for index, (axis, ((dataset, classifier), results_here)) in enumerate(zip(axes.flat, found.items(), strict=False)):
+        bare = results_here[0].record["accuracy"]["clean"], results_here[0].undefended
+        for place, pair in enumerate([bare, *(pairs[index] for pairs in lines.values())]):
+            if pair is None:
+                axis.text(1, place, "– not measured", va="center", fontsize=8, color=INK)
+            else:
+                _draw_pair(axis, place, pair)
+        axis.set(yticks=range(len(names)), xlim=(0, 118), xticks=range(0, 101, 25))
+        axis.set_yticklabels(map(_wrapped, names), fontsize=8.5)
+        title = "\n".join(fill(line, 46) for line in (dataset, classifier, results_here[0].attack))
+        axis.set_title(title, fontsize=9, color=INK, loc="left")
+        axis.grid(axis="x", color=GRID, linewidth=0.8)
+        axis.set_axisbelow(True)
+        axis.tick_params(labelsize=8.5, colors=INK)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0].invert_yaxis()
-    figure.supxlabel("accuracy in %: light, clean images; dark, attacked images (gray-box)", fontsize=9)
-    save_figure(figure, path, tight=(0, 0, 1, 1))
+    axes[0, 0].invert_yaxis()
+    for axis in axes.flat[len(found) :]:
+        axis.remove()
+    kinds = {kind: Patch(color=color) for kind, color in zip(("clean", "attacked (gray-box)"), BARS, strict=True)}
+    kinds["95 % Wilson interval"] = Line2D([], [], color=INK, linewidth=1)
+    figure.legend(
+        kinds.values(), kinds, loc="lower center", ncols=len(kinds), frameon=False, fontsize=9,
+        title="accuracy in %; images are purified, but for the undefended", title_fontsize=9,
+    )  # fmt: skip
+    save_figure(figure, path, tight=(0, 0.6 / figure.get_figheight(), 1, 1))
+
+
+def _draw_pair(axis: Axes, place: int, pair: tuple[Share, Share]) -> None:
+    """A purifier's bars with their intervals: clean images above, attacked ones below."""
+    heights, values = (place - 0.2, place + 0.2), [share["percent"] for share in pair]
+    axis.barh(heights, values, 0.38, color=BARS)
+    axis.errorbar(values, heights, xerr=whiskers(pair), fmt="none", ecolor=INK, elinewidth=1, capsize=2)
+    for height, share in zip(heights, pair, strict=True):
+        at = share["interval_95"][1] + 1.5
+        axis.text(at, height, f"{share['percent']:.1f}", va="center", fontsize=8, color=INK)
+
+
+def _wrapped(name: str) -> str:
+    """A purifier's name on short lines, an option (`strength 1.3`) on one."""
+    return fill(", ".join(part.replace(" ", "\xa0") for part in name.split(", ")), 24)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

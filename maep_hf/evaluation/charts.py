@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from ..figures import GREY, GRID, INK, PALETTE, new_figure, save_figure
+from ..figures import GREY, GRID, INK, PALETTE, new_figure, save_figure, whiskers
 from .results import NO_PURIFIER, NOT_CHECKED, UNDEFENDED, UNRELIABLE, Result, ResultsError, results
 from .tables import Row, rows_of
 from .threat_models import ADAPTIVE, THREAT_MODELS
@@ -34,6 +34,7 @@ _DPI = 130
 _NORMS = ("Linf", "L2", "L1", "L0", None)
 _COLUMNS = (UNDEFENDED, *(f"{UNDEFENDED} ({name})" for name in THREAT_MODELS), *THREAT_MODELS)
 _LABEL_CHARACTERS = 32
+_GAP = 0.12  # inches between attacks and controls
 # Lines that coincide are drawn from the back to the front, ever thinner, so that each can be seen.
 _FRONT = (UNDEFENDED, "transfer", "gray-box", "black-box", "bpda", "white-box")
 
@@ -108,8 +109,9 @@ def bars_over_attacks(records: Iterable[Mapping], path: str | os.PathLike) -> Pa
     """Accuracy under each attack: a panel for each threat model, bars with their intervals.
 
     The bare classifier is grey, and a dashed line is the accuracy without an attack. Data sets and classifiers stand
-    under each other; corruptions, which are controls and no attacks, come last, under a line. Arguments, return value
-    and errors as of [`accuracy_against_eps`], but that an eps is not needed.
+    under each other; corruptions, which are controls and no attacks, come last, under a line. A threat model has no
+    panel where nothing was measured under it. Arguments, return value and errors as of [`accuracy_against_eps`], but
+    that an eps is not needed.
     """
     found = results(records)
     if not found:
@@ -121,18 +123,25 @@ def bars_over_attacks(records: Iterable[Mapping], path: str | os.PathLike) -> Pa
     columns = [column for column in _COLUMNS if column in present]
     panels = [_Panels([row for row in rows if _place(row) == place]) for place in places]
 
-    heights = [0.55 + panel.height(len(purifiers)) for panel in panels]
+    heights = [panel.rows_from_top(len(purifiers))[1] for panel in panels]
     label = max(len(line) for panel in panels for name in panel.attacks for line in panel.label(name).split("\n"))
     width = max(6.8, 0.4 + 0.082 * label + 2.3 * len(columns))
-    figure = _figure(width, sum(heights) + 1.7)
+    left = [[column for index, column in enumerate(columns) if not index or panel.bars(column)] for panel in panels]
+    lowest = {column: max(index for index, kept in enumerate(left) if column in kept) for column in columns}
+    scales = len({*lowest.values()} - {len(places) - 1})  # other rows with the numbers of the scale under them
+    figure = _figure(width, sum(heights) + 0.62 * len(places) + 0.45 * scales + 1.4)
     axes = figure.subplots(len(places), len(columns), squeeze=False, sharex=True, sharey="row", height_ratios=heights)
-    for line, panel, place in zip(axes, panels, places, strict=True):
+    for row, (line, panel, place) in enumerate(zip(axes, panels, places, strict=True)):
         for index, (axis, column) in enumerate(zip(line, columns, strict=True)):
+            if column not in left[row]:
+                axis.remove()
+                continue
             _draw_bars(axis, panel, column, purifiers)
             name = ", ".join(_place_name(place, places)) if index == 0 else ""
             _dress(axis, f"{name}\n{column}" if name else column, "x")
-    for axis in axes[-1]:
-        axis.set_xlabel("accuracy (%)")
+            if row == lowest[column]:
+                axis.tick_params(axis="x", labelbottom=True)
+                axis.set_xlabel("accuracy (%)")
     said = [*_common_place(places), *_only("purifier", purifiers)]
     _title(figure, width, f"Accuracy under each attack: {', '.join(columns)}", said)
     handles = {}
@@ -252,10 +261,17 @@ class _Panels:
     def label(self, attack: str) -> str:
         return _wrapped(f"{attack} (control)" if attack in self.controls else attack)
 
-    def height(self, purifiers: int) -> float:
-        """Inches that the bars take."""
-        lines = sum(max(1, self.label(name).count("\n") + 1) * 0.19 for name in self.attacks)
-        return max(lines, len(self.attacks) * (0.1 + 0.17 * max(1, purifiers))) + 0.12 * bool(self.controls)
+    def rows_from_top(self, purifiers: int) -> tuple[dict[str, tuple[float, float]], float]:
+        """(top, bottom) of each attack's row and the height of all, in inches: a row has room for its bars and for
+        every line of its label, and stands off the attacks where the controls begin."""
+        places, bottom = {}, 0.0
+        for name in self.attacks:
+            if name in self.controls and self.attacks[0] not in self.controls and not self.controls & places.keys():
+                bottom += _GAP
+            top, lines = bottom, self.label(name).count("\n") + 1
+            bottom = top + max(0.1 + 0.17 * max(1, purifiers), 0.08 + 0.15 * lines)
+            places[name] = top, bottom
+        return places, bottom
 
     def bars(self, column: str) -> list[tuple[str, str, Mapping, str]]:
         """(attack, purifier, share, mark) of a column."""
@@ -278,14 +294,16 @@ class _Panels:
 
 def _draw_bars(axis: Axes, panel: _Panels, column: str, purifiers: Sequence[str]) -> None:
     bare = column.startswith(UNDEFENDED)
-    step = 0.8 / max(1, 1 if bare else len(purifiers))
+    places, height = panel.rows_from_top(len(purifiers))
+    middles = {name: (top + bottom) / 2 for name, (top, bottom) in places.items()}
+    step = 0.8 * (0.1 + 0.17 * max(1, len(purifiers))) / (1 if bare else max(1, len(purifiers)))
     bars = panel.bars(column)
     for attack in set(panel.attacks) - {attack for attack, *_ in bars}:
-        axis.text(104, panel.attacks.index(attack), "–", va="center", fontsize=8, color=COLORS[UNDEFENDED])
+        axis.text(104, middles[attack], "–", va="center", fontsize=8, color=COLORS[UNDEFENDED])
     heights, shares, colors, hatches = [], [], [], []
     for attack, purifier, share, mark in bars:
         slots = [NO_PURIFIER] if bare else [name for name in purifiers if (attack, name) in panel.measured]
-        y = panel.attacks.index(attack) + (slots.index(purifier) - (len(slots) - 1) / 2) * step
+        y = middles[attack] + (slots.index(purifier) - (len(slots) - 1) / 2) * step
         sign = {UNRELIABLE: " ⚠", NOT_CHECKED: " ?"}.get(mark, "")
         axis.text(104, y, f"{share['percent']:.1f}{sign}", va="center", fontsize=8, color=INK)
         heights.append(y)
@@ -295,19 +313,18 @@ def _draw_bars(axis: Axes, panel: _Panels, column: str, purifiers: Sequence[str]
     values = [share["percent"] for share in shares]
     faces = ["white" if hatch else color for hatch, color in zip(hatches, colors, strict=True)]
     axis.barh(heights, values, 0.86 * step, color=faces, edgecolor=colors, hatch=hatches, linewidth=1)
-    whiskers = [[max(0, side * (share["percent"] - share["interval_95"][end])) for share in shares]
-                for end, side in ((0, 1), (1, -1))]  # fmt: skip
-    axis.errorbar(values, heights, xerr=whiskers, fmt="none", ecolor=INK, elinewidth=1, capsize=2, zorder=3)
+    axis.errorbar(values, heights, xerr=whiskers(shares), fmt="none", ecolor=INK, elinewidth=1, capsize=2, zorder=3)
     for purifier, value in dict.fromkeys(panel.before(column)):
         color = INK if bare or len(purifiers) < 2 else _purifier_color(purifiers, purifier)
         axis.axvline(value, color=color, linestyle="--", linewidth=1.2, zorder=2)
     axis.set_xlim(0, 128)
     axis.set_xticks(range(0, 101, 25))
     labels = [panel.label(name) for name in panel.attacks]
-    axis.set_yticks(range(len(labels)), labels)
-    axis.set_ylim(len(labels) - 0.45, -0.55)
+    axis.set_yticks(list(middles.values()), labels)
+    axis.set_ylim(height, 0)
     if panel.controls and len(panel.controls) < len(labels):
-        axis.axhline(len(labels) - len(panel.controls) - 0.5, color=INK, linewidth=0.8)
+        first = next(name for name in panel.attacks if name in panel.controls)
+        axis.axhline(places[first][0] - _GAP / 2, color=INK, linewidth=0.8)
 
 
 def _bar_color(column: str, purifier: str, purifiers: Sequence[str]) -> str:

@@ -8,6 +8,7 @@ another only where the images that it alone breaks outnumber the opposite beyond
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, MutableMapping
 from dataclasses import asdict, dataclass, field
 
@@ -31,12 +32,16 @@ SQUARE_QUERIES = 300
 CLEAN = "no attack"
 LEAST_EOT = 10
 LEAST_IMAGES = 20
-"""With fewer, the sign test cannot tell one attack from another."""
+"""With fewer, the sign test can hardly tell one attack from another."""
+LEAST_TOLD = math.floor(math.log(SIGNIFICANCE, 0.5)) + 1
+"""With fewer, it never can: one attack alone may break all of them, and that is not beyond chance."""
+TOO_FEW = "; too few images to tell"
 
 
 @dataclass
 class CheckResult:
-    """One check: whether it passed (`None`: it was left out), what was seen in words, and the figures behind it."""
+    """One check: whether it passed (`None`: it was left out, or there were too few images to tell), what was seen in
+    words, and the figures behind it."""
 
     name: str
     passed: bool | None
@@ -84,9 +89,8 @@ def attack_check(report: MaskingReport, right: Tensor, name: str) -> CheckResult
     """
     evaluated, survivors = right[torch.tensor(report.used, dtype=torch.long)], torch.tensor(report.survivors)
     detail = f"{name}: {_percent(evaluated):.0f} % right, all attacks of the checks: {_percent(survivors):.0f} %"
-    passed = not _stronger(survivors, evaluated)
     data = {"percent": _percent(evaluated), "checks_percent": _percent(survivors), "n": len(evaluated)}
-    return CheckResult("attack", passed, detail if passed else f"{detail}; the evaluated attack is too weak", data)
+    return _compared("attack", not _stronger(survivors, evaluated), detail, "; the evaluated attack is too weak", data)
 
 
 def zero_check(name: str, count: int) -> CheckResult:
@@ -279,10 +283,9 @@ def _eps_sweep(sweep: dict[float, Tensor]) -> CheckResult:
     detail = ", ".join(f"eps {radius:g}: {value:.0f} %" for radius, value in accuracy.items())
     if last > allowed:
         detail += f"; {last:.0f} % stay right where anything can be reached"
-    if rising:
-        detail += f"; a larger radius helps the defender ({', '.join(rising)})"
+    why = f"; a larger radius helps the defender ({', '.join(rising)})" if rising else ""
     data = {"eps": radii, "percent": list(accuracy.values()), "n": len(sweep[radii[0]])}
-    return CheckResult("eps sweep", passed, detail, data)
+    return _compared("eps sweep", passed, detail, why, data)
 
 
 def _step_sweep(steps: dict[int, Tensor]) -> CheckResult:
@@ -290,19 +293,23 @@ def _step_sweep(steps: dict[int, Tensor]) -> CheckResult:
     last = steps[counts[-1]]
     rising = [str(count) for count in counts[:-1] if _stronger(steps[count], last)]
     detail = ", ".join(f"{count} steps: {_percent(right):.0f} %" for count, right in steps.items())
-    if rising:
-        detail += f"; {counts[-1]} steps leave the defender more than {', '.join(rising)}"
+    why = f"; {counts[-1]} steps leave the defender more than {', '.join(rising)}"
     data = {"steps": counts, "percent": [_percent(right) for right in steps.values()], "n": len(last)}
-    return CheckResult("step sweep", not rising, detail, data)
+    return _compared("step sweep", not rising, detail, why, data)
 
 
 def _not_stronger(name: str, attack: str, weaker: Tensor, white_box: Tensor) -> CheckResult:
-    passed = not _stronger(weaker, white_box)
     detail = f"{attack}: {_percent(weaker):.0f} % right, adaptive PGD-{STEPS[-1]}: {_percent(white_box):.0f} %"
-    if not passed:
-        detail += "; another attacker is the stronger one"
     data = {"percent": _percent(weaker), "white_box_percent": _percent(white_box), "n": len(weaker)}
-    return CheckResult(name, passed, detail, data)
+    why = "; another attacker is the stronger one"
+    return _compared(name, not _stronger(weaker, white_box), detail, why, data)
+
+
+def _compared(name: str, passed: bool, detail: str, why_not: str, data: dict) -> CheckResult:
+    """A check by the sign test, which on too few images (`data["n"]`) finds nothing and so has nothing passed."""
+    if passed and data["n"] < LEAST_TOLD:
+        return CheckResult(name, None, detail + TOO_FEW, data)
+    return CheckResult(name, passed, detail if passed else detail + why_not, data)
 
 
 def _stronger(a: Tensor, b: Tensor) -> bool:

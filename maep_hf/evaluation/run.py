@@ -46,7 +46,8 @@ class EvaluationArguments:
     Args:
         purifiers: folders or Hub ids (also of a PEFT adapter), `defence:NAME` for a classical one, `none`, or
             `python:MODULE:FUNCTION[:ARGUMENT]`: what a function makes, see [`python_purifier`].
-        classifiers: folders or Hub ids.
+        classifiers: folders or Hub ids, `timm:NAME` or `python:MODULE:FUNCTION[:ARGUMENT]`, see
+            [`load_frozen_classifier`].
         dataset, split, dataset_config, image_column, label_column: see [`load_image_dataset`].
         max_images, image_size: see [`read_images`].
         threat_models: see [`benchmark`].
@@ -216,7 +217,8 @@ def _purify_options(args: EvaluationArguments, purifiers: Mapping[str, Any]) -> 
 
 def _print_checks(record: dict, console: Console) -> None:
     for check in (record["checks"] or {}).get("results", ()):
-        mark = {True: "passed", False: "FAILED", None: "not run"}[check["passed"]]
+        undecided = "unknown" if check.get("data") else "not run"  # what was run has figures
+        mark = {True: "passed", False: "FAILED", None: undecided}[check["passed"]]
         style = "bold red" if check["passed"] is False else ""
         console.print(f"  {mark} {check['name']}: {check['detail']}", style=style, highlight=False, soft_wrap=True)
 

@@ -98,9 +98,10 @@ def _summary(threat_model: str, named: Sequence[Result]) -> dict[str, str]:
     worst = min(found, key=lambda each: each.figure["percent"])
     mark = f" {worst.mark}" if worst.mark else ""
     by = escape(f"{worst.attack}, {worst.classifier}")
+    clean = percent(worst.record["accuracy"]["purified_clean"])  # a classifier of few right by itself looks worse
     return row | {
         "worst": f"**{percent(worst.figure)} %**{mark}",
-        "by": f"{by}, n = {worst.figure['n']}; worst of {len(found)} measured",
+        "by": f"{by}, n = {worst.figure['n']}; purified clean {clean} %; worst of {len(found)} measured",
     }
 
 
