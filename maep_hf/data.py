@@ -116,6 +116,10 @@ class ImageDataset:
         return -1 if value is None else int(value)
 
 
+OTHER_CLASSES = "give a surrogate of this dataset, or attack_labels=predicted"
+"""What to do where a surrogate does not have the classes of the dataset."""
+
+
 def expect_classes(found: int | None, classes: int, model: str, hint: str, named: bool = True) -> None:
     """That a model tells apart the classes of a dataset.
 
@@ -235,8 +239,9 @@ def load_image_dataset(
         rows = rows.take(max_images) if streaming else rows.select(range(min(max_images, len(rows))))
     if not streaming and len(rows) == 0:
         raise DataError(f"dataset={source!r}, split={split!r}: there are no images in it")
+    if rows.features is None:  # some streams do not say what they hold until they are read
+        rows = rows._resolve_features()
     if columns_where_found:
-        rows = rows if rows.features is not None else rows._resolve_features()
         named = (image_column, label_column, adversarial_column)
         image_column, label_column, adversarial_column = (name if name in rows.features else None for name in named)
     found = _with_columns(rows, source, image_column, label_column, adversarial_column, streaming)
@@ -411,9 +416,6 @@ def _with_columns(rows, source, image_column, label_column, adversarial_column, 
     import datasets
 
     features = rows.features
-    if features is None:  # some streams do not say what they hold until they are read
-        rows = rows._resolve_features()
-        features = rows.features
     image_columns = [name for name, feature in features.items() if _is_image(feature)]
     adversarial = adversarial_column or ("adversarial_image" if "adversarial_image" in image_columns else None)
     if image_column is None:

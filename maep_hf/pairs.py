@@ -33,7 +33,7 @@ from transformers.utils import logging as transformers_logging
 from .attacks import KINDS, AttackMixture, AttackParameters, perturb
 from .classifier import PixelClassifier
 from .classifier_sources import match_classes
-from .data import DataError, ImageDataset, decode_image, expect_classes, load_image_dataset
+from .data import OTHER_CLASSES, DataError, ImageDataset, decode_image, expect_classes, load_image_dataset
 from .devices import pick_device
 from .records import describe_environment, write_json
 from .tensors import weights_fingerprint
@@ -202,10 +202,9 @@ class _Attacker:
             match_classes(self.surrogates, dataset.class_names)
 
     def _expect_classes(self, found: int, named: bool = True) -> None:
-        hint = "give a surrogate of this dataset, or attack_labels=predicted"
         for name, model in zip(self.args.surrogates, self.surrogates, strict=True):
             if model.num_labels:
-                expect_classes(found, model.num_labels, f"the surrogate {name}", hint, named)
+                expect_classes(found, model.num_labels, f"the surrogate {name}", OTHER_CLASSES, named)
 
     def __call__(self, batch: list[tuple[int, int, dict]]) -> tuple[list[dict[str, Any]], list[int]]:
         """The batch's (copy, index, row) as rows of pairs in the same order, and the indices of broken images."""

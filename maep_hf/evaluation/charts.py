@@ -269,7 +269,7 @@ class _Panels:
             if name in self.controls and self.attacks[0] not in self.controls and not self.controls & places.keys():
                 bottom += _GAP
             top, lines = bottom, self.label(name).count("\n") + 1
-            bottom = top + max(0.1 + 0.17 * max(1, purifiers), 0.08 + 0.15 * lines)
+            bottom = top + max(_bars_height(purifiers), 0.08 + 0.15 * lines)
             places[name] = top, bottom
         return places, bottom
 
@@ -292,11 +292,16 @@ class _Panels:
         return [(row.names["purifier"], row.purified_clean["percent"]) for row in self.rows if column in row.cells]
 
 
+def _bars_height(purifiers: int) -> float:
+    """Inches that the bars of an attack take."""
+    return 0.1 + 0.17 * max(1, purifiers)
+
+
 def _draw_bars(axis: Axes, panel: _Panels, column: str, purifiers: Sequence[str]) -> None:
     bare = column.startswith(UNDEFENDED)
     places, height = panel.rows_from_top(len(purifiers))
     middles = {name: (top + bottom) / 2 for name, (top, bottom) in places.items()}
-    step = 0.8 * (0.1 + 0.17 * max(1, len(purifiers))) / (1 if bare else max(1, len(purifiers)))
+    step = 0.8 * _bars_height(len(purifiers)) / (1 if bare else max(1, len(purifiers)))
     bars = panel.bars(column)
     for attack in set(panel.attacks) - {attack for attack, *_ in bars}:
         axis.text(104, middles[attack], "–", va="center", fontsize=8, color=COLORS[UNDEFENDED])

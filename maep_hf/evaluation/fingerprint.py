@@ -86,8 +86,8 @@ def _settings(module: nn.Module, seen: Seen) -> str:
         parts.append(json.dumps(module.record(), sort_keys=True, default=str))
     config = getattr(module, "config", None)
     if hasattr(config, "to_diff_dict"):  # without the folder and the library's version, which say nothing of the output
-        kept = {key: value for key, value in config.to_diff_dict().items() if key not in _UNSAID}
-        kept = {key: value for key, value in kept.items() if key not in _LATER or value != _LATER[key]}
+        told = config.to_diff_dict().items()
+        kept = {key: value for key, value in told if key not in _UNSAID and (key, value) not in _LATER.items()}
         parts.append(json.dumps(kept, sort_keys=True, default=str))
     spec = getattr(getattr(module, "preprocessing", None), "spec", None)
     if spec is not None:

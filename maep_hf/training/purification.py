@@ -17,7 +17,7 @@ from ..adaptation import describe_base
 from ..attacks import AttackMixture, AttackParameters, perturb, pgd
 from ..classifier import PixelClassifier
 from ..classifier_sources import match_classes
-from ..data import DataError, ImageDataset, expect_classes
+from ..data import OTHER_CLASSES, DataError, ImageDataset, expect_classes
 from ..evaluation import psnr
 from ..figures import difference_image, image_grid
 from ..modeling_maep import MAEPOutput, MAEPWindows
@@ -214,9 +214,8 @@ class PurificationTask(Task):
             if data.label_column is None:
                 raise DataError(f"the {role} dataset has no labels: {data.no_labels}, or use attack_labels=predicted")
         found, named = self.train_data.num_classes, self.train_data.class_names is not None
-        hint = "give a surrogate of this dataset, or attack_labels=predicted"
         for classes in self.num_classes:
-            expect_classes(found, classes, "a surrogate", hint, named)
+            expect_classes(found, classes, "a surrogate", OTHER_CLASSES, named)
 
     def _check_size(self) -> None:
         config, size = self.model.config, self.augmentation.image_size
@@ -303,7 +302,7 @@ class PurificationTask(Task):
         if largest >= classes:
             raise DataError(
                 f"an image of the {role} dataset has the class index {largest}, and a surrogate only {classes} classes "
-                f"(0 to {classes - 1}): give a surrogate of this dataset, or attack_labels=predicted"
+                f"(0 to {classes - 1}): {OTHER_CLASSES}"
             )
         return batch["labels"]
 
