@@ -26,6 +26,8 @@ from hub_helpers import (
 from huggingface_hub import ModelCard
 from local_hub import Blob, Commit, Refusal
 
+from maep_hf.hub.contents import LeakError, operations_of
+from maep_hf.hub.folders import ADAPTER_CONFIG, PLAIN_CLASSIFIER
 from maep_hf.hub.seal import edited
 
 pytest_plugins = ["hub_client"]
@@ -186,6 +188,35 @@ def push_named_adapter(base: str, repo: str) -> str:
     assert torch.equal(loaded.purify(pixels), model.eval().purify(pixels))
     assert not torch.equal(loaded.purify(pixels), purifier().purify(pixels))
     return failure(load_adapter, purifier(1), repo)
+
+
+def push_patterns(base: str, repo: str, options: dict) -> list[dict]:
+    """An adapter whose layers are named by patterns; returns its configuration before and on the Hub."""
+    import torch
+    from huggingface_hub import hf_hub_download
+    from peft import LoraConfig
+
+    from maep_hf import MAEPModel
+    from maep_hf.adaptation import add_lora, load_adapter
+
+    push(purifier(), base)
+    model = add_lora(MAEPModel.from_pretrained(base), LoraConfig(r=2, init_lora_weights=False, **options)).eval()
+    push(model, repo, base_model=base)
+    loaded, pixels = load_adapter(MAEPModel.from_pretrained(base), repo).eval(), torch.rand(1, 3, 16, 20)
+    assert torch.equal(loaded.purify(pixels), model.purify(pixels))
+    return [model.peft_config["default"].to_dict(), json.loads(Path(hf_hub_download(repo, ADAPTER_CONFIG)).read_text())]
+
+
+def push_class_names(repo: str, names: list[str]) -> list[str]:
+    from transformers import AutoConfig
+
+    model = transformers_classifier()
+    model.config.id2label = dict(enumerate(names))
+    model.config.label2id = {name: index for index, name in enumerate(names)}
+    push(model, repo)
+    config = AutoConfig.from_pretrained(repo)
+    assert config.label2id == model.config.label2id
+    return list(config.id2label.values())
 
 
 def push_classifier_of_transformers(repo: str) -> dict:
@@ -499,6 +530,38 @@ def test_an_adapter_of_any_name_goes_with_the_record_of_its_base(client, hub):
     assert set(hub.files("someone/named-adapter")) - {".gitattributes"} == {
         "adapter_config.json", "adapter_model.safetensors", "base_model.json", "README.md",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": r"(encoder|decoder)\.layers\.0\.attention\.(q_proj|v_proj)"},
+        {"target_modules": r".*\.(q_proj|fc1)", "exclude_modules": r"(encoder)\.layers\.\d+\.attention\.q_proj"},
+    ],
+)
+def test_patterns_of_layers_are_no_paths(client, options):
+    number = len(options)
+    before, there = client(push_patterns, f"someone/base-of-pattern-{number}", f"someone/pattern-{number}", options)
+    assert {name: there[name] for name in options} == {name: before[name] for name in options} == options
+
+
+def test_names_of_classes_are_no_paths(client):
+    names = ["/m/01g317", "~/cat", "left/right \\a\\b"]
+    assert client(push_class_names, "someone/class-names", names) == names
+
+
+def test_fields_of_configurations_that_hold_paths_lose_them(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    (tmp_path / "config.json").write_text(
+        json.dumps({"_name_or_path": "/data/a/base", "backbone": {"_name_or_path": "/data/b"}, "size": [{"x_file": 1}]})
+    )
+    content = {each.path_in_repo: each.path_or_fileobj for each in operations_of(tmp_path, PLAIN_CLASSIFIER)}
+    assert json.loads(content["config.json"]) == {
+        "_name_or_path": "base", "backbone": {"_name_or_path": "b"}, "size": [{"x_file": 1}],
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps({"backbone": f"{tmp_path}/backbone"}))
+    with pytest.raises(LeakError, match="config.json in .* names a path of this machine"):
+        operations_of(tmp_path, PLAIN_CLASSIFIER)
 
 
 def test_classifier_of_transformers(client, hub, tmp_path):

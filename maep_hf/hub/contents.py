@@ -13,11 +13,25 @@ from huggingface_hub import CommitOperationAdd, get_token
 
 from ..paths import without_paths
 from ..records import as_jsonl
-from .folders import ADAPTER, ADAPTER_CONFIG, IMAGE_PROCESSOR, PAIRS, PURIFIER, Kind, files_of, read_json, run_record
+from .folders import (
+    ADAPTER,
+    ADAPTER_CONFIG,
+    IMAGE_PROCESSOR,
+    PAIRS,
+    PROCESSORS,
+    PURIFIER,
+    Kind,
+    files_of,
+    read_json,
+    run_record,
+)
 
 _TEXT = (".json", ".jsonl", ".md", ".csv", ".py", "")
 _PACKAGE = Path(__file__).resolve().parents[1]
 _TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{30,}")
+# Read by programs: a pattern such as `\.layers\.` or a class `/m/01g317` has the look of a path and must stay as it is.
+_SETTINGS = ("config.json", ADAPTER_CONFIG, *PROCESSORS)
+_PATH_FIELD = re.compile(r"(path|dir|file|folder)$")
 PIPELINE = {"impl": "pipeline_maep.ImagePurificationPipeline", "pt": ["AutoModel"], "type": "image"}
 IMAGE_PROCESSOR_CLASS = "image_processing_maep.MAEPImageProcessor"
 
@@ -31,8 +45,8 @@ def operations_of(
 ) -> list[CommitOperationAdd]:
     """The files of a push, whole and in their final form; the README is not among them.
 
-    Texts lose their absolute paths, the code is that of this package, `config.json` of a purifier names the pipeline,
-    and `adapter_config.json` names the base on the Hub.
+    Texts lose their absolute paths (configurations in the fields that hold paths alone), the code is that of this
+    package, `config.json` of a purifier names the pipeline, and `adapter_config.json` names the base on the Hub.
 
     Args:
         base_model: Hub id of an adapter's base.
@@ -90,6 +104,8 @@ def _clean_text(path: Path) -> bytes:
         decoded = text.decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text: {error}") from error
+    if path.name in _SETTINGS:
+        return _json(_without_path_fields(read_json(path)))
     if path.suffix == ".json":
         return _json(without_paths(read_json(path)))
     if path.suffix != ".jsonl":
@@ -99,6 +115,18 @@ def _clean_text(path: Path) -> bytes:
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not JSON lines: {error}") from error
     return as_jsonl(map(without_paths, lines)).encode()
+
+
+def _without_path_fields(settings: Any) -> Any:
+    """A configuration whose fields that hold paths, such as `_name_or_path`, have no absolute ones."""
+    if isinstance(settings, list):
+        return [_without_path_fields(entry) for entry in settings]
+    if not isinstance(settings, dict):
+        return settings
+    return {
+        name: without_paths(entry) if _PATH_FIELD.search(name) else _without_path_fields(entry)
+        for name, entry in settings.items()
+    }
 
 
 def _clean_parquet(path: Path) -> Path | bytes:
@@ -140,7 +168,7 @@ def _image_processor(folder: Path) -> bytes:
     else:
         channels = read_json(folder / "config.json").get("num_channels", 3)
         settings = json.loads(MAEPImageProcessor(do_convert_rgb=channels == 3).to_json_string())
-    return _json(without_paths(settings) | {"auto_map": {"AutoImageProcessor": IMAGE_PROCESSOR_CLASS}})
+    return _json(_without_path_fields(settings) | {"auto_map": {"AutoImageProcessor": IMAGE_PROCESSOR_CLASS}})
 
 
 def _json(value: Any) -> bytes:

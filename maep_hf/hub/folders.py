@@ -13,6 +13,7 @@ from ..checkpoints import ADAPTER_CONFIG, BASE_RECORD
 
 MODEL_WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
 _WEIGHTS = ("config.json", *MODEL_WEIGHTS)
+PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 _RUN = ("run.json", "*_run.json", "metrics.jsonl", "*_metrics.jsonl", "LICENSE")
 RESULTS = "results.jsonl"
 RESULT_TEXTS = (RESULTS, "results.md", "results.csv")
@@ -41,7 +42,7 @@ class Kind:
 
 
 PURIFIER = Kind("purifier", (*_WEIGHTS, *_RUN, *RESULT_FILES, "preprocessor_config.json"), PURIFIER_CODE)
-CLASSIFIER = Kind("classifier", (*_WEIGHTS, *_RUN, "preprocessor_config.json"), CLASSIFIER_CODE)
+CLASSIFIER = Kind("classifier", (*_WEIGHTS, *_RUN, *PROCESSORS), CLASSIFIER_CODE)
 PLAIN_CLASSIFIER = Kind("classifier of transformers", CLASSIFIER.files)  # its code is in transformers
 ADAPTER = Kind("adapter", (ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE_RECORD, *_RUN, *RESULT_FILES))
 IMAGE_PROCESSOR = Kind("image processor", ("preprocessor_config.json",), ("image_processing_maep.py",))
