@@ -6,6 +6,7 @@ and the local branch are additions of this project; `MAEPConfig` switches them o
 """
 
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -378,6 +379,25 @@ class MAEPModel(MAEPPreTrainedModel):
         self.register_buffer("image_mean", torch.tensor(config.image_mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("image_std", torch.tensor(config.image_std).view(1, -1, 1, 1), persistent=False)
         self.post_init()
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """As `PreTrainedModel.save_pretrained`, but `config.json` names a pipeline of its own only where its code lies
+        in `save_directory`: what was loaded from the Hub has the name and not the code."""
+        said = vars(self.config).get("custom_pipelines")
+        if said is None:
+            super().save_pretrained(save_directory, *args, **kwargs)
+            return
+        kept = {}
+        for task, entry in said.items():
+            if os.path.isfile(os.path.join(save_directory, f"{str(entry.get('impl')).split('.')[0]}.py")):
+                kept[task] = entry
+        del vars(self.config)["custom_pipelines"]
+        try:
+            if kept:
+                self.config.custom_pipelines = kept
+            super().save_pretrained(save_directory, *args, **kwargs)
+        finally:
+            self.config.custom_pipelines = said
 
     def get_input_embeddings(self) -> nn.Module:
         """The patch embedding."""

@@ -229,3 +229,18 @@ def test_saved_code_imports_only_what_lies_beside_it(saved):
     config = json.loads((saved / "config.json").read_text())
     entry = {"impl": "pipeline_maep.ImagePurificationPipeline", "pt": ["AutoModel"], "type": "image"}
     assert config["custom_pipelines"] == {TASK: entry}
+
+
+def test_a_purifier_saved_without_the_pipeline_does_not_name_it(saved, tmp_path):
+    from maep_hf import MAEPModel
+
+    model, before = MAEPModel.from_pretrained(saved), (saved / "config.json").read_text()
+    named = dict(model.config.custom_pipelines)
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert "custom_pipelines" not in config and not (tmp_path / "pipeline_maep.py").exists()
+    assert model.config.custom_pipelines == named == json.loads(before)["custom_pipelines"]
+    (tmp_path / "pipeline_maep.py").write_bytes((saved / "pipeline_maep.py").read_bytes())
+    model.config.custom_pipelines = {**named, "another": {"impl": "another.Pipeline", "pt": ["AutoModel"]}}
+    model.save_pretrained(tmp_path)  # where its code lies
+    assert json.loads((tmp_path / "config.json").read_text()) == json.loads(before)
