@@ -149,6 +149,28 @@ def push_over_own_configuration(repo: str, content: str) -> dict:
     return push(classifier(), repo)
 
 
+RUN = {"arguments": {"data": {"dataset": "mine"}, "loop": {"output_dir": "runs/old"}}, "git_revision": "OLDREVISION"}
+
+
+def push_trained(folder: Path, repo: str, kind: str, seed: int, names: tuple = ()) -> list[str]:
+    """Push weights with the records of their training; returns the warnings."""
+    import torch
+
+    torch.manual_seed(seed)
+    base = {}
+    if kind == "adapter":
+        push(purifier(), f"{repo}-base")
+        save_adapter_folder(folder, seed)
+        base = {"base_model": f"{repo}-base"}
+    else:
+        (purifier(seed) if kind == "purifier" else classifier()).save_pretrained(folder)
+    for name in names:
+        (folder / name).write_text(json.dumps(RUN if name.endswith(".json") else {"step": 1}))
+    with warnings_of("maep_hf.hub.push") as found:
+        push(folder, repo, **base)
+    return found
+
+
 # Tests
 
 
@@ -344,6 +366,33 @@ def test_records_of_an_adapter_from_another_machine_replace_those_there(client, 
         assert b"81.1" in files[name] and b"82.3" not in files[name] and b"60.5" not in files[name], name
     more = client(push_evaluation, tmp_path / "more", repo, "b" * 16, ("bpda", 50.2))  # of the same: merged
     assert more == [] and b"81.1 (" in hub.files(repo)["README.md"] and b"50.2 (" in hub.files(repo)["README.md"]
+
+
+RECORDS = ("run.json", "metrics.jsonl", "stage1_run.json", "stage1_metrics.jsonl")
+
+
+@pytest.mark.parametrize("kind", ["purifier", "classifier", "adapter"])
+def test_records_of_a_training_go_with_its_weights(client, hub, tmp_path, kind):
+    repo = f"someone/trained-{kind}"
+    client(push_trained, tmp_path / "old", repo, kind, 0, RECORDS)
+    add_files(hub, repo, ("my_run.json", "my_metrics.jsonl", "old/run.json"))
+    before = set(hub.files(repo))
+    assert client(push_trained, tmp_path / "same", repo, kind, 0) == [] and set(hub.files(repo)) == before
+    (warned,) = client(push_trained, tmp_path / "new", repo, kind, 1, ("run.json",))
+    assert warned.endswith("of the training of other weights: metrics.jsonl, stage1_run.json, stage1_metrics.jsonl")
+    assert before - set(hub.files(repo)) == set(RECORDS) - {"run.json"}
+    client(push_trained, tmp_path / "newer", repo, kind, 2)
+    assert before - set(hub.files(repo)) == set(RECORDS)
+
+
+def test_a_page_tells_no_training_of_older_weights(client, hub, tmp_path):
+    repo = "someone/trained-before"
+    client(push_trained, tmp_path / "old", repo, "purifier", 0, ("run.json",))
+    assert b"OLDREVISION" in hub.files(repo)["README.md"]
+    client(push_trained, tmp_path / "new", repo, "purifier", 1)
+    client(push_more_records, tmp_path / "evaluation", repo, 1, ("gray-box", 82.3))
+    page = hub.files(repo)["README.md"]
+    assert b"82.3" in page and b"OLDREVISION" not in page and b"No record of the training" in page
 
 
 def test_files_go_by_their_exact_names():

@@ -200,6 +200,46 @@ def test_a_push_without_weights_takes_none(client, hub, tmp_path):
     assert weights(hub.files(repo)) == before and len(before) > 2
 
 
+PROCESSOR = '{"image_processor_type": "ViTImageProcessorPil", "image_mean": [0.1, 0.2, 0.3]}'
+NESTED = f'{{"image_processor": {PROCESSOR}}}'
+
+
+def push_processed(folder: Path, repo: str, seed: int, **files: str) -> list[str]:
+    """Push a classifier with files beside it, under names without `.json`; returns the warnings."""
+    save_model(folder, "transformers", seed, None)
+    for name, content in files.items():
+        (folder / f"{name}.json").write_text(content)
+    return push_and_load(folder, repo, "transformers")[1]
+
+
+def loaded_mean(repo: str) -> list[float]:
+    from transformers import AutoImageProcessor
+
+    return list(AutoImageProcessor.from_pretrained(repo).image_mean)
+
+
+def test_the_image_processor_that_loads_is_the_one_pushed_last(client, hub, tmp_path):
+    repo, other = "someone/replaced-processor", PROCESSOR.replace("0.1", "0.9")
+    assert client(push_processed, tmp_path / "0", repo, 0, processor_config=NESTED) == []
+    assert client(loaded_mean, repo) == [0.1, 0.2, 0.3]
+    (warned,) = client(push_processed, tmp_path / "1", repo, 0, preprocessor_config=other)
+    assert "processor_config.json" not in hub.files(repo) and "read in place of preprocessor_config.json" in warned
+    assert client(loaded_mean, repo) == [0.9, 0.2, 0.3]
+    text = '{"processor_class": "CLIPProcessor"}'  # of no image processor
+    add_files(hub, repo, ("processor_config.json",), content=text.encode())
+    assert client(push_processed, tmp_path / "1", repo, 0, preprocessor_config=other) == []
+    assert "processor_config.json" in hub.files(repo)
+
+
+def test_an_image_processor_of_older_weights_stays_with_a_warning(client, hub, tmp_path):
+    repo = "someone/old-processor"
+    client(push_processed, tmp_path / "0", repo, 0, preprocessor_config=PROCESSOR)
+    assert client(push_processed, tmp_path / "same", repo, 0) == []
+    (warned,) = client(push_processed, tmp_path / "1", repo, 1)
+    assert warned.startswith(f"{repo}: preprocessor_config.json stays") and "image_processor" in warned
+    assert "preprocessor_config.json" in hub.files(repo)
+
+
 def test_records_leave_the_weights_that_they_are_of(client, hub, tmp_path):
     repo = "someone/replaced-by-records"
     client(save_model, tmp_path / "0", "purifier", 0, 8000)

@@ -48,6 +48,7 @@ ADAPTER = Kind("adapter", (ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE_RECORD, *_RUN, 
 IMAGE_PROCESSOR = Kind("image processor", ("preprocessor_config.json",), ("image_processing_maep.py",))
 PAIRS = Kind("pairs", (PAIRS_RECORD, "data/*.parquet"), repo_type="dataset")
 EVALUATION = Kind("evaluation", RESULT_FILES)
+MODELS = (PURIFIER, CLASSIFIER, PLAIN_CLASSIFIER)  # whole ones
 _OF_MODEL_TYPE = {"maep": PURIFIER, "cifar_resnet": CLASSIFIER}
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from .results import fingerprints_of
 from .seal import edited_card, without_results
 
 README = "README.md"
+_RUN_RECORD = re.compile(r"([^/]+_)?run\.json")
 # of adapter_config.json: how much of the weights is added to the base
 _SCALE = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
 
@@ -54,6 +56,32 @@ def outdated_records(
     measured = [record for record in records if record["protocol"]["purifier"] is not None]
     before, now = fingerprints_of(measured), fingerprints_of(newer)
     return measured if before and now and not before & now else []
+
+
+def outdated_runs(names: Collection[str], new: Collection[str], file_of: Callable[[str], Path | None]) -> list[str]:
+    """Records of the training of weights that a push replaces, and that it does not write over.
+
+    They would be the source of a later page. A record goes with the metrics beside it, and only where it is of the form
+    that this package writes.
+
+    Args:
+        names: paths of the repository's files.
+        new: paths that are pushed.
+        file_of: gives a file of the repository by its path.
+    """
+    found = []
+    for name in sorted(names):
+        run = _RUN_RECORD.fullmatch(name)
+        if run and _is_run_record(file_of(name)):
+            found += [each for each in (name, f"{run[1] or ''}metrics.jsonl") if each in names and each not in new]
+    return found
+
+
+def _is_run_record(path: Path | None) -> bool:
+    try:
+        return path is not None and isinstance(read_json(path).get("arguments"), dict)
+    except ValueError:  # somebody's own file
+        return False
 
 
 def same_adapter(folder: Path, there: Mapping[str, Path | None]) -> bool:

@@ -84,7 +84,9 @@ def push_to_hub(
     pushed to an adapter replace all that are there when the fingerprint is another: a table never mixes the two.
 
     A model's weights replace all that are there, in one file or in several: transformers loads the single file first,
-    however old. Pairs replace older pairs of the same split, whose files have other names where they were more or
+    however old. Where weights change, the training records of those before (`run.json`, `NAME_run.json` and their
+    metrics) go, unless the push brings its own; an image processor that a classifier's push does not bring stays, and a
+    warning says so. Pairs replace older pairs of the same split, whose files have other names where they were more or
     fewer; without a `make_pairs.json` of ours beside them they are a person's and stay (`replaced.py`).
 
     All of this goes in the commit that brings the new files. It is refused if somebody committed since the repository
@@ -152,7 +154,8 @@ def push_to_hub(
             card = render_card(page.folder, repo_id, base_model=base_model, **shown)
             card = without_names(card, _not_there(api, card.data, base_model))
         operations = _operations(page, kind, card, base_model, token)
-        operations += push.without_replaced(at, names, {each.path_in_repo for each in operations})
+        outdated = push.without_outdated_files(folder, kind, at, names, operations)
+        operations += push.without_replaced(at, names, {each.path_in_repo for each in operations}) + outdated
         for what in push.going:
             logger.warning("%s: %s", repo_id, what)
         push.prepare(private)

@@ -26,6 +26,19 @@ def replaced_weights(names: Iterable[str], new: Collection[str]) -> list[str]:
     return sorted(name for name in names if _WEIGHTS.fullmatch(name) and name not in new)
 
 
+def files_of_weights(names: Iterable[str]) -> list[str]:
+    """The files among `names` that hold the weights of a whole model."""
+    return [name for name in names if _WEIGHTS.fullmatch(name) and name.endswith(".safetensors")]
+
+
+def hides_processor(path: Path | None) -> bool:
+    """Whether a `processor_config.json` holds an image processor, which is read before `preprocessor_config.json`."""
+    try:
+        return path is not None and "image_processor" in read_json(path)
+    except ValueError:  # somebody's own file
+        return False
+
+
 def replaced_shards(names: Iterable[str], new: Collection[str]) -> list[str]:
     """Files of the splits that are pushed and that the push does not write over; other splits may be a person's.
 

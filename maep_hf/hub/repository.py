@@ -20,9 +20,27 @@ from ..evaluation.results import read_results
 from .cards import own_records
 from .connection import check_visibility
 from .contents import check_for_leaks
-from .folders import ADAPTER, ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE_RECORD, PAIRS_RECORD, PURIFIER, RESULTS, Kind
-from .outdated import README, outdated_operations, same_adapter
-from .replaced import in_short, is_pairs_record, replaced_shards, replaced_weights
+from .folders import (
+    ADAPTER,
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    BASE_RECORD,
+    MODELS,
+    PAIRS_RECORD,
+    PROCESSORS,
+    PURIFIER,
+    RESULTS,
+    Kind,
+)
+from .outdated import README, outdated_operations, outdated_runs, same_adapter
+from .replaced import (
+    files_of_weights,
+    hides_processor,
+    in_short,
+    is_pairs_record,
+    replaced_shards,
+    replaced_weights,
+)
 from .results import records_of
 from .seal import renewed
 
@@ -38,7 +56,7 @@ class Repository:
         self.repo = {"repo_id": repo_id, "repo_type": repo_type}
         self.url, self.oid = "", ""
         self.read_at: str | None = None  # commit that what is checked, merged or taken away was read at
-        self.going: list[str] = []  # what is taken from it, in words
+        self.going: list[str] = []  # what is taken from it, or stays though it may be of other weights, in words
 
     def download_model(self, folder: Path, at: str | None) -> None:
         """The files of the model that records are of, which has to be at the commit that the push goes on top of."""
@@ -82,7 +100,7 @@ class Repository:
         except ValueError:  # not in our form: somebody's own file
             return [], []
         if kind is ADAPTER:
-            known = same_adapter(folder, {n: self.file(n, at) for n in (ADAPTER_WEIGHTS, ADAPTER_CONFIG, BASE_RECORD)})
+            known = self._has_adapter(folder, at)
         else:
             known = _are_of(folder, found)
         if known:
@@ -107,6 +125,56 @@ class Repository:
         if replaced:
             self.going.append(f"deleted, since what is pushed replaces it: {in_short(replaced)}")
         return [CommitOperationDelete(name) for name in replaced]
+
+    def without_outdated_files(
+        self, folder: Path, kind: Kind, at: str | None, names: Collection[str], operations: Sequence[Any]
+    ) -> list:
+        """What takes the training records of other weights than those of a push off a commit, and an image processor
+        that would be read in place of the one that is pushed.
+
+        One stays where none is pushed, since it may have been pushed by itself; then a warning says so.
+
+        Args:
+            folder, kind: the source.
+            at, names: the commit that the push goes on top of, if any, and its files.
+            operations: the push.
+        """
+        if at is None or kind not in (*MODELS, ADAPTER):
+            return []
+        new = {each.path_in_repo for each in operations}
+        going = []
+        other_weights = self._changes_weights(folder, kind, at, names, operations)
+        if other_weights and (going := outdated_runs(names, new, lambda name: self.file(name, at))):
+            self.going.append(f"deleted, since it is of the training of other weights: {in_short(going)}")
+        own, nested = PROCESSORS
+        if own in new and nested in set(names) - new and hides_processor(self.file(nested, at)):
+            going.append(nested)
+            self.going.append(f"deleted, since it would be read in place of {own}: {nested}")
+        stay = [name for name in PROCESSORS if name in names]
+        if other_weights and kind is not ADAPTER and stay and not new & set(PROCESSORS):
+            self.going.append(
+                f"{in_short(stay)} stays, of the weights before, and goes on to normalise the images: push the image "
+                "processor with the model (image_processor), or delete it there"
+            )
+        return [CommitOperationDelete(name) for name in going]
+
+    def _changes_weights(
+        self, folder: Path, kind: Kind, at: str, names: Collection[str], operations: Sequence[Any]
+    ) -> bool:
+        """Whether a push brings weights in place of others, as the files are; not whether there were none before."""
+        if kind is ADAPTER:
+            return ADAPTER_WEIGHTS in names and not self._has_adapter(folder, at)
+        there = files_of_weights(names)
+        added = {each.path_in_repo: each for each in operations if isinstance(each, CommitOperationAdd)}
+        new = {name: added[name].upload_info.sha256.hex() for name in files_of_weights(added)}
+        if not there or not new:
+            return False
+        found = self.api.get_paths_info(**self.repo, paths=there, revision=at)
+        return new != {each.path: each.lfs.sha256 if each.lfs else None for each in found}
+
+    def _has_adapter(self, folder: Path, at: str) -> bool:
+        """Whether a commit has the adapter of a folder."""
+        return same_adapter(folder, {n: self.file(n, at) for n in (ADAPTER_WEIGHTS, ADAPTER_CONFIG, BASE_RECORD)})
 
     def names(self, revision: str | None) -> list[str]:
         """Paths of the repository's files."""
