@@ -200,6 +200,18 @@ def test_a_push_without_weights_takes_none(client, hub, tmp_path):
     assert weights(hub.files(repo)) == before and len(before) > 2
 
 
+def test_weights_of_another_form_are_not_left_behind_above_older_ones(client, hub, tmp_path):
+    repo = "someone/replaced-by-variant"
+    client(save_model, tmp_path / "0", "classifier", 0, None)
+    client(push_and_load, tmp_path / "0", repo, "classifier")
+    before = hub.files(repo)
+    client(save_model, tmp_path / "1", "classifier", 1, None)
+    (tmp_path / "1/model.safetensors").rename(tmp_path / "1/model.fp16.safetensors")
+    error = client(failure, push, tmp_path / "1", repo)
+    assert error.startswith("ValueError") and "model.fp16.safetensors, do not go to the Hub" in error
+    assert hub.files(repo) == before
+
+
 PROCESSOR = '{"image_processor_type": "ViTImageProcessorPil", "image_mean": [0.1, 0.2, 0.3]}'
 NESTED = f'{{"image_processor": {PROCESSOR}}}'
 

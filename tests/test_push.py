@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import tempfile
 import time
 from pathlib import Path
 from unittest import mock
@@ -205,6 +206,55 @@ def push_patterns(base: str, repo: str, options: dict) -> list[dict]:
     loaded, pixels = load_adapter(MAEPModel.from_pretrained(base), repo).eval(), torch.rand(1, 3, 16, 20)
     assert torch.equal(loaded.purify(pixels), model.purify(pixels))
     return [model.peft_config["default"].to_dict(), json.loads(Path(hf_hub_download(repo, ADAPTER_CONFIG)).read_text())]
+
+
+def push_adapters_of_objects(base: str, repo: str) -> list[str]:
+    """A pipeline around an adapted purifier, and a purifier with an adapter of its own; returns what is refused."""
+    import torch
+    from transformers import pipeline
+
+    from maep_hf import MAEPModel
+    from maep_hf.adaptation import add_lora, default_lora_config, load_adapter, save_adapter
+    from maep_hf.checkpoints import load_purifier
+
+    push(purifier(), base)
+    made = add_lora(MAEPModel.from_pretrained(base), default_lora_config(purifier(), rank=2))
+    for name, parameter in made.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    pixels, refused = torch.rand(1, 3, 16, 20), []
+    with tempfile.TemporaryDirectory() as folder:
+        save_adapter(made, folder)
+        adapted = load_adapter(MAEPModel.from_pretrained(base), folder, "photographs").eval()
+        own = MAEPModel.from_pretrained(base)
+        own.load_adapter(folder, "photographs")
+    sources = {"pipeline": pipeline("image-purification", model=adapted), "own": own.eval()}
+    for name, source in sources.items():
+        assert push(source, f"{repo}-{name}", base_model=base)["card"] == "written"
+        purified = load_purifier(f"{repo}-{name}").purify(pixels)
+        torch.testing.assert_close(purified, adapted.purify(pixels), atol=1e-5, rtol=0)
+        assert (purified - purifier().purify(pixels)).abs().max() > 1e-3
+        load_adapter(MAEPModel.from_pretrained(base), f"{repo}-{name}")
+        refused.append(failure(load_adapter, purifier(1), f"{repo}-{name}"))
+    return refused
+
+
+def push_other_bases(folder: Path, repo: str) -> list[str]:
+    """An adapter of one purifier with a classifier, an adapter and another purifier as its base."""
+    from maep_hf.adaptation import add_lora, default_lora_config, save_adapter
+    from maep_hf.hub.background import BackgroundPush
+
+    save_adapter(add_lora(purifier(), default_lora_config(purifier(), rank=2)), folder)
+    push(purifier(), f"{repo}-base")
+    push(classifier(), f"{repo}-classifier")
+    push(purifier(1), f"{repo}-other")
+    push(folder, f"{repo}-adapter", base_model=f"{repo}-base")
+    run = {"trains_adapter": True, "base_model": f"{repo}-classifier"}
+    errors = [failure(push, folder, repo, base_model=f"{repo}-{name}") for name in ("classifier", "adapter", "other")]
+    errors.append(failure(BackgroundPush, folder, repo, **run))
+    (folder / "base_model.json").unlink()
+    push(folder, repo, base_model=f"{repo}-other")  # nothing says that it is another
+    return errors
 
 
 def push_class_names(repo: str, names: list[str]) -> list[str]:
@@ -530,6 +580,51 @@ def test_an_adapter_of_any_name_goes_with_the_record_of_its_base(client, hub):
     assert set(hub.files("someone/named-adapter")) - {".gitattributes"} == {
         "adapter_config.json", "adapter_model.safetensors", "base_model.json", "README.md",
     }  # fmt: skip
+
+
+def test_adapters_inside_other_objects_go_with_the_record_of_their_base(client, hub):
+    repo = "someone/adapter-of"
+    refused = client(push_adapters_of_objects, "someone/base-of-objects", repo)
+    assert all("other weights than these" in error for error in refused)
+    for name in ("pipeline", "own"):
+        assert set(hub.files(f"{repo}-{name}")) - {".gitattributes"} == {
+            "adapter_config.json", "adapter_model.safetensors", "base_model.json", "README.md",
+        }  # fmt: skip
+
+
+def test_an_adapter_does_not_go_to_a_base_that_it_does_not_fit(client, hub, tmp_path):
+    repo = "someone/misfit"
+    classifier, adapter, other, run = client(push_other_bases, tmp_path / "adapter", repo)
+    assert f"base_model: {repo}-classifier is no purifier (model_type 'cifar_resnet'" in classifier
+    assert f"base_model: {repo}-adapter is no purifier (model_type None" in adapter
+    assert f"base_model: {repo}-other has other weights than those that the adapter was trained on" in other
+    assert f"hub_base_model: {repo}-classifier is no purifier" in run
+
+
+def push_in_another_form(folder: Path, form: str, repo: str) -> str:
+    model = {"purifier": purifier, "classifier": classifier}.get(form.split()[0], transformers_classifier)()
+    model.save_pretrained(folder, **({"variant": "fp16"} if form.endswith("variant") else {}))
+    if form.endswith("pickled"):
+        (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    if form.endswith("absent"):
+        (folder / "model.safetensors").unlink()
+    return failure(push, folder, repo)
+
+
+@pytest.mark.parametrize(
+    ("form", "named"),
+    [
+        ("purifier variant", "the weights in it, model.fp16.safetensors, do not go"),
+        ("classifier variant", "the weights in it, model.fp16.safetensors, do not go"),
+        ("transformers pickled", "the weights in it, pytorch_model.bin, do not go"),
+        ("transformers absent", "there are no weights in it"),
+    ],
+)
+def test_a_model_whose_weights_would_stay_behind_is_refused(client, hub, tmp_path, form, named):
+    repo = f"someone/without-weights-{form.replace(' ', '-')}"
+    error = client(push_in_another_form, tmp_path / "model", form, repo)
+    assert error.startswith("ValueError: ") and named in error and "save them as model.safetensors" in error
+    assert ("model", repo) not in hub.repositories
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from ..paths import short
 from .connection import (
     PushError,
     as_push_errors,
+    check_is_purifier,
     check_login,
     check_no_other_model,
     check_no_other_weights,
@@ -50,8 +51,8 @@ class BackgroundPush:
         PushError: no valid token, the Hub cannot be reached, or the account may not make the repository. All of this
             and what follows is raised here, before anything is trained.
         ValueError: a model that cannot be pushed, a name that no repository can have, one that exists and is public
-            though `private` is asked for, an adapter whose base is on no Hub, or a repository that holds an adapter
-            where a model is trained, or the other way round, or a model of another type.
+            though `private` is asked for, an adapter whose base is on no Hub or no purifier, or a repository that holds
+            an adapter where a model is trained, or the other way round, or a model of another type.
     """
 
     def __init__(
@@ -94,6 +95,7 @@ class BackgroundPush:
                 )
             if not self.api.repo_exists(base):
                 raise ValueError(f"hub_base_model: {base} is not on the Hub; push the base before an adapter of it")
+            check_is_purifier(self.api, base, "hub_base_model")
         try:
             self.api.create_repo(self.repo_id, private=private, exist_ok=True)
         except OSError as error:

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from fnmatch import fnmatch
 from pathlib import Path
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError, LocalTokenNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    LocalTokenNotFoundError,
+    RemoteEntryNotFoundError,
+)
 from huggingface_hub.utils import validate_repo_id
 
-from .folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE_RECORD, MODEL_WEIGHTS, read_json
+from .folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE_RECORD, MODEL_WEIGHTS, matching, read_json
 
 
 class PushError(OSError):
@@ -94,8 +99,8 @@ def check_no_other_weights(repo_id: str, names: Iterable[str], adapter: bool) ->
     patterns = MODEL_WEIGHTS if adapter else (ADAPTER_CONFIG, ADAPTER_WEIGHTS)
     theirs = (*patterns, "config.json") if adapter else (*patterns, BASE_RECORD)
     names = sorted(names)
-    if _matching(names, patterns):
-        found = ", ".join(_matching(names, theirs))
+    if matching(names, patterns):
+        found = ", ".join(matching(names, theirs))
         raise ValueError(
             f"repo_id: {repo_id} holds {there}, beside which {here} cannot lie, for the wrong weights would load: push "
             f"to another repo_id, or delete {found} there first"
@@ -117,7 +122,7 @@ def check_no_other_model(
         ValueError: another type is there; nothing is deleted, since somebody may still need it.
     """
     names = set(names)
-    if model_type is None or "config.json" not in names or not _matching(names, MODEL_WEIGHTS):
+    if model_type is None or "config.json" not in names or not matching(names, MODEL_WEIGHTS):
         return
     path = Path(api.hf_hub_download(repo_id, "config.json", revision=revision))
     try:
@@ -131,5 +136,18 @@ def check_no_other_model(
         )
 
 
-def _matching(names: Iterable[str], patterns: Iterable[str]) -> list[str]:
-    return [name for name in names if any(fnmatch(name, pattern) for pattern in patterns)]
+def check_is_purifier(api: HfApi, repo_id: str, argument: str) -> None:
+    """Refuse anything else as the base of an adapter; the repository is there.
+
+    Raises:
+        ValueError: it is no purifier's; the message begins with `argument`.
+    """
+    try:
+        found = read_json(Path(api.hf_hub_download(repo_id, "config.json"))).get("model_type")
+    except (RemoteEntryNotFoundError, ValueError):  # such as an adapter's, or somebody's own file
+        found = None
+    if found != "maep":
+        raise ValueError(
+            f"{argument}: {repo_id} is no purifier (model_type {found!r} in its config.json, not 'maep'), which an "
+            "adapter needs as its base; name the purifier that it was trained on"
+        )

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from ..checkpoints import ADAPTER_CONFIG, BASE_RECORD
 
 MODEL_WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
 _WEIGHTS = ("config.json", *MODEL_WEIGHTS)
+_OTHER_WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "adapter_model*.bin", "tf_model*.h5", "flax_model*.msgpack")
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 _RUN = ("run.json", "*_run.json", "metrics.jsonl", "*_metrics.jsonl", "LICENSE")
 RESULTS = "results.jsonl"
@@ -114,6 +116,35 @@ def files_of(folder: Path, kind: Kind) -> list[Path]:
     """The folder's files that may be pushed, in order of their names."""
     found = {path for pattern in kind.files for path in folder.glob(pattern) if path.is_file()}
     return sorted(found)
+
+
+def check_weights(folder: Path, kind: Kind, there: Collection[str]) -> None:
+    """Refuse a model or adapter whose weights would stay behind: none would load, or older ones under its page.
+
+    Args:
+        folder, kind: the source.
+        there: paths of the repository's files. Beside a model's weights its configuration may go alone.
+
+    Raises:
+        ValueError: its weights have a name or form that is not pushed, or there are none.
+    """
+    if kind not in (*MODELS, ADAPTER):
+        return
+    patterns, name = (ADAPTER_WEIGHTS,), ADAPTER_WEIGHTS
+    if kind is not ADAPTER:
+        patterns, name = MODEL_WEIGHTS, "model.safetensors (or its shards)"
+    if matching((path.name for path in folder.iterdir()), patterns):
+        return
+    found = matching(sorted(path.name for path in folder.iterdir()), _OTHER_WEIGHTS)
+    if not found and kind is not ADAPTER and matching(there, patterns):
+        return
+    has = f"the weights in it, {', '.join(found)}, do not go to the Hub" if found else "there are no weights in it"
+    raise ValueError(f"{folder}: {has}; save them as {name}, by save_pretrained without a variant")
+
+
+def matching(names: Iterable[str], patterns: Iterable[str]) -> list[str]:
+    """The names that are of one of the patterns."""
+    return [name for name in names if any(fnmatch(name, pattern) for pattern in patterns)]
 
 
 def run_record(folder: Path) -> dict[str, Any]:

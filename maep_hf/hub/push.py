@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import tempfile
@@ -16,19 +17,28 @@ from huggingface_hub.errors import HTTPError
 from huggingface_hub.repocard import RepoCard
 
 from .cards import EXTENDED, base_of_adapter, render_card
-from .connection import as_push_errors, check_login, check_no_other_model, check_no_other_weights, with_owner
+from .connection import (
+    as_push_errors,
+    check_is_purifier,
+    check_login,
+    check_no_other_model,
+    check_no_other_weights,
+    with_owner,
+)
 from .contents import operations_of
 from .folders import (
     ADAPTER,
     ADAPTER_CONFIG,
-    CLASSIFIER,
+    BASE_RECORD,
     EVALUATION,
     IMAGE_PROCESSOR,
-    PLAIN_CLASSIFIER,
-    PURIFIER,
+    MODEL_WEIGHTS,
+    MODELS,
     RESULT_FILES,
     Kind,
+    check_weights,
     kind_of,
+    matching,
     read_json,
 )
 from .names import PUBLISHED
@@ -93,7 +103,9 @@ def push_to_hub(
     was read, but for an image processor's. A warning says what goes; no other file is deleted.
 
     A repository holds a model or an adapter: one is not pushed beside the other, since other weights would load, nor a
-    model over one of another type.
+    model over one of another type. Nor does either go without its weights, in safetensors and without a variant; but a
+    model's configuration goes beside weights that are there. An adapter's base has to be a purifier on the Hub, with
+    the weights that are recorded in the adapter's folder.
 
     Only listed files go (`folders.py`), without paths of this machine (`contents.py`). Whatever fails half-way can be
     repeated: files that are there already are not sent again. A README that a person edited keeps its text and only
@@ -102,7 +114,7 @@ def push_to_hub(
     Args:
         source: folder of a purifier, classifier, adapter, evaluation or pairs, or an object: a `MAEPModel`, an
             image classifier of transformers or of this package, a `PeftModel` around a purifier (its active adapter
-            goes), a `MAEPImageProcessor`, a pipeline.
+            goes), a `MAEPImageProcessor`, a pipeline around a model or `PeftModel`.
         repo_id: OWNER/NAME, or NAME under the account of the token. Made when missing.
         private: make it private; one that exists must be so. By default the account's own setting.
         revision: branch, made from `main` when missing, or `refs/pr/N`; `main` by default.
@@ -140,9 +152,10 @@ def push_to_hub(
         names = push.names(at) if at else []
         if kind is not IMAGE_PROCESSOR:  # it has no page, and stands beside anything
             push.read_at = at  # a commit since is neither checked nor merged, so that it stops the push
-        if kind in (PURIFIER, CLASSIFIER, PLAIN_CLASSIFIER, ADAPTER):
+        check_weights(folder, kind, names)
+        if kind in (*MODELS, ADAPTER):
             check_no_other_weights(repo_id, names, adapter=kind is ADAPTER)
-        if kind in (PURIFIER, CLASSIFIER, PLAIN_CLASSIFIER):
+        if kind in MODELS:
             check_no_other_model(api, repo_id, names, read_json(folder / "config.json").get("model_type"), at)
         if kind is ADAPTER:
             base_model = _base(api, folder, base_model)
@@ -210,14 +223,41 @@ def _is_result(name: str) -> bool:
 
 
 def _base(api: HfApi, folder: Path, base_model: str | None) -> str:
-    """The adapter's base on the Hub, which must be there: nobody could load the adapter without it."""
-    base = base_of_adapter(read_json(folder / ADAPTER_CONFIG), base_model)
+    """The adapter's base on the Hub: a purifier, which must be there and have the weights that the adapter was trained
+    on, for nobody could load the adapter without it."""
+    adapter = read_json(folder / ADAPTER_CONFIG)
+    base = base_of_adapter(adapter, base_model)
     if not api.repo_exists(base):
         raise ValueError(
             f"base_model: {base} is not on the Hub (or not visible with this token); push the base first, or name it "
             "with base_model (--base-model OWNER/NAME)"
         )
+    check_is_purifier(api, base, "base_model")
+    pinned = adapter.get("revision") if adapter.get("base_model_name_or_path") == base else None
+    _check_base_weights(api, folder, base, pinned)
     return base
+
+
+def _check_base_weights(api: HfApi, folder: Path, base: str, revision: str | None) -> None:
+    """Compare a base on the Hub with what the adapter's folder says of its own, as `load_adapter` does."""
+    from ..adaptation import base_dtype, describe_base
+    from ..checkpoints import load_purifier
+
+    dtype = base_dtype(os.fspath(folder.resolve()))
+    if dtype is None:  # PEFT alone saved it, or the base was in several
+        return
+    record = read_json(folder / BASE_RECORD)
+    wanted = ["config.json", *MODEL_WEIGHTS]
+    there = Path(api.snapshot_download(base, revision=revision, allow_patterns=wanted))
+    if not matching((path.name for path in there.iterdir()), MODEL_WEIGHTS):  # in another form
+        return
+    found = describe_base(load_purifier(there, dtype=dtype))
+    if found["dtype"] == record.get("dtype") and found["fingerprint"] != record.get("fingerprint"):
+        raise ValueError(
+            f"base_model: {base} has other weights than those that the adapter was trained on; push that base to a "
+            f"repository of its own and name it with base_model (--base-model OWNER/NAME), or take {BASE_RECORD} out "
+            "of the adapter's folder if you mean it"
+        )
 
 
 @contextmanager
@@ -230,15 +270,30 @@ def _folder_of(source: Any, image_processor: Any) -> Iterator[Path]:
         return
     if not callable(getattr(source, "save_pretrained", None)):
         raise ValueError(f"source: {type(source).__name__} is neither a folder nor has it save_pretrained")
+    from transformers import Pipeline
+
+    if isinstance(source, Pipeline):  # its own way of saving knows nothing of adapters
+        image_processor = image_processor or source.image_processor
+        source = source.model
+    with tempfile.TemporaryDirectory(prefix="maep-push-") as temporary:
+        folder = Path(temporary)
+        _save(source, folder)
+        if image_processor is not None:
+            kind_of(folder)  # of the model: without one, the image processor would go alone
+            image_processor.save_pretrained(folder)
+        yield folder
+
+
+def _save(source: Any, folder: Path) -> None:
     from peft import PeftModel
 
-    from ..adaptation import save_adapter
+    from ..adaptation import describe_base, save_adapter
 
-    with tempfile.TemporaryDirectory(prefix="maep-push-") as temporary:
-        if isinstance(source, PeftModel):
-            save_adapter(source, temporary)
-        else:
-            source.save_pretrained(temporary)
-        if image_processor is not None:
-            image_processor.save_pretrained(temporary)
-        yield Path(temporary)
+    if isinstance(source, PeftModel):
+        save_adapter(source, folder)
+        return
+    source.save_pretrained(folder)
+    if (folder / ADAPTER_CONFIG).is_file():  # of a purifier with adapters of its own, without a record of the base
+        adapter = read_json(folder / ADAPTER_CONFIG)
+        if adapter.get("bias") == "none" and isinstance(adapter.get("init_lora_weights"), bool):
+            (folder / BASE_RECORD).write_text(json.dumps(describe_base(source), indent=2) + "\n")
