@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -375,13 +375,26 @@ def describe_base(model: nn.Module) -> dict[str, str]:
             "model: an adapter is merged into its weights, so that the base's own cannot be told; call "
             "model.unmerge_adapter() first"
         )
-    weights = _base_weights(model)
+    weights = _in_one_precision(_base_weights(model), {_plain_name(name) for name, _ in model.named_buffers()})
     digest = hashlib.sha256()
     for name, value in sorted(weights.items()):
         digest.update(f"{name}{tuple(value.shape)}".encode())
         digest.update(tensor_bytes(value.detach().cpu() + 0))  # averaged weights lose the sign of a zero
     dtypes = sorted({str(value.dtype).removeprefix("torch.") for value in weights.values()})
     return {"fingerprint": digest.hexdigest()[:16], "dtype": ",".join(dtypes)}
+
+
+def _in_one_precision(weights: Mapping[str, Tensor], buffers: Container[str]) -> dict[str, Tensor]:
+    """Buffers in the dtype of the parameters: `from_pretrained(dtype=...)` leaves them in float32, `to(...)` does not,
+    and the model computes the same."""
+    found = {value.dtype for name, value in weights.items() if name not in buffers}
+    own = found.pop() if len(found) == 1 else None
+    if own is None or not own.is_floating_point:
+        return dict(weights)
+    return {
+        name: value.to(own) if name in buffers and value.is_floating_point() else value
+        for name, value in weights.items()
+    }
 
 
 def _known_base(model: nn.Module) -> dict[str, str] | None:

@@ -414,6 +414,27 @@ def test_half_precision_is_the_same_base(adapters, caplog):
     torch.testing.assert_close(purified(model, pixels), outputs["one"], atol=0.05, rtol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_base_in_half_precision_is_known_however_it_came_there(adapters, tmp_path, dtype):
+    folder, pixels, _ = adapters
+    model = varied(MAEPModel.from_pretrained(folder / "base", dtype=dtype), {})
+    save_adapter(model, tmp_path)
+    assert json.loads((tmp_path / "base_model.json").read_text())["dtype"] == str(dtype).removeprefix("torch.")
+    for base in (
+        MAEPModel.from_pretrained(folder / "base", dtype=dtype),
+        MAEPModel.from_pretrained(folder / "base").to(dtype),
+    ):
+        torch.testing.assert_close(purified(load_adapter(base, tmp_path).eval(), pixels), purified(model, pixels))
+    other = MAEPModel.from_pretrained(folder / "base", dtype=dtype)
+    with torch.no_grad():
+        other.encoder.projection.weight.mul_(1.5)
+    with pytest.raises(ValueError, match="other weights than these"):
+        load_adapter(other, tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(folder / "base")}))
+    assert load_purifier(tmp_path).dtype == dtype
+
+
 def test_what_is_no_lora_adapter_is_refused(adapters, tmp_path):
     for source in (adapters[0] / "base", tmp_path):
         with pytest.raises(ValueError, match="neither a folder nor a Hub id with a PEFT adapter"):
