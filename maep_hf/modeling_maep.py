@@ -577,14 +577,15 @@ class MAEPModel(MAEPPreTrainedModel):
                 )
 
         def run(windows: torch.Tensor, interpolate: bool = False) -> torch.Tensor:
-            return self(
+            output = self(
                 windows,
                 mask_ratio=mask_ratio,
                 generator=generator,
                 interpolate_pos_encoding=interpolate,
                 deterministic=True,
-                return_dict=True,
-            ).purified_pixel_values
+            )
+            # No return_dict: accelerate may strip the decorator that takes it. A tuple has no losses before the pixels.
+            return output[0] if isinstance(output, tuple) else output.purified_pixel_values
 
         height, width = pixel_values.shape[2:]
         if torch.jit.is_tracing():  # tensors there, and the trace is of this size alone

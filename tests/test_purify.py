@@ -52,6 +52,16 @@ def test_native_size_is_the_plain_forward_in_either_mode():
     torch.testing.assert_close(model.purify(pixels, window_batch_size=2), expected)
 
 
+def test_without_the_decorator_that_takes_return_dict(monkeypatch):
+    """accelerate's unwrap_model(keep_fp32_wrapper=False) strips it with its own; a configuration may ask for tuples."""
+    model, pixels = build(), torch.rand(1, 3, 20, 16)
+    expected = model.purify(pixels)
+    model.config.return_dict = False
+    assert torch.equal(model.purify(pixels), expected)
+    monkeypatch.setattr(model, "forward", MAEPModel.forward.__wrapped__.__get__(model))
+    assert torch.equal(model.purify(pixels), expected)
+
+
 def test_training_mode_changes_nothing():
     model, pixels = build(hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.5), torch.rand(1, 3, 20, 30)
     expected = model.purify(pixels)
