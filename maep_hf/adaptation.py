@@ -109,6 +109,8 @@ def _find_targets(model: MAEPModel, scope: str, targets: Sequence[str], head: st
 def add_lora(model: MAEPModel, config: LoraConfig) -> PeftModel:
     """Freeze a trained purifier and put trainable LoRA weights beside it.
 
+    Of a purifier that was loaded at a revision, the configuration records that, unless it names one itself.
+
     Raises:
         ValueError: the purifier has an adapter already, or was never trained (its output is still the identity, so
             there is nothing to adapt), or an initialisation that changes its weights.
@@ -129,7 +131,7 @@ def add_lora(model: MAEPModel, config: LoraConfig) -> PeftModel:
             "that other adapters fit beside it; leave init_lora_weights at True, or use 'gaussian'"
         )
     base = describe_base(model)
-    adapted = get_peft_model(model, config)
+    adapted = get_peft_model(model, config, revision=config.revision or getattr(model, "loaded_revision", None))
     _remember_base(adapted, base)
     return adapted
 

@@ -60,8 +60,8 @@ def load_purifier(
 
     Args:
         name_or_path: folder or Hub id, also of a LoRA adapter, which is merged into its base: the one that its
-            configuration names, by Hub id or by a path from here, from the adapter's folder, or of a released
-            checkpoint. `None` is the released checkpoint `maep-tiny-cifar10`.
+            configuration names, by Hub id (and revision) or by a path from here, from the adapter's folder, or of a
+            released checkpoint. `None` is the released checkpoint `maep-tiny-cifar10`.
         device: where its weights go.
         dtype: type of its weights; `None` keeps the stored one.
         revision: branch, tag or commit of a Hub repository.
@@ -100,7 +100,9 @@ def _load_adapted(source: str, config: PeftConfig, revision: str | None) -> MAEP
     base = config.base_model_name_or_path
     if not base:
         raise ValueError(f"purifier: the adapter in {source} does not say its base model (base_model_name_or_path)")
-    whole = _load_whole(base_folder(source, base) or base, base_dtype(source, revision), None)
+    folder = base_folder(source, base)
+    pinned = None if folder else config.revision  # of the base's repository; a folder has none
+    whole = _load_whole(folder or base, base_dtype(source, revision), pinned)
     adapted = load_adapter(whole, source, revision=revision)
     return merge_adapter(adapted).eval().requires_grad_(False)
 

@@ -286,6 +286,8 @@ class MAEPPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _no_split_modules = ["MAEPEncoder", "MAEPDecoder", "MAEPLocalBranch"]
+    # The one that was asked for, where it came from a repository; adapters record it. transformers does not keep it.
+    loaded_revision: str | None = None
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -351,6 +353,7 @@ class MAEPPreTrainedModel(PreTrainedModel):
                 "autoencoder without its decoder, or with another configuration, cannot purify; load a folder or "
                 "repository that MAEPModel.save_pretrained wrote."
             )
+        model.loaded_revision = kwargs.get("revision")
         return (model, info) if output_loading_info else model
 
 

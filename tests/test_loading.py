@@ -205,7 +205,7 @@ def test_a_folder_has_no_revision(folder):
 def test_what_is_wrong_with_an_adapter_on_the_hub_is_said(monkeypatch):
     with pytest.raises(CheckpointError, match="^me/adapter: no such folder, and not found on the Hub"):
         load_purifier("me/adapter")
-    found = SimpleNamespace(base_model_name_or_path="me/base")
+    found = SimpleNamespace(base_model_name_or_path="me/base", revision=None)
     monkeypatch.setattr("peft.PeftConfig.from_pretrained", lambda *args, **options: found)
     with pytest.raises(CheckpointError, match="^me/base: no such folder, and not found on the Hub"):
         load_purifier("me/adapter")
