@@ -16,6 +16,37 @@ CODE = {"configuration_maep.py", "modeling_maep.py"}
 # In the process of the client
 
 
+def pin_base(folder: Path, base: str, copy: str, repo: str) -> list[str | None]:
+    import json
+
+    from hub_helpers import push
+    from huggingface_hub import hf_hub_download
+    from peft import get_peft_model
+
+    from maep_hf import MAEPModel
+    from maep_hf.adaptation import add_lora, default_lora_config, save_adapter
+    from maep_hf.checkpoints import load_purifier
+
+    for name in (base, copy):
+        purifier(1).push_to_hub(name, revision="v1" if name == base else "main")
+    model = MAEPModel.from_pretrained(base, revision="v1")
+    get_peft_model(model, default_lora_config(model), revision="v1").save_pretrained(folder / "peft")
+    model = MAEPModel.from_pretrained(base, revision="v1")
+    save_adapter(add_lora(model, default_lora_config(model)), folder / "ours")
+    purifier(2).push_to_hub(base)
+    pixels = torch.rand(1, 3, 16, 20)
+    for adapter in ("peft", "ours"):
+        expected = purifier(1).purify(pixels)
+        torch.testing.assert_close(load_purifier(folder / adapter).purify(pixels), expected, atol=1e-6, rtol=0)
+    found = []
+    for named in (base, copy):
+        pushed = f"{repo}-{named.split('/')[1]}"
+        push(folder / "ours", pushed, base_model=named)
+        found.append(json.loads(Path(hf_hub_download(pushed, "adapter_config.json")).read_text())["revision"])
+        torch.testing.assert_close(load_purifier(pushed).purify(pixels), expected, atol=1e-6, rtol=0)
+    return found
+
+
 def push_purifier(repo: str, folder: Path) -> None:
     from transformers import AutoImageProcessor, AutoModel
 
@@ -185,6 +216,11 @@ def test_adapter(client, hub):
     client(push_adapter, "someone/base", "someone/adapter")
     files = set(hub.files("someone/adapter"))
     assert {"adapter_config.json", "adapter_model.safetensors"} <= files and "model.safetensors" not in files
+
+
+def test_an_adapter_is_loaded_on_its_bases_revision(client, tmp_path):
+    pinned, moved = client(pin_base, tmp_path, "someone/moving", "someone/copy", "someone/pinned")
+    assert (pinned, moved) == ("v1", None)
 
 
 def test_pipeline(client, hub):

@@ -71,7 +71,9 @@ def operations_of(
     if kind is PURIFIER:
         contents["config.json"] = _json(_with_pipeline(json.loads(contents["config.json"])))
     if kind is ADAPTER:
-        adapter = json.loads(contents[ADAPTER_CONFIG]) | {"base_model_name_or_path": base_model}
+        adapter = json.loads(contents[ADAPTER_CONFIG])
+        if adapter.get("base_model_name_or_path") != base_model:  # its revision is of another repository
+            adapter |= {"base_model_name_or_path": base_model, "revision": None}
         contents[ADAPTER_CONFIG] = _json(adapter)
     if kind is PAIRS:
         for name, content in contents.items():
