@@ -157,7 +157,7 @@ def save_adapter(model: PeftModel, folder: str | os.PathLike) -> None:
     """Save the active adapter in `folder` itself, whatever its name, with a record of the weights it was trained on.
 
     Raises:
-        ValueError: several adapters are active together, or none; or PEFT alone put the adapter on, and it has changed
+        ValueError: no `PeftModel`; several adapters are active together, or none; or PEFT alone put the adapter on, and it has changed
             the weights it was put on since: no record of them would be right.
     """
     _refuse_switched_off(model)
@@ -208,7 +208,7 @@ def merge_adapter(model: PeftModel) -> MAEPModel:
     since records know a purifier by them.
 
     Raises:
-        ValueError: no adapter is active.
+        ValueError: no adapter is active, or no `PeftModel`.
     """
     _refuse_switched_off(model)
     threads = torch.get_num_threads()
@@ -221,6 +221,11 @@ def merge_adapter(model: PeftModel) -> MAEPModel:
 
 def _refuse_switched_off(model: PeftModel) -> None:
     """PEFT goes on calling an adapter active that is switched off."""
+    if isinstance(model, MAEPModel):  # with adapters of its own load_adapter, or none
+        raise ValueError(
+            "model: a MAEPModel itself is neither merged nor saved as an adapter; put the adapter on with load_adapter "
+            "of maep_hf.adaptation (or add_lora) and pass what that returns"
+        )
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     if layers and all(layer.disable_adapters for layer in layers):
         raise ValueError("model: no adapter is active; switch_adapter(model, NAME) first")
@@ -328,7 +333,8 @@ def switch_adapter(model: MAEPModel | PeftModel, name: str | None, *, trainable:
     """Use the adapter of that name, or none: the base's own output.
 
     Works on what [`load_adapter`] and `PeftModel` return as on a `MAEPModel` with its own `load_adapter`. (There,
-    `enable_adapters` after `disable_adapters` would leave the base's prediction head in use.)
+    `enable_adapters` after `disable_adapters` would leave the base's prediction head in use. And PEFT's `unload` takes
+    off the LoRA alone, and leaves the adapter's head: for the base without adapters load it again.)
 
     Args:
         model: a purifier with adapters.

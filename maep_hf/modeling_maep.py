@@ -356,6 +356,18 @@ class MAEPPreTrainedModel(PreTrainedModel):
         model.loaded_revision = kwargs.get("revision")
         return (model, info) if output_loading_info else model
 
+    def load_adapter(
+        self, peft_model_id: str | None = None, adapter_name: str | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """As `PreTrainedModel.load_adapter`, but the adapter is active with its prediction head, also as a second one:
+        transformers alone would run it with the base's head until `set_adapter`."""
+        info = super().load_adapter(peft_model_id, adapter_name, *args, **kwargs)
+        trainable = [parameter.requires_grad for parameter in self.parameters()]
+        self.set_adapter("default" if adapter_name is None else adapter_name)
+        for parameter, before in zip(self.parameters(), trainable, strict=True):
+            parameter.requires_grad_(before)  # of an adapter for inference set_adapter asks for gradients
+        return info
+
 
 class MAEPModel(MAEPPreTrainedModel):
     """The purifier. `forward` is one pass over windows of the native size, with masking and losses; `purify` takes

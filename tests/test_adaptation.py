@@ -300,8 +300,17 @@ def test_adapters_are_switched_at_run_time(adapters, load):
 
 def test_the_adapter_loaded_last_is_active(adapters):
     folder, pixels, outputs = adapters
-    assert_purifies_to(by_maep(folder, ["one", "two"]), pixels, outputs["two"])
-    assert_purifies_to(by_maep(folder, ["two", "one"]), pixels, outputs["one"])
+    for load in (by_maep, by_transformers):
+        assert_purifies_to(load(folder, ["one", "two"]), pixels, outputs["two"])
+        assert_purifies_to(load(folder, ["two", "one"]), pixels, outputs["one"])
+    model = by_transformers(folder, ["one"])
+    assert not any(p.requires_grad for key, p in model.named_parameters() if ".lora_" in key)
+    model.load_adapter(str(folder / "two"))  # by no name
+    assert_purifies_to(model, pixels, outputs["two"])
+    assert not any(p.requires_grad for key, p in model.named_parameters() if ".lora_" in key)
+    trained = MAEPModel.from_pretrained(folder / "base")
+    trained.load_adapter(str(folder / "one"), "one", is_trainable=True)
+    assert all(p.requires_grad for key, p in trained.named_parameters() if ".lora_" in key or "modules_to_save" in key)
 
 
 @pytest.mark.parametrize("trainable", [False, True])
@@ -361,6 +370,15 @@ def test_an_adapter_that_is_switched_off_is_neither_saved_nor_merged(adapters, t
     assert not (tmp_path / "saved").exists()
     switch_adapter(model, "one")
     torch.testing.assert_close(purified(merge_adapter(model), pixels), outputs["one"], atol=1e-4, rtol=0)
+
+
+def test_a_purifier_with_adapters_of_its_own_is_neither_saved_nor_merged(adapters, tmp_path):
+    for model in (by_transformers(adapters[0], ["one"]), tiny_purifier()):
+        with pytest.raises(ValueError, match="model: a MAEPModel itself.*load_adapter of maep_hf.adaptation"):
+            save_adapter(model, tmp_path / "saved")
+        with pytest.raises(ValueError, match="model: a MAEPModel itself.*load_adapter of maep_hf.adaptation"):
+            merge_adapter(model)
+    assert not (tmp_path / "saved").exists()
 
 
 @every_loader
