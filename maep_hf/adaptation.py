@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import tempfile
 from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from peft.utils import AuxiliaryTrainingWrapper, load_peft_weights
 from torch import Tensor, nn
 from transformers.utils import cached_file
 
-from .checkpoints import BASE_RECORD
+from .checkpoints import ADAPTER_CONFIG, BASE_RECORD
 from .modeling_maep import MAEPModel
 from .tensors import tensor_bytes
 
@@ -157,8 +158,8 @@ def save_adapter(model: PeftModel, folder: str | os.PathLike) -> None:
     """Save the active adapter in `folder` itself, whatever its name, with a record of the weights it was trained on.
 
     Raises:
-        ValueError: no `PeftModel`; several adapters are active together, or none; or PEFT alone put the adapter on, and it has changed
-            the weights it was put on since: no record of them would be right.
+        ValueError: no `PeftModel`; several adapters are active together, or none; or PEFT alone put the adapter on, and
+            it has changed the weights it was put on since: no record of them would be right.
     """
     _refuse_switched_off(model)
     folder, active = Path(folder), list(model.active_adapters)
@@ -251,8 +252,9 @@ def load_adapter(
         revision: branch, tag or commit of the adapter's Hub repository.
 
     Raises:
-        ValueError: no LoRA adapter, one for a purifier of another shape or with other weights, a name that is taken, or
-            two adapters of which one changes the base's own weights.
+        ValueError: no LoRA adapter, one for a purifier of another shape or with other weights, one whose weights are
+            not those of its configuration, a name that is taken, or two adapters of which one changes the base's own
+            weights.
     """
     source = os.fspath(source)
     hub = {} if revision is None else {"revision": revision}
@@ -267,11 +269,17 @@ def load_adapter(
     if name in _adapters(model):
         raise ValueError(f"name={name!r}: this purifier has an adapter of that name; give another one")
     _refuse_changed_base(model, config, source)
-    problem = _mismatch(config, weights, _base_weights(model))
+    own = _base_weights(model)
+    problem = _mismatch(config, weights, own)
     if problem:
         raise ValueError(
             f"adapter {source}: this is not the base that it was trained on ({problem}); "
             f"its own is {config.base_model_name_or_path or 'not recorded'}"
+        )
+    damage = _incomplete(config, weights, own)
+    if damage:
+        raise ValueError(
+            f"adapter {source}: its weights are not those of its {ADAPTER_CONFIG}: {damage}; save it again"
         )
     record = None if allow_other_base else _read_base_record(source, revision)
     # taken before anything is put on; of a merged model that PEFT alone made only where it is needed
@@ -362,7 +370,7 @@ def switch_adapter(model: MAEPModel | PeftModel, name: str | None, *, trainable:
                 module.set_adapter(name)
     for key, parameter in model.named_parameters():
         if _is_adapter_weight(key):
-            parameter.requires_grad_(trainable and name is not None and f".{name}." in f"{key}.")
+            parameter.requires_grad_(trainable and name is not None and _adapter_of(key) == name)
 
 
 def describe_base(model: nn.Module) -> dict[str, str]:
@@ -454,6 +462,12 @@ def _is_adapter_weight(name: str) -> bool:
     return ".lora_" in name or ".modules_to_save." in name
 
 
+def _adapter_of(key: str) -> str | None:
+    """The adapter that a weight belongs to; the name of one may also be that of a module, such as `decoder`."""
+    found = re.search(r"\.(?:lora_\w+|modules_to_save)\.([^.]+)", key)
+    return found and found[1]
+
+
 def _plain_name(name: str) -> str:
     """The name that a weight of the base, or of a layer's trained copy, has without adapters."""
     plain = name.removeprefix("base_model.model.")
@@ -489,6 +503,22 @@ def _mismatch(config: LoraConfig, weights: Mapping[str, Tensor], base: Mapping[s
     layers = {name.removesuffix(".weight") for name, value in base.items() if value.ndim > 1}
     missing = sorted(layer for layer in layers - adapted if check_target_module_exists(config, layer))
     return f"the adapter has nothing for {missing[0]}" if missing else None
+
+
+def _incomplete(config: LoraConfig, weights: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> str | None:
+    """What of an adapter's weights is not as its configuration says, in words; they fit the base."""
+    there = {_plain_name(key) for key in weights}
+    for name in base:
+        layer = name.rpartition(".")[0]
+        if name not in there and any(layer.endswith(saved) for saved in config.modules_to_save or ()):
+            return f"nothing for {name}, which is trained whole (modules_to_save)"
+    ranks = {config.r, *(config.rank_pattern or {}).values()}
+    for key, value in weights.items():
+        part = _plain_name(key).partition(".lora_")[2]
+        rank = {"A.weight": 0, "B.weight": 1}.get(part)
+        if rank is not None and value.shape[rank] not in ranks:
+            return f"r={config.r}, and {key} is {tuple(value.shape)}"
+    return None
 
 
 def _fits(part: str, shape: tuple[int, ...], found: tuple[int, ...]) -> bool:

@@ -449,7 +449,9 @@ def test_a_base_in_half_precision_is_known_however_it_came_there(adapters, tmp_p
     with pytest.raises(ValueError, match="other weights than these"):
         load_adapter(other, tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
-    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(folder / "base")}))
+    (tmp_path / "adapter_config.json").write_text(
+        json.dumps(config | {"base_model_name_or_path": str(folder / "base")})
+    )
     assert load_purifier(tmp_path).dtype == dtype
 
 
@@ -716,6 +718,28 @@ def test_magnitudes_and_biases_of_another_shape_are_refused(adapters, tmp_path, 
     save_file(weights | {name: weights[name][:16].clone()}, path)
     with pytest.raises(ValueError, match=f"not the base.*{named}"):
         load_adapter(MAEPModel.from_pretrained(adapters[0] / "base"), tmp_path)
+
+
+def test_weights_unlike_the_adapters_configuration_are_refused(adapters, tmp_path):
+    folder = adapters[0]
+    for name in ("headless", "rank"):
+        shutil.copytree(folder / "two", tmp_path / name)
+    path = tmp_path / "headless" / "adapter_model.safetensors"
+    save_file({name: value for name, value in load_file(path).items() if "head" not in name}, path)
+    path = tmp_path / "rank" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"r": 8}))
+    base = MAEPModel.from_pretrained(folder / "base")
+    with pytest.raises(ValueError, match=r"headless: .*nothing for local_branch.head.*modules_to_save.*save it again"):
+        load_adapter(base, tmp_path / "headless")
+    with pytest.raises(ValueError, match=r"rank: its weights are not those of its adapter_config.json: r=8, .*\(3, "):
+        load_adapter(base, tmp_path / "rank")
+    assert not any("lora" in name for name, _ in base.named_parameters())  # nothing was put on it
+
+
+def test_an_adapter_may_have_the_name_of_a_part(adapters):
+    model = load_adapter(by_maep(adapters[0], ["one"]), adapters[0] / "two", "decoder", trainable=True)
+    moving = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert len(moving) == 2 * 12 + 2 and not any(".one." in name for name in moving)
 
 
 @pytest.mark.parametrize("bias", ["lora_only", "all"])
