@@ -20,7 +20,7 @@ from peft.utils import AuxiliaryTrainingWrapper, load_peft_weights
 from torch import Tensor, nn
 from transformers.utils import cached_file
 
-from .checkpoints import ADAPTER_CONFIG, BASE_RECORD
+from .checkpoints import ADAPTER_CONFIG, BASE_RECORD, CheckpointError, readable_weights
 from .modeling_maep import MAEPModel
 from .tensors import tensor_bytes
 
@@ -253,14 +253,17 @@ def load_adapter(
 
     Raises:
         ValueError: no LoRA adapter, one for a purifier of another shape or with other weights, one whose weights are
-            not those of its configuration, a name that is taken, or two adapters of which one changes the base's own
-            weights.
+            cut off or not those of its configuration, a name that is taken, or two adapters of which one changes the
+            base's own weights.
     """
     source = os.fspath(source)
     hub = {} if revision is None else {"revision": revision}
     try:
         config = PeftConfig.from_pretrained(source, **hub)
-        weights = load_peft_weights(source, device="cpu", **hub)
+        with readable_weights(source):
+            weights = load_peft_weights(source, device="cpu", **hub)
+    except CheckpointError:
+        raise
     except (ValueError, OSError, TypeError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"adapter {source}: neither a folder nor a Hub id with a PEFT adapter ({reason})") from error

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -67,13 +68,20 @@ def load_purifier(
         revision: branch, tag or commit of a Hub repository.
 
     Raises:
-        CheckpointError: no such model, or it is not a purifier; of an adapter, its base.
+        CheckpointError: no such model, or it is not a purifier; of an adapter, its base. A folder that holds a whole
+            model and an adapter, or weights that are cut off.
         ValueError: an adapter that does not say its base, or does not fit it; a revision of a folder.
     """
     source = expanded(released_checkpoint(PURIFIER) if name_or_path is None else name_or_path)
     if revision is not None and Path(source).is_dir():
         raise ValueError(f"revision={revision!r}: {source} is a folder and has none; leave it out, or name a Hub id")
     if (Path(source) / ADAPTER_CONFIG).is_file():
+        whole = next(Path(source).glob("model*.safetensors"), None)
+        if whole is not None:
+            raise CheckpointError(
+                f"{source} holds a whole model ({whole.name}) and an adapter ({ADAPTER_CONFIG}), and which of them is "
+                "meant cannot be told; save them in folders of their own"
+            )
         return _load_adapted(source, _adapter_config(source, revision), revision).to(device=device, dtype=dtype)
     try:
         return _load_whole(source, dtype, revision).to(device)
@@ -118,7 +126,26 @@ def _load_whole(source: str, dtype: torch.dtype | None, revision: str | None) ->
 
     check_model(source, model_type="maep", kind="a purifier", revision=revision)
     options = {name: value for name, value in (("dtype", dtype), ("revision", revision)) if value is not None}
-    return MAEPModel.from_pretrained(source, **options).eval().requires_grad_(False)
+    with readable_weights(source):
+        return MAEPModel.from_pretrained(source, **options).eval().requires_grad_(False)
+
+
+@contextmanager
+def readable_weights(source: str) -> Iterator[None]:
+    """Name the folder or Hub id of weights that safetensors cannot read.
+
+    Raises:
+        CheckpointError: they are cut off or none.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"{source}: its weights cannot be read ({error}); the file is incomplete, or a pointer of git-lfs: "
+            "download it again, or run git lfs pull"
+        ) from error
 
 
 def check_model(

@@ -6,7 +6,6 @@ Both are plain callables `tensor -> tensor`, as foolbox, RobustBench and AutoAtt
 """
 
 import json
-import os
 import textwrap
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +18,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, Pr
 from transformers.utils import cached_file
 
 from . import modeling_cifar_resnet  # noqa: F401  registers the CIFAR ResNet with the Auto classes
+from .checkpoints import CheckpointError, expanded, readable_weights
 from .data import same_names_in_order
 from .preprocessing import (
     ON_THE_COMMAND_LINE,
@@ -336,13 +336,13 @@ def load_classifier(
     Raises:
         OSError: there is no such model, or the Hub cannot be reached.
         ValueError: it is no image classifier, or its weights lack some of the network (an untrained head); or its
-            preprocessing is none that `PixelClassifier` takes. A [`CheckpointError`] where timm is not installed, or
-            there is no such timm model, module or function.
+            preprocessing is none that `PixelClassifier` takes. A [`CheckpointError`] where its weights are cut off,
+            timm is not installed, or there is no such timm model, module or function.
         TypeError: `hub_kwargs` for `timm:` or `python:`.
     """
     from .classifier_sources import is_made, made_classifier  # which itself needs what is here
 
-    name = os.fspath(name_or_path)
+    name = expanded(name_or_path)
     explicit = {"size": size, "do_resize": do_resize, "image_mean": image_mean, "image_std": image_std}
     others = {"interpolation": interpolation, "always_resize": always_resize}
     if is_made(name):
@@ -352,9 +352,12 @@ def load_classifier(
         return made.requires_grad_(False).eval()
     dtype = {} if "torch_dtype" in hub_kwargs else {"dtype": torch.float32}  # transformers' older name for it
     try:
-        model, info = AutoModelForImageClassification.from_pretrained(
-            name_or_path, output_loading_info=True, **dtype | hub_kwargs
-        )
+        with readable_weights(name):
+            model, info = AutoModelForImageClassification.from_pretrained(
+                name, output_loading_info=True, **dtype | hub_kwargs
+            )
+    except CheckpointError:
+        raise
     except OSError as error:
         raise OSError(
             f"The classifier {str(name_or_path)!r} could not be loaded: {error}\n"
@@ -371,7 +374,7 @@ def load_classifier(
     if image_processor is None:
         source = {key: value for key, value in hub_kwargs.items() if key in HUB_ARGUMENTS and value is not None}
         required = not _is_said(**explicit) and _stated_preprocessing(model) is None
-        image_processor = _saved_image_processor(name_or_path, required, **source)
+        image_processor = _saved_image_processor(name, required, **source)
     model.requires_grad_(False)
     return PixelClassifier(model, image_processor, **explicit, **others)
 

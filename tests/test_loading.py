@@ -2,17 +2,21 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import save_classifier
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, ViTMAEConfig, ViTMAEModel
 
 from maep_hf import MAEPConfig, MAEPImageProcessor, MAEPModel
+from maep_hf.adaptation import add_lora, default_lora_config, save_adapter
 from maep_hf.checkpoints import CheckpointError, load_purifier
+from maep_hf.classifier import load_classifier
 
 SMALL = {
     "image_size": 16,
@@ -195,6 +199,33 @@ def test_another_model_is_refused(tmp_path):
     ViTMAEModel(ViTMAEConfig(**sizes, patch_size=4)).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="not a checkpoint of this purifier"):
         MAEPModel.from_pretrained(tmp_path)
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 3\n"
+
+
+@pytest.mark.parametrize("content", [POINTER, None], ids=["git-lfs", "cut off"])
+def test_weights_that_cannot_be_read_are_named(folder, tmp_path_factory, content):
+    base, adapter, resnet = (tmp_path_factory.mktemp(name) for name in ("base", "adapter", "classifier"))
+    shutil.copytree(folder, base, dirs_exist_ok=True)
+    adapted = MAEPModel.from_pretrained(base)
+    save_adapter(add_lora(adapted, default_lora_config(adapted)), adapter)
+    save_classifier(resnet)
+    whole = {path.parent: path.read_bytes() for path in (*adapter.glob("*.safetensors"), *resnet.glob("*.safetensors"))}
+    whole[folder] = (folder / "model.safetensors").read_bytes()
+    for place, weights in whole.items():
+        (path,) = place.glob("*.safetensors")
+        path.write_bytes(weights[:1000] if content is None else content)
+        load = load_classifier if place == resnet else load_purifier
+        with pytest.raises(CheckpointError, match=f"^{place}: its weights cannot be read .*git lfs pull"):
+            load(place)
+
+
+def test_a_whole_model_beside_an_adapter_is_refused(folder):
+    adapted = MAEPModel.from_pretrained(folder)
+    save_adapter(add_lora(adapted, default_lora_config(adapted)), folder)
+    with pytest.raises(CheckpointError, match=r"holds a whole model .model.safetensors. and an adapter"):
+        load_purifier(folder)
 
 
 def test_a_folder_has_no_revision(folder):
