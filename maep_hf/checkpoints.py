@@ -50,6 +50,11 @@ def expanded(name_or_path: str | os.PathLike) -> str:
     return os.path.expanduser(os.fspath(name_or_path))
 
 
+def expanded_path(path: Path | None) -> Path | None:
+    """The same for a path on the command line, as a callback of typer."""
+    return None if path is None else path.expanduser()
+
+
 def load_purifier(
     name_or_path: str | os.PathLike | None = None,
     *,

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from .checkpoints import expanded_path
 from .cli_evaluation import attacks, evaluate, report
 from .cli_hub import card, push
 from .memory import keep_freed_memory
@@ -76,7 +77,9 @@ def purify(
     images: Annotated[
         list[str], typer.Argument(help="Image files, folders (searched recursively) or quoted glob patterns.")
     ],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the results; made when missing.")],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", callback=expanded_path, help="Folder for the results; made when missing.")
+    ],
     model: Annotated[
         str | None, typer.Option(help="Purifier: folder or Hub id.", show_default="checkpoints/maep-tiny-cifar10")
     ] = None,
@@ -131,7 +134,9 @@ def purify(
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the results.")] = Path("demo_output"),
+    out: Annotated[Path, typer.Option("--out", "-o", callback=expanded_path, help="Folder for the results.")] = Path(
+        "demo_output"
+    ),
     model: Annotated[
         str | None, typer.Option(help="Purifier: folder or Hub id.", show_default="checkpoints/maep-tiny-cifar10")
     ] = None,

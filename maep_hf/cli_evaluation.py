@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from .checkpoints import expanded_path
+
 
 def evaluate(
     purifier: Annotated[
@@ -100,9 +102,9 @@ def evaluate(
     ] = True,
     check_images: Annotated[int, typer.Option(min=10, help="Images that those run on.")] = 50,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for records, tables and pictures.")] = Path(
-        "evaluation"
-    ),
+    out: Annotated[
+        Path, typer.Option("--out", "-o", callback=expanded_path, help="Folder for records, tables and pictures.")
+    ] = Path("evaluation"),
 ) -> None:
     """Measure clean and robust accuracy; every combination of what is repeated is one record.
 
@@ -152,9 +154,14 @@ def evaluate(
 
 
 def report(
-    results: Annotated[Path, typer.Argument(help="results.jsonl of an evaluation, or its folder.")],
+    results: Annotated[
+        Path, typer.Argument(callback=expanded_path, help="results.jsonl of an evaluation, or its folder.")
+    ],
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Folder for tables and charts.", show_default="the records'")
+        Path | None,
+        typer.Option(
+            "--out", "-o", callback=expanded_path, help="Folder for tables and charts.", show_default="the records'"
+        ),
     ] = None,
 ) -> None:
     """Rebuild the tables and charts from stored records; nothing is measured."""

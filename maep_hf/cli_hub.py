@@ -8,13 +8,18 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from .checkpoints import expanded_path
+
 _BASE_HELP = "Hub id of the model this one was made from; needed for an adapter of a local folder."
 
 
 def push(
     folder: Annotated[
         Path,
-        typer.Argument(help="Folder of a purifier, classifier, adapter, evaluation (maep evaluate) or stored pairs."),
+        typer.Argument(
+            callback=expanded_path,
+            help="Folder of a purifier, classifier, adapter, evaluation (maep evaluate) or stored pairs.",
+        ),
     ],
     repo_id: Annotated[str, typer.Argument(help="OWNER/NAME, or NAME under your account; made when missing.")],
     private: Annotated[
@@ -69,15 +74,22 @@ def push(
 
 def card(
     folder: Annotated[
-        Path, typer.Argument(help="Folder of a purifier, adapter, classifier, evaluation or stored pairs.")
+        Path,
+        typer.Argument(
+            callback=expanded_path, help="Folder of a purifier, adapter, classifier, evaluation or stored pairs."
+        ),
     ],
     repo_id: Annotated[str | None, typer.Option(help="Hub id that the card's code names.")] = None,
     base_model: Annotated[str | None, typer.Option(help=_BASE_HELP)] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a README.md that was edited, too.")] = False,
     results: Annotated[
-        Path | None, typer.Option(help="A results.jsonl from elsewhere.", show_default="the folder's")
+        Path | None,
+        typer.Option(callback=expanded_path, help="A results.jsonl from elsewhere.", show_default="the folder's"),
     ] = None,
-    template: Annotated[Path | None, typer.Option(help="Your own Jinja template.", show_default="the kind's")] = None,
+    template: Annotated[
+        Path | None,
+        typer.Option(callback=expanded_path, help="Your own Jinja template.", show_default="the kind's"),
+    ] = None,
 ) -> None:
     """Write the card of a folder, FOLDER/README.md, from the records beside the weights.
 

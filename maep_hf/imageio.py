@@ -179,7 +179,7 @@ def find_images(inputs: Sequence[str | os.PathLike], exclude: str | os.PathLike 
         exclude: a folder left out of the search, i.e. the one that results are written to.
 
     Raises:
-        ImagePathError: an input does not exist, or nothing was found.
+        ImagePathError: an input does not exist or is empty, or nothing was found.
     """
     found: dict[str, ImagePath] = {}
     for entry in map(os.fspath, inputs):
@@ -290,6 +290,10 @@ def _palette_picture(rgb: Image.Image, alpha: Image.Image | None) -> Image.Image
 
 
 def _expand(entry: str, exclude: Path | None) -> list[ImagePath]:
+    if not entry:  # as a path it would be the working directory
+        raise ImagePathError(
+            "an input is empty, as of a variable that is not set; name a file or folder ('.': this one)"
+        )
     path = Path(entry).expanduser()
     if path.is_file():
         return [ImagePath(path, Path(path.name))]

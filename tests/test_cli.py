@@ -2,15 +2,19 @@
 
 import subprocess
 import sys
+from pathlib import Path
+from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
 import torch
+from conftest import save_classifier
 from PIL import Image
 from typer.testing import CliRunner
 
 from maep_hf import MAEPConfig, MAEPModel, checkpoints, cli, imageio
-from maep_hf.checkpoints import CheckpointError, check_model, load_purifier, released_checkpoint
+from maep_hf.checkpoints import CheckpointError, check_model, expanded_path, load_purifier, released_checkpoint
+from maep_hf.classifier import load_classifier
 from maep_hf.configuration_cifar_resnet import CifarResNetConfig
 from maep_hf.modeling_cifar_resnet import CifarResNetForImageClassification
 from maep_hf.training.stages import load_trainable
@@ -213,6 +217,34 @@ def test_a_home_folder_that_no_shell_expanded(purifier, tmp_path, monkeypatch):
     name = f"~/{purifier.name}"
     check_model(name, model_type="maep")
     assert load_purifier(name).num_parameters() == load_trainable(name).num_parameters()
+
+
+def test_every_path_of_a_command_may_be_in_the_home_folder(purifier, photos, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(photos)
+    code, _, errors = run("purify", "~/photos/colour.png", "--out=~/out", "--model", purifier)
+    assert code == 0, errors
+    assert (tmp_path / "out" / "colour.png").is_file() and not (photos / "~").exists()
+    paths = set()
+    for command in cli.app.registered_commands:
+        for name, hint in get_type_hints(command.callback, include_extras=True).items():
+            if Path in (getattr(hint, "__origin__", None), *get_args(getattr(hint, "__origin__", None))):
+                assert hint.__metadata__[0].callback is expanded_path, (command.callback, name)
+                paths.add((command.callback.__name__, name))
+    assert {("purify", "out"), ("demo", "out"), ("evaluate", "out"), ("report", "results"), ("push", "folder")} <= paths
+
+
+def test_a_classifier_in_the_home_folder(tmp_path, monkeypatch):
+    save_classifier(tmp_path / "resnet")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert load_classifier("~/resnet").num_labels == 3
+
+
+def test_an_empty_input_is_not_the_working_directory(purifier, photos, tmp_path, monkeypatch):
+    monkeypatch.chdir(photos)
+    code, _, errors = run("purify", "", "--out", tmp_path / "out", "--model", purifier)
+    assert code == 1 and "an input is empty" in errors and not (tmp_path / "out").exists()
+    assert run("purify", ".", "--out", tmp_path / "out", "--model", purifier)[0] == 0
 
 
 def test_missing_release_names_the_folder_and_the_fix():
