@@ -105,7 +105,8 @@ def restore_image(pixels: Tensor, like: LoadedImage) -> Image.Image:
     """Turn purified pixels into a picture of the mode, alpha channel and stored orientation of `like`.
 
     Grey modes take the mean of the three channels; mode `1` the threshold 0.5. A `1` or `L` of which one value is
-    transparent becomes LA. A palette picture gets a new palette of up to 256 colours without dither (the corrected
+    transparent becomes LA; in sixteen bits, which have no such mode, the transparent pixels keep that value and others
+    are kept off it. A palette picture gets a new palette of up to 256 colours without dither (the corrected
     colours are not in the old one); where its transparency is more than on or off it becomes RGBA.
 
     Args:
@@ -226,6 +227,10 @@ def _decode(image: Image.Image) -> LoadedImage:
     upright = ImageOps.exif_transpose(image) if orientation in _STORED_FROM_UPRIGHT else image
     if mode in _GREY_MODES and not mode.startswith("L") and not (mode == "1" and "transparency" in upright.info):
         grey, alpha = wide_grey(upright), None
+        if "transparency" in upright.info:  # of sixteen bits, which Pillow does not convert
+            alpha = Image.fromarray(
+                np.where(np.asarray(upright) == upright.info["transparency"], 0, 255).astype(np.uint8)
+            )
         array = np.repeat(grey[:, :, None], 3, axis=2)
     else:
         transparent = mode.endswith(("A", "a")) or "transparency" in upright.info
@@ -258,11 +263,27 @@ def _grey_picture(grey: np.ndarray, like: LoadedImage) -> Image.Image:
         return Image.fromarray(grey.astype(np.float32))
     if like.mode.startswith("I"):
         sixteen = np.rint(grey.astype(np.float64) * 65535).astype(np.uint16)
-        return Image.fromarray(sixteen) if like.mode != "I" else Image.fromarray(sixteen.astype(np.int32))
+        hole = _hole_of(like)
+        if hole is not None:
+            key, mask = hole
+            sixteen[sixteen == key] = key + 1 if key < 65535 else key - 1
+            sixteen[mask] = key
+        picture = Image.fromarray(sixteen) if like.mode != "I" else Image.fromarray(sixteen.astype(np.int32))
+        if hole is not None:
+            picture.info["transparency"] = key
+        return picture
     picture = Image.fromarray(np.rint(grey * 255).astype(np.uint8))
     if like.alpha is None:
         return picture if like.mode != "1" else picture.convert("1", dither=Image.Dither.NONE)
     return Image.merge("LA", (picture, like.alpha))
+
+
+def _hole_of(like: LoadedImage) -> tuple[int, np.ndarray] | None:
+    """The value of a sixteen-bit grey picture that is transparent, and where it has it."""
+    mask = None if like.alpha is None else np.asarray(like.alpha) == 0
+    if mask is None or not mask.any():
+        return None
+    return round(float(like.pixels[0].numpy()[mask][0]) * 65535), mask
 
 
 def _colour_picture(rgb: Image.Image, like: LoadedImage) -> Image.Image:

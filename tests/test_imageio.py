@@ -115,6 +115,26 @@ def test_transparent_grey_becomes_an_alpha_channel(tmp_path, mode, orientation):
     assert set(np.asarray(grey.getchannel("L")).flat) == {255 if mode == "1" else 153}
 
 
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_transparent_grey_of_sixteen_bits_keeps_its_holes(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    array = np.asarray(picture("I;16")).copy()
+    array[3:6, 2:9] = 40_000
+    Image.fromarray(array).save(tmp_path / "in.png", transparency=40_000, exif=exif)
+    after = round_trip(tmp_path / "in.png", tmp_path / "out.png")
+    assert after.mode == Image.open(tmp_path / "in.png").mode and after.info["transparency"] == 40_000
+    np.testing.assert_array_equal(np.asarray(after), array)
+    pixels = torch.full_like(load_image(tmp_path / "in.png").pixels, 40_000 / 65535)  # elsewhere it is no hole
+    np.testing.assert_array_equal(
+        np.asarray(round_trip(tmp_path / "in.png", tmp_path / "flat.png", pixels)),
+        np.where(array == 40_000, 40_000, 40_001),
+    )
+    opaque = array - (array == 40_000)
+    Image.fromarray(opaque).save(tmp_path / "opaque.png", transparency=40_000)
+    np.testing.assert_array_equal(np.asarray(round_trip(tmp_path / "opaque.png", tmp_path / "same.png")), opaque)
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_model_sees_it_upright_and_the_file_stays_as_stored(tmp_path, orientation):
     exif = Image.Exif()
