@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import pickle
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -33,7 +33,12 @@ def read_published_weights(file: str | Path) -> dict[str, Tensor]:
     else:
         try:
             state = torch.load(file, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
-            raise ValueError(f"{file} is no checkpoint of torch: {error}") from error
-        state = state.get("state_dict", state) if isinstance(state, dict) else {}
+        except Exception as error:  # bytes that are no checkpoint raise anything, depending on what they spell
+            raise ValueError(f"{file} is no checkpoint of torch: {type(error).__name__}: {error}") from error
+        state = state.get("state_dict", state) if isinstance(state, Mapping) else state
+    if not isinstance(state, Mapping):
+        raise ValueError(f"{file} holds a {type(state).__name__}, not tensors by name")
+    for name, tensor in state.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise ValueError(f"{file} holds a {type(tensor).__name__} under {name!r}, not only tensors by name")
     return {name.removeprefix("module."): tensor for name, tensor in state.items()}

@@ -251,6 +251,18 @@ def test_converter_refuses_other_files(tmp_path):
     (tmp_path / "text.th").write_text("not tensors")
     with pytest.raises(ValueError, match="no checkpoint of torch"):
         convert_file(tmp_path / "text.th", tmp_path / "out")
+    (tmp_path / "text.th").write_text("hello world")  # bytes that mean something to pickle
+    with pytest.raises(ValueError, match="no checkpoint of torch"):
+        convert_file(tmp_path / "text.th", tmp_path / "out")
+    for held, named in (
+        ([torch.zeros(1)], "holds a list, not tensors"),
+        ({"state_dict": None}, "holds a NoneType, not tensors"),
+        ({0: torch.zeros(1)}, "holds a Tensor under 0,"),
+        ({"epoch": 3}, "holds a int under 'epoch'"),
+    ):
+        torch.save(held, tmp_path / "other.th")
+        with pytest.raises(ValueError, match=f"other.th {named}"):
+            convert_file(tmp_path / "other.th", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
