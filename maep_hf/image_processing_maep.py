@@ -57,6 +57,8 @@ class MAEPImageProcessor(PilBackend):
         for name in ("do_center_crop", "do_pad"):
             if kwargs.get(name):
                 raise ValueError(f"{name}=True is not for a purifier: it takes any size. Crop or pad images before.")
+        if _is_last(kwargs.get("data_format")):
+            raise ValueError("data_format='channels_last' is not for a purifier: it takes (channels, height, width).")
         if do_resize and size is None:
             raise ValueError("do_resize=True needs size, for example {'height': 224, 'width': 224}.")
 
@@ -88,7 +90,7 @@ class MAEPImageProcessor(PilBackend):
             )
         if image.ndim == 2:
             image = image[None]
-        elif _channels_last(image, input_data_format):
+        elif channels_last(image, input_data_format):
             image = image.transpose(2, 0, 1)
         if image.shape[0] not in (1, 2, 3, 4):
             raise ValueError(f"An image must have 1 to 4 channels, first or last; got an array of shape {image.shape}.")
@@ -204,10 +206,15 @@ def _from_pil(image: Image.Image, rgb: bool | None) -> np.ndarray:
     return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
 
 
-def _channels_last(array: np.ndarray, input_data_format: Any) -> bool:
+def channels_last(array: Any, input_data_format: Any = None) -> bool:
+    """Whether the channels of an array or tensor of three dimensions are taken to be the last."""
     if input_data_format is not None:
-        return str(getattr(input_data_format, "value", input_data_format)) == "channels_last"
+        return _is_last(input_data_format)
     return array.shape[0] not in (1, 3, 4) and array.shape[2] in (1, 2, 3, 4)
+
+
+def _is_last(data_format: Any) -> bool:
+    return str(getattr(data_format, "value", data_format)) == "channels_last"
 
 
 def _to_unit(image: np.ndarray, rescale_factor: float) -> np.ndarray:

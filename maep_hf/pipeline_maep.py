@@ -14,7 +14,7 @@ import torch
 from PIL import Image, ImageOps
 from transformers import AutoModel, Pipeline
 
-from .image_processing_maep import MAEPImageProcessor, read_image
+from .image_processing_maep import MAEPImageProcessor, channels_last, read_image
 
 TASK = "image-purification"
 
@@ -143,7 +143,8 @@ class ImagePurificationPipeline(Pipeline):
         if isinstance(image, Image.Image):
             mode = image.mode
         else:
-            mode = "L" if image.ndim == 2 or 1 in (image.shape[0], image.shape[2]) else "RGB"
+            given = 1 if image.ndim == 2 else image.shape[2 if channels_last(image) else 0]
+            mode = "L" if given == 1 else "RGB"
         # Lists, not tensors: batches are then lists of these, whatever the sizes.
         return {"pixel_values": [pixels], "mode": [mode]}
 

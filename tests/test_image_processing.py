@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers.image_utils import ChannelDimension
 
 from maep_hf import MAEPImageProcessor
 
@@ -119,6 +120,10 @@ def test_switches(processor):
         with pytest.raises(ValueError, match=f"{name}=True is not for a purifier"):
             processor(RGB, **{name: True})
         processor(RGB, **{name: False})
+    for last in ("channels_last", ChannelDimension.LAST):
+        with pytest.raises(ValueError, match=r"data_format='channels_last' is not for a purifier"):
+            processor(RGB, data_format=last)
+    assert processor(RGB, data_format="channels_first", return_tensors="pt").pixel_values.shape == (1, 3, 20, 30)
 
 
 @pytest.mark.parametrize(

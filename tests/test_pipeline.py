@@ -111,6 +111,16 @@ def test_grey_arrays(pipe):
         assert equal(pipe(array, keep_mode=True), pipe(Image.fromarray(grey), keep_mode=True))
 
 
+@pytest.mark.parametrize(
+    ("shape", "mode"),
+    [((3, 10, 1), "RGB"), ((10, 1, 3), "RGB"), ((1, 10, 3), "L"), ((10, 3, 1), "L"), ((2, 10, 1), "L"), ((10, 1), "L")],
+)
+def test_the_mode_of_an_array_is_that_of_its_channels(pipe, shape, mode):
+    array = np.random.default_rng(0).random(shape, dtype=np.float32)
+    for image in (array, torch.from_numpy(array)):
+        assert pipe(image, keep_mode=True).mode == mode
+
+
 def test_purifier_of_one_channel():
     grey = ImagePurificationPipeline(tiny_purifier(num_channels=1).eval(), task=TASK)
     results = grey(picture(0).convert("L"), return_difference=True)
