@@ -17,6 +17,7 @@ from maep_hf import MAEPConfig, MAEPImageProcessor, MAEPModel
 from maep_hf.adaptation import add_lora, default_lora_config, save_adapter
 from maep_hf.checkpoints import CheckpointError, load_purifier
 from maep_hf.classifier import load_classifier
+from maep_hf.training.stages import load_trainable
 
 SMALL = {
     "image_size": 16,
@@ -216,9 +217,10 @@ def test_weights_that_cannot_be_read_are_named(folder, tmp_path_factory, content
     for place, weights in whole.items():
         (path,) = place.glob("*.safetensors")
         path.write_bytes(weights[:1000] if content is None else content)
-        load = load_classifier if place == resnet else load_purifier
-        with pytest.raises(CheckpointError, match=f"^{place}: its weights cannot be read .*git lfs pull"):
-            load(place)
+        loaders = {resnet: [load_classifier], folder: [load_purifier, load_trainable]}
+        for load in loaders.get(place, [load_purifier]):
+            with pytest.raises(CheckpointError, match=f"^{place}: its weights cannot be read .*git lfs pull"):
+                load(place)
 
 
 def test_a_whole_model_beside_an_adapter_is_refused(folder):
