@@ -11,19 +11,20 @@ import warnings
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
+from types import MethodType, SimpleNamespace
 
 import datasets
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, SIZE, FragileClassifier, image_rows, picture, pixels_of, save_classifier, tiny_purifier
-from torch import nn
+from torch import fx, nn
 
 from maep_hf.adaptation import add_lora, default_lora_config
 from maep_hf.attacks import make_attack
 from maep_hf.classifier import PixelClassifier, PurifiedClassifier
 from maep_hf.classifier_sources import load_frozen_classifier
+from maep_hf.configuration_cifar_resnet import CifarResNetConfig
 from maep_hf.data import DataError, load_image_dataset
 from maep_hf.evaluation import EvaluationImages, benchmark, read_images
 from maep_hf.evaluation.fingerprint import Opaque, fingerprint
@@ -32,6 +33,7 @@ from maep_hf.evaluation.judge import judge_batch
 from maep_hf.evaluation.progress import counted_calls
 from maep_hf.evaluation.tables import markdown_table
 from maep_hf.evaluation.threat_models import attacked_model
+from maep_hf.modeling_cifar_resnet import CifarResNetForImageClassification
 from maep_hf.records import read_jsonl
 
 PGD = {"attack": "pgd", "attack_options": {"steps": 3}, "batch_size": 4, "progress": False, "checks": False}
@@ -386,6 +388,77 @@ def test_what_libraries_put_on_a_module_leaves_its_fingerprint():
     own._hf_hook, own._is_hf_initialized, layer._kept = object(), True, object()
     with counted_calls(own, SimpleNamespace(), {}):
         assert (fingerprint(own), fingerprint(layer)) == (known, of_layer)
+
+
+class Scaled(CifarResNetForImageClassification):
+    """Somebody's own subclass of a transformers model."""
+
+    def __init__(self, share):
+        super().__init__(CifarResNetConfig(depth=8))
+        self.share = share
+
+    def forward(self, pixel_values, **kwargs):
+        output = super().forward(pixel_values, **kwargs)
+        output.logits = output.logits * self.share
+        return output
+
+
+def patched(share: float, name: str) -> nn.Module:
+    """A model of this package with a method put over its own."""
+    model = tiny_purifier()
+    setattr(model, name, MethodType(lambda self, pixels, **kwargs: pixels * share, model))
+    return model
+
+
+def scripted(share: float, freeze: bool = False) -> nn.Module:
+    class Kept(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.share, self.tensor = share, torch.ones(4) * share
+
+        def forward(self, pixels):
+            return pixels * self.share + self.tensor
+
+    program = torch.jit.script(Kept().eval())
+    return torch.jit.freeze(program) if freeze else program
+
+
+def traced_by_fx(share: float, tensor: bool = False) -> nn.Module:
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.kept = torch.full((1,), share) if tensor else share
+
+        def forward(self, pixels):
+            return pixels * self.kept
+
+    return fx.symbolic_trace(Layer())
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda share: Scaled(share),
+        lambda share: PixelClassifier(Scaled(share), do_resize=False, image_mean=0, image_std=1),
+        lambda share: patched(share, "forward"),
+        lambda share: patched(share, "purify"),
+        lambda share: torch.jit.trace(Blend(share), torch.rand(1, 3, 4, 4)),
+        scripted,
+        partial(scripted, freeze=True),
+        traced_by_fx,
+        partial(traced_by_fx, tensor=True),
+        lambda share: Private(0, full_backward_hook=lambda layer, inputs, outputs: (outputs[0] * share,)),
+        lambda share: Private(0, full_backward_pre_hook=lambda layer, outputs: (outputs[0] * share,)),
+    ],
+    ids=["subclass", "inside", "forward", "purify", "traced", "scripted", "frozen", "fx", "fx tensor", "backward hook",
+         "backward pre-hook"],
+)  # fmt: skip
+def test_models_that_differ_beside_their_weights_are_told_apart(make):
+    def mark(share):
+        torch.manual_seed(0)
+        return fingerprint(make(share))
+
+    assert mark(1.0) == mark(1.0) != mark(0.5)
 
 
 BODY = """

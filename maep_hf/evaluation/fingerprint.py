@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 import logging
+import operator
 import re
 import sys
 import sysconfig
@@ -19,7 +20,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from torch.fx import GraphModule
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..preprocessing import PixelPreprocessing, PreprocessingSpec
 from ..tensors import tensor_bytes
@@ -58,7 +60,8 @@ def fingerprint(model: Any) -> str:
     The same wherever the model lies and whatever device it is on. A function is known by its code, what it closes over
     and, unless it is a library's, the global values and functions that it names, also in modules that it imports; a
     class that is no library's, by its methods likewise: who edits `forward` has another model. A module of such a class
-    is known by its private attributes too, and any by the forward hooks that are no library's.
+    is known by its private attributes too, and any by the hooks that are no library's and by a `forward` or `purify` of
+    its own; a program of TorchScript or torch.fx by its code and constants.
 
     Raises:
         Opaque: something inside the model decides its output and cannot be read, such as a generator or a handle.
@@ -97,14 +100,21 @@ def _settings(module: nn.Module, seen: Seen) -> str:
         if value is not None:
             parts.append(f"{name}={value}")
     parts += [f"hook={_code(hook, seen)}" for hook in _own_hooks(module)]
-    if not isinstance(module, PreTrainedModel):
-        own = not all(_of_a_library(base.__module__) for base in type(module).__mro__)
+    if isinstance(module, torch.jit.ScriptModule):
+        parts.append(_script(module, seen))
+    elif isinstance(module, GraphModule):
+        parts.append(_graph(module, seen))
+    own = not all(_of_a_library(base.__module__) for base in type(module).__mro__)
+    if isinstance(module, PreTrainedModel) and not own:
+        parts += [f"{name}={_code(value, seen)}" for name, value in _put_over_methods(module)]
+    elif not isinstance(module, torch.jit.ScriptModule):
+        not_settings = {*_NOT_SETTINGS, *(_of_transformers() if isinstance(module, PreTrainedModel) else ())}
         for name in sorted(module._non_persistent_buffers_set):
             buffer = module._buffers[name]
             if buffer is not None and not isinstance(module, PixelPreprocessing):  # whose follow from its spec
                 parts.append(f"{name}={_value(buffer, seen)}")
         for name, value in sorted(vars(module).items()):
-            if name in _NOT_SETTINGS or name.startswith("_") and (not own or name in _PUT_THERE):
+            if name in not_settings or name.startswith("_") and (not own or name in _PUT_THERE):
                 continue
             plain = _plain(value)
             if plain is not None:
@@ -117,13 +127,60 @@ def _settings(module: nn.Module, seen: Seen) -> str:
 
 
 def _own_hooks(module: nn.Module) -> Iterator[Any]:
-    """The hooks on a module's forward pass that somebody may edit; a library's are of what it put there."""
-    for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
-        function = hook
-        while isinstance(function, functools.partial):
-            function = function.func
-        if not _of_a_library(getattr(function, "__module__", None)):
-            yield hook
+    """The hooks on a module's passes that somebody may edit; a library's are of what it put there."""
+    forward = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+    backward = (*module._backward_pre_hooks.values(), *module._backward_hooks.values())  # an attack's way
+    yield from (hook for hook in (*forward, *backward) if _is_own(hook))
+
+
+def _is_own(function: Any) -> bool:
+    """Whether somebody may edit a function; a partial one is what it calls."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return not _of_a_library(getattr(function, "__module__", None))
+
+
+def _put_over_methods(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """What somebody put on this instance in place of a method that a model is used by.
+
+    Accelerate puts a `forward` of its own around one that it keeps.
+    """
+    there = vars(module)
+    for name, value in (("forward", there.get("_old_forward", there.get("forward"))), ("purify", there.get("purify"))):
+        if callable(value) and _is_own(value):
+            yield name, value
+
+
+@functools.cache
+def _of_transformers() -> frozenset[str]:
+    """Attributes that transformers gives any model of its own."""
+    return frozenset(vars(PreTrainedModel(PreTrainedConfig()))) | {"_weight_conversions", "_use_kernels"}
+
+
+def _script(module: torch.jit.ScriptModule, seen: Seen) -> str:
+    """What a module of TorchScript computes: its code, the constants in it, and what it keeps beside tensors."""
+    program, tensors, parts = module._c, module.state_dict().keys(), []
+    for name in sorted(program._method_names()):
+        method = program._get_method(name)
+        code, constants = method.code_with_constants
+        graph = re.sub(r" *#.*$", "", str(method.inlined_graph), flags=re.MULTILINE)  # where the code stood
+        kept = sorted({word for word in re.findall(r"\.(\w+)", code) if program.hasattr(word)} - tensors)
+        found = {word: program.getattr(word) for word in kept}
+        held = {word: value for word, value in found.items() if not isinstance(value, torch._C.ScriptModule)}
+        text = re.sub(r"___torch_mangle_\d+\.|, device=[\w:]+|device=[\w:]+, ", "", code + graph)
+        parts.append(f"{name}={text} {_value(dict(constants), seen)} {_value(held, seen)}")
+    return "|".join(parts)
+
+
+def _graph(module: GraphModule, seen: Seen) -> str:
+    """What a program of torch.fx computes: its code, the functions that it calls, and tensors that are no weights."""
+    parts, tensors = [module.code], module.state_dict().keys()
+    for node in module.graph.nodes:
+        if node.op == "call_function" and isinstance(node.target, FunctionType) and _is_own(node.target):
+            parts.append(_code(node.target, seen))
+        elif node.op == "get_attr" and node.target not in tensors:
+            parts.append(f"{node.target}={_value(operator.attrgetter(node.target)(module), seen)}")
+    return "|".join(parts)
 
 
 def _said(module: nn.Module) -> str:
