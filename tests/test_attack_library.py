@@ -448,6 +448,36 @@ def test_momentum_sums_gradients_over_their_l1_norm(norm, model, images, labels)
     assert attack.record()["gradient_norm"] == "L1"
 
 
+@pytest.mark.parametrize("norm", ["L2", "L1"])
+@pytest.mark.parametrize("name", ["fgsm", "bim", "pgd", "mi-fgsm"])
+def test_the_smallest_gradients_are_followed(name, norm, model, images, labels):
+    """Foolbox takes a norm for 1e-12 at least: a confident model has smaller gradients, and looked robust."""
+
+    class Tiny(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, pixels):
+            return pixels.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient * 2.0**-60
+
+    attack = make_attack(name, norm=norm, eps=SMALL_EPS[norm], **({} if name == "fgsm" else {"steps": 3}))
+    expected = attack(model, images, labels, seed=0)
+    found = attack(Wrapped(Tiny.apply), images, labels, seed=0)
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+
+
+def test_a_step_in_the_wrong_unit_is_warned_of():
+    with pytest.warns(UserWarning, match=r"step_size: 20 x 0.00784\d* is far .* 2, not 2/255"):
+        make_attack("pgd-20", step_size=2 / 255)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make_attack("pgd-20", step_size=2 / 255, norm="L2")
+        make_attack("pgd-20", eps=0.5, step_size=0.05)  # as the checks, whose radii may be small
+        make_attack("fgsm", eps=0.1)
+
+
 def test_names_of_eot_attacks_say_how_many_passes():
     assert make_attack("eot-pgd").name == make_attack("PGD+EOT").name == "PGD-20+EOT-20"
     assert make_attack("eot-pgd").record()["eot_samples"] == 20

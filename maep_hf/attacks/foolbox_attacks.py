@@ -24,6 +24,8 @@ GRADIENT_STEPS = {
     "sparse-l1-descent": {"relative_step": 0.2, "random_start": False},
 }
 """What tells the gradient attacks apart: the default step over eps, and what is no option of theirs."""
+SMALLEST_NORM = 1e-12
+"""Of foolbox, which divides by no less."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,16 @@ class FoolboxAttack(Attack):
 class GradientAttack(FoolboxAttack):
     """FGSM and its iterations: the last iterate; of several restarts the first that fools the model, image by image."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        values = self.parameters()
+        if self.norm == "Linf" and values["step_size"] < 0.1 and values["steps"] * values["step_size"] < self.eps:
+            warnings.warn(
+                f"step_size: {values['steps']} x {values['step_size']:g} is far from filling a ball of {self.eps:g}; "
+                "for Linf it is in units of 1/255, as eps: 2, not 2/255",
+                stacklevel=5,
+            )
+
     @property
     def name(self) -> str:
         steps = f"-{self.options['steps']}" if "steps" in self.options else ""
@@ -75,7 +87,7 @@ class GradientAttack(FoolboxAttack):
     def build(self, foolbox: Any) -> Any:
         values = self.parameters()
         values["abs_stepsize"] = self.in_pixels(values["step_size"])
-        kind = self.foolbox_class(foolbox)
+        kind = raised(self.foolbox_class(foolbox))
         taken = inspect.signature(kind).parameters
         kind = averaged(kind, values["eot_samples"]) if values["eot_samples"] > 1 else kind
         attack = kind(**{name: value for name, value in values.items() if name in taken})
@@ -97,6 +109,25 @@ class MomentumAttack(GradientAttack):
 
         kind = super().foolbox_class(foolbox)
         return type(f"L1Normalised{kind.__name__}", (kind,), {"normalize": normalize})
+
+
+def raised(kind: type) -> type:
+    """A foolbox gradient attack that follows the smallest gradients too, as those of a confident model.
+
+    Foolbox takes norms for 1e-12 at least, so that in L2 and L1 a smaller gradient makes hardly a step. Those that are
+    not as small are left as they are, and so is what comes of them.
+    """
+
+    def normalize(self: Any, gradients: Any, **context: Any) -> Any:
+        raw = gradients.raw
+        largest = raw.abs().flatten(1).amax(1).view(-1, *[1] * (raw.ndim - 1))
+        small = (largest > 0) & (largest < SMALLEST_NORM)
+        if small.any():
+            gradients = type(gradients)(torch.where(small, raw / largest, raw))
+        return super(raising, self).normalize(gradients, **context)
+
+    raising = type(f"Raised{kind.__name__}", (kind,), {"normalize": normalize})
+    return raising
 
 
 def averaged(kind: type, samples: int) -> type:
