@@ -154,7 +154,8 @@ def same_names_in_order(own: Sequence[str] | None, wanted: Sequence[str] | None)
 
 
 def names_that_differ(own: Sequence[str] | None, wanted: Sequence[str] | None, most: int = 3) -> str | None:
-    """The first class names that one of two sides has alone, as `cat, dog / tabby`, to warn that nothing matches them.
+    """The first class names that one of two sides has alone, as `cat, dog / tabby`, to warn that nothing matches them;
+    or that both repeat a name and stand in different orders, which nothing matches either.
 
     Returns:
         `None` where both have the same, or one has none but numbers (`LABEL_3`), which say nothing.
@@ -164,7 +165,11 @@ def names_that_differ(own: Sequence[str] | None, wanted: Sequence[str] | None, m
         return None
     alone = [[str(name) for plain, name in side.items() if plain not in other] for side, other in (sides, sides[::-1])]
     if not any(alone):
-        return None
+        mine, theirs = normalised_names(own), normalised_names(wanted)
+        repeated = next((str(name) for name, plain in zip(own or [], mine, strict=True) if mine.count(plain) > 1), None)
+        if repeated is None or mine == theirs or same_names_in_order(own, wanted) is not None:
+            return None
+        return f"both repeat a name, as {repeated}, and stand in different orders"
     shown = (", ".join(names[:most]) + (", ..." if len(names) > most else "") for names in alone)
     return " / ".join(text or "none" for text in shown)
 

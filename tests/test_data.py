@@ -48,6 +48,16 @@ def test_names_of_classes_that_match_nothing_are_told():
         assert names_that_differ(known, silent) is None and names_that_differ(silent, known) is None
 
 
+def test_names_that_are_repeated_in_another_order_are_told(caplog):
+    """As ImageNet's two cranes: nothing says which is which."""
+    own, wanted = ["crane", "Crane", "cat"], ["cat", "crane", "crane"]
+    assert "both repeat a name, as crane" in names_that_differ(own, wanted)
+    assert names_that_differ(own, ["CRANE", "crane", "cat"]) is None
+    assert names_that_differ(["a b", "a_b"], ["a_b", "a b"]) is None  # as they are written
+    images = EvaluationImages(torch.rand(3, 3, 4, 4), torch.arange(3), class_names=tuple(wanted))
+    assert images.in_order_of(own) is images and "crane, and stand in different orders); taken by" in caplog.text
+
+
 def test_numbers_in_the_order_of_the_alphabet_are_doubted(caplog):
     listed = sorted(str(index) for index in range(12))  # 0, 1, 10, 11, 2, ...
     for own in (None, [f"LABEL_{index}" for index in range(12)], [f"class {index}" for index in range(12)]):
