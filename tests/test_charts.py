@@ -349,3 +349,22 @@ def test_errors_leave_the_old_picture(function, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         function([record()], path)
     assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["chart.png"]
+
+
+def test_purifiers_and_attacks_beyond_the_styles_are_told_apart(build):
+    """Twenty purifiers have eight colours, fourteen attacks eleven markers, and lines four plain styles."""
+    many = [f"p{index}" for index in range(20)]
+    figure = build(bars_over_attacks, [record(60, purifier=name) for name in many])
+    bars = [bar for group in figure.axes[1].containers if isinstance(group, BarContainer) for bar in group]
+    assert len({(to_hex(bar.get_facecolor()), bar.get_hatch()) for bar in bars}) == 20
+    shown = figure.legends[0].get_patches()[:20]
+    assert [(to_hex(patch.get_facecolor()), patch.get_hatch() or "") for patch in shown] == [
+        (to_hex(bar.get_facecolor()), bar.get_hatch() or "") for bar in sorted(bars, key=lambda bar: bar.get_y())
+    ]
+    assert not any(patch.get_hatch() for patch in shown[:8])
+    for names in ({"purifier": many}, {"attack": [f"A-{index}" for index in range(14)]}):
+        ((kind, values),) = names.items()
+        figure = build(accuracy_against_eps, [record(60, eps=eps, **{kind: name}) for name in values for eps in (4, 8)])
+        lines = [line for line in figure.axes[0].lines if to_hex(line.get_color()) == COLORS["gray-box"]]
+        styles = {(str(line._unscaled_dash_pattern), line.get_marker(), line.get_fillstyle()) for line in lines}
+        assert len(lines) == len(styles) == len(values)

@@ -30,6 +30,9 @@ COLORS = {
 }
 _LINES = ("-", "--", ":", "-.")
 _MARKERS = "osD^vPX*<>hp"
+# What tells apart those that come after the last of these, or of the colours.
+_FILLS = ("full", "none", "left", "right", "top", "bottom")
+_HATCHES = ("", "...", "xxx", "ooo", "---", "+++", "***")
 _DPI = 130
 _NORMS = ("Linf", "L2", "L1", "L0", None)
 _COLUMNS = (UNDEFENDED, *(f"{UNDEFENDED} ({name})" for name in THREAT_MODELS), *THREAT_MODELS)
@@ -146,7 +149,7 @@ def bars_over_attacks(records: Iterable[Mapping], path: str | os.PathLike) -> Pa
     _title(figure, width, f"Accuracy under each attack: {', '.join(columns)}", said)
     handles = {}
     if len(purifiers) > 1:
-        handles |= {name: Patch(color=_purifier_color(purifiers, name)) for name in purifiers}
+        handles |= {name: _purifier_patch(purifiers, name) for name in purifiers}
         if any(column.startswith(UNDEFENDED) for column in columns):
             handles["no purifier"] = Patch(color=COLORS[UNDEFENDED])
     handles["accuracy without an attack"] = Line2D([], [], color=INK, linestyle="--", linewidth=1.2)
@@ -179,10 +182,11 @@ class _Styles:
     purifiers: Sequence[str]
     attacks: Sequence[str]
 
-    def of(self, line: _Line) -> tuple[str, str]:
-        """Line style and marker: the purifier's and the attack's."""
+    def of(self, line: _Line) -> tuple[str | tuple, str, str]:
+        """Line style, marker and how it is filled: the purifier's and the attack's."""
         purifier = self.purifiers.index(line.purifier) if line.purifier in self.purifiers else 0
-        return _LINES[purifier % len(_LINES)], _MARKERS[self.attacks.index(line.attack) % len(_MARKERS)]
+        round_, marker = divmod(self.attacks.index(line.attack), len(_MARKERS))
+        return _line_style(purifier), _MARKERS[marker], _FILLS[round_ % len(_FILLS)]
 
     def name(self, line: _Line) -> str:
         """What the legend says; the only purifier and the only attack stand in the title."""
@@ -222,14 +226,14 @@ def _lines(found: Sequence[Result]) -> list[_Line]:
 def _draw_line(axis: Axes, line: _Line, styles: _Styles) -> tuple[str, Line2D]:
     radii = sorted(line.points)
     shares = [line.points[eps][0] for eps in radii]
-    style, marker = styles.of(line)
+    style, marker, filled = styles.of(line)
     color = _column_color(line.column)
     values = [share["percent"] for share in shares]
     low, high = zip(*(share["interval_95"] for share in shares), strict=True)
     axis.fill_between(radii, low, high, color=color, alpha=0.14, linewidth=0)
     rank = _FRONT.index(line.column) if line.column in _FRONT else 0
     (drawn,) = axis.plot(
-        radii, values, color=color, linestyle=style, marker=marker, markersize=6.8 - 0.45 * rank,
+        radii, values, color=color, linestyle=style, marker=marker, fillstyle=filled, markersize=6.8 - 0.45 * rank,
         linewidth=2.4 - 0.18 * rank, clip_on=False, zorder=3 + rank / 10,
     )  # fmt: skip
     for eps in radii:
@@ -305,7 +309,7 @@ def _draw_bars(axis: Axes, panel: _Panels, column: str, purifiers: Sequence[str]
     bars = panel.bars(column)
     for attack in set(panel.attacks) - {attack for attack, *_ in bars}:
         axis.text(104, middles[attack], "–", va="center", fontsize=8, color=COLORS[UNDEFENDED])
-    heights, shares, colors, hatches = [], [], [], []
+    heights, shares, colors, hatches, doubted = [], [], [], [], []
     for attack, purifier, share, mark in bars:
         slots = [NO_PURIFIER] if bare else [name for name in purifiers if (attack, name) in panel.measured]
         y = middles[attack] + (slots.index(purifier) - (len(slots) - 1) / 2) * step
@@ -314,14 +318,20 @@ def _draw_bars(axis: Axes, panel: _Panels, column: str, purifiers: Sequence[str]
         heights.append(y)
         shares.append(share)
         colors.append(_bar_color(column, purifier, purifiers))
-        hatches.append("/////" if mark == UNRELIABLE else "")
+        doubted.append(mark == UNRELIABLE)
+        own = "" if purifier == NO_PURIFIER else _purifier_hatch(purifiers, purifier)
+        hatches.append("/////" * doubted[-1] + own)
     values = [share["percent"] for share in shares]
-    faces = ["white" if hatch else color for hatch, color in zip(hatches, colors, strict=True)]
-    axis.barh(heights, values, 0.86 * step, color=faces, edgecolor=colors, hatch=hatches, linewidth=1)
+    faces = ["white" if doubt else color for doubt, color in zip(doubted, colors, strict=True)]
+    edges = [
+        "white" if hatch and not doubt else color for hatch, doubt, color in zip(hatches, doubted, colors, strict=True)
+    ]
+    axis.barh(heights, values, 0.86 * step, color=faces, edgecolor=edges, hatch=hatches, linewidth=1)
     axis.errorbar(values, heights, xerr=whiskers(shares), fmt="none", ecolor=INK, elinewidth=1, capsize=2, zorder=3)
     for purifier, value in dict.fromkeys(panel.before(column)):
         color = INK if bare or len(purifiers) < 2 else _purifier_color(purifiers, purifier)
-        axis.axvline(value, color=color, linestyle="--", linewidth=1.2, zorder=2)
+        round_ = 0 if bare or len(purifiers) < 2 else purifiers.index(purifier) // len(PALETTE)
+        axis.axvline(value, color=color, linestyle=("--", ":", "-.")[round_ % 3], linewidth=1.2, zorder=2)
     axis.set_xlim(0, 128)
     axis.set_xticks(range(0, 101, 25))
     labels = [panel.label(name) for name in panel.attacks]
@@ -340,6 +350,24 @@ def _bar_color(column: str, purifier: str, purifiers: Sequence[str]) -> str:
 
 def _purifier_color(purifiers: Sequence[str], purifier: str) -> str:
     return PALETTE[purifiers.index(purifier) % len(PALETTE)]
+
+
+def _purifier_hatch(purifiers: Sequence[str], purifier: str) -> str:
+    """Nothing for those that have a colour to themselves."""
+    return _HATCHES[purifiers.index(purifier) // len(PALETTE) % len(_HATCHES)]
+
+
+def _purifier_patch(purifiers: Sequence[str], purifier: str) -> Patch:
+    color, hatch = _purifier_color(purifiers, purifier), _purifier_hatch(purifiers, purifier)
+    return Patch(facecolor=color, edgecolor="white", hatch=hatch) if hatch else Patch(color=color)
+
+
+def _line_style(index: int) -> str | tuple[int, tuple[float, ...]]:
+    """Of the purifier of this place; after those with a name, long or short dashes and ever more dots."""
+    if index < len(_LINES):
+        return _LINES[index]
+    more, long = divmod(index - len(_LINES), 2)
+    return 0, (8 if long else 3.5, 1.5, *(1, 1.5) * (more + 2))
 
 
 # What the pictures have in common.
