@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,7 +27,7 @@ GREY, INK, GRID = "#5f5f5f", "#1f2937", "#e2e5e9"
 
 _DPI = 100
 _GAP, _MARGIN = 6, 14
-_CAPTION, _TITLE_LINE = 17, 21
+_CAPTION, _TITLE_LINE, _TITLE_SIZE = 17, 21, 15
 _LABEL_LINE, _LABEL_CHARACTER = 17, 7.6
 
 Caption = str | tuple[str, str]
@@ -130,7 +131,7 @@ def image_grid(
         name: max(cell_h, _LABEL_LINE * (name.count("\n") + 1)) + (_CAPTION if name in captions else 0) for name in rows
     }
     total_w = label_w + count * (cell_w + _GAP) - _GAP + _MARGIN
-    total_w = max(total_w, round(8.2 * max(map(len, title.split("\n")))) + 2 * _MARGIN)
+    total_w = max(total_w, round(8.2 * max(map(len, title.split("\n")))) + 2 * _MARGIN, _width(title) + 2 * _MARGIN)
     total_h = title_h + sum(row_h.values()) + _GAP * (len(rows) - 1) + _MARGIN
 
     figure = new_figure(total_w / _DPI, total_h / _DPI)  # figimage puts pixels down one to one
@@ -139,7 +140,7 @@ def image_grid(
         figure.text(x / total_w, 1 - y / total_h, text, fontsize=size * 72 / _DPI, color=color, **options)
 
     if title:
-        write(_MARGIN, _MARGIN, title, 15, ha="left", va="top", fontweight="bold", linespacing=1.35)
+        write(_MARGIN, _MARGIN, title, _TITLE_SIZE, ha="left", va="top", fontweight="bold", linespacing=1.35)
     top = title_h
     for name, images in rows.items():
         write(label_w - _MARGIN, top + cell_h / 2, name, 13, ha="right", va="center", linespacing=1.3)
@@ -153,6 +154,12 @@ def image_grid(
                 write(left + cell_w / 2, top + cell_h + 2, text, 11, color, ha="center", va="top")
         top += row_h[name] + _GAP
     return save_figure(figure, path)
+
+
+def _width(title: str) -> int:
+    """Pixels that a title takes."""
+    text = new_figure(1, 1).text(0, 0, title, fontsize=_TITLE_SIZE * 72 / _DPI, fontweight="bold", parse_math=False)
+    return math.ceil(text.get_window_extent().width)
 
 
 def _check(rows: Mapping[str, Tensor], captions: Mapping[str, Sequence[Caption]], magnify: int | None) -> tuple:

@@ -95,3 +95,13 @@ def test_what_cannot_be_drawn_is_named(tmp_path, rows, options, message):
     with pytest.raises(ValueError, match=message):
         image_grid(rows, tmp_path / "x.png", **options)
     assert not (tmp_path / "x.png").exists()
+
+
+def test_a_long_title_is_not_cut_off(tmp_path):
+    """Wide letters take more than the eight pixels of most."""
+    title = "WWMM PGD-100, Linf 8/255, white-box, maep-tiny-cifar10-lora-imagenet, resnet56 " * 2
+    (tmp_path / "short").mkdir()
+    for name, text in (("long", title), ("short/one", "T")):
+        path = image_grid({"a": torch.zeros(1, 3, 8, 8)}, tmp_path / f"{name}.png", title=text)
+        picture = np.asarray(Image.open(path)).min(-1)
+        assert (picture[:, -10:] > 250).all() and (picture[:30] < 100).any()
