@@ -1,10 +1,14 @@
 """Weights in 16 bits on disk: read as float32, rounded once, nothing else changed."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
+from conftest import ROOT
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -82,4 +86,18 @@ def test_what_cannot_be_stored_is_refused_and_stays(folder, change, dtype, messa
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     with pytest.raises(ValueError, match=message):
         store_weights(folder, dtype)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_full_disk_is_an_error_of_the_operating_system(folder):
+    """Which the command line tells in one line; what was there stays, and nothing lies beside it."""
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    script = (
+        "import resource, sys\nfrom maep_hf.storage import store_weights\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))\n"
+        "try: store_weights(sys.argv[1], 'float16')\nexcept OSError as error: print('OSError:', error)"
+    )
+    command = [sys.executable, "-c", script, str(folder)]
+    found = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert found.stdout.startswith(f"OSError: {folder / 'model.safetensors'}: it cannot be written"), found.stderr
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from ..storage import write_tensors
 from .images import fingerprint_images
 
 
@@ -42,17 +41,18 @@ class AttackedStore:
             return None, {}
 
     def save(self, start: int, x: Tensor, y: Tensor, attacked: Tensor, about: dict) -> None:
-        """Keep the attacked images of a batch; see [`~AttackedStore.load`]."""
+        """Keep the attacked images of a batch; see [`~AttackedStore.load`].
+
+        Raises:
+            OSError: the file cannot be written.
+        """
         if self.folder is None:
             if start == 0:
                 self._first = attacked, about
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = self._path(start, x, y)
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
         tensors = {"attacked": attacked.detach().to("cpu", torch.float32).contiguous()}
-        save_file(tensors, temporary, metadata={"about": json.dumps(about)})
-        os.replace(temporary, path)
+        write_tensors(self._path(start, x, y), tensors, {"about": json.dumps(about)})
 
     def _path(self, start: int, x: Tensor, y: Tensor) -> Path:
         return self.folder / f"{start:07d}-{fingerprint_images(x, y)}.safetensors"
