@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 from threading import Thread
 
 import datasets
@@ -13,6 +14,7 @@ from typer.testing import CliRunner
 from maep_hf import cli, records
 from maep_hf.checkpoints import CheckpointError
 from maep_hf.evaluation import run
+from maep_hf.evaluation.report import report
 from maep_hf.evaluation.run import EvaluationArguments, make_attacks, parse_options
 from maep_hf.records import append_jsonl, describe_environment, read_jsonl
 
@@ -332,3 +334,27 @@ def test_a_revision_is_that_of_the_packages_own_repository(tmp_path, monkeypatch
     monkeypatch.setattr(records, "__file__", str(tmp_path / "maep_hf" / "records.py"))
     (tmp_path / "maep_hf").mkdir()
     assert len(describe_environment()["git_revision"]) == 40
+
+
+def test_a_norm_and_a_radius_pass_over_a_corruption():
+    made = make_attacks(EvaluationArguments(attacks=["fgsm", "jpeg"], norm="L2", eps=[2.0]))
+    assert [(attack.norm, attack.eps) for attack in made] == [("L2", 2.0), (None, None)]
+    for attacks, message in ((["jpeg"], "norm: none of jpeg takes it"), (["fgsm", "jpeg:L2"], "bounded by no norm")):
+        with pytest.raises(ValueError, match=message):
+            make_attacks(EvaluationArguments(attacks=attacks, norm="L2"))
+
+
+def test_tables_are_written_whole_or_not_at_all(measured, tmp_path, monkeypatch):
+    words, out = measured
+    assert invoke(*words, "--no-checks", "--out", out)[0] == 0
+    (tmp_path / "results.md").write_text("old")
+
+    def full(path, text, **options):
+        with path.open("w") as file:
+            file.write(text[:10])
+        raise OSError("disk full")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="disk full"):
+        report(out / "results.jsonl", tmp_path)
+    assert (tmp_path / "results.md").read_text() == "old"

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from ..records import write_text
 from .charts import accuracy_against_eps, bars_over_attacks
 from .results import ATTACKS_CHART, EPS_CHART
 from .tables import csv_table, markdown_table, read_results, rich_table
@@ -27,7 +28,7 @@ def report(results: Path, out: Path, console: Console | None = None) -> list[Pat
     written = []
     for name, text in (("results.md", markdown_table(records)), ("results.csv", csv_table(records))):
         path = out / name
-        path.write_text(text, encoding="utf-8")
+        write_text(path, text)
         written.append(path)
     console.print(rich_table(records))
     attacks = [record for record in records if not record["protocol"]["attack"].get("control")]

@@ -265,12 +265,13 @@ def make_attacks(args: EvaluationArguments) -> list[Attack]:
     """The attacks that were asked for, each once.
 
     Raises:
-        ValueError: an unknown name, norm or option, a radius out of range, an option or `eps` that none of them takes.
+        ValueError: an unknown name, norm or option, a radius out of range, an option, `norm` or `eps` that none of them
+            takes.
     """
     options = args.attack_options | ({"eot_samples": args.eot_samples} if args.eot_samples > 1 else {})
     attacks: dict[str, Attack] = {}
     used: set[str] = set()
-    eps_norm, eps_used = args.norm or "Linf", False
+    eps_norm, eps_used, norm_used = args.norm or "Linf", False, False
     for word in args.attacks:
         name, norm, eps, *more = *word.split(":"), *[""] * max(0, 2 - word.count(":"))
         if more:
@@ -284,16 +285,24 @@ def make_attacks(args: EvaluationArguments) -> list[Attack]:
         own = _options_of(name, options)
         used |= {*has, *own}
         has |= {key.rpartition(".")[2]: options[key] for key in own}
-        plain = make_attack(name, norm=norm or args.norm, **has)
+        bounded = find_attack(name)[0].norms != (None,)  # a corruption is by none, and passes over what the others take
+        norm = norm or (args.norm if bounded else None)
+        norm_used |= bounded
+        plain = make_attack(name, norm=norm, **has)
         if radii is None:  # a radius for Linf means nothing in another norm, nor to a corruption
             meant = (plain.norm or "").lower() == eps_norm.lower() and not plain.control
             radii = args.eps if args.eps and meant else [None]
             eps_used |= meant
         for radius in radii:
-            attack = make_attack(name, norm=norm or args.norm, eps=radius, **has)
+            attack = make_attack(name, norm=norm, eps=radius, **has)
             attacks[str(attack.record())] = attack
     if missing := sorted(set(options) - used):
         raise ValueError(f"attack_options: none of {', '.join(args.attacks)} has {', '.join(missing)}")
+    if args.norm and not norm_used:
+        raise ValueError(
+            f"norm: none of {', '.join(args.attacks)} takes it: they are bounded by no norm, got {args.norm!r}; "
+            "leave it out"
+        )
     if args.eps and not eps_used:
         raise ValueError(
             f"eps: none of {', '.join(args.attacks)} takes it: it is for attacks in {eps_norm} that do not say their "
