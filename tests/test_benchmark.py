@@ -799,6 +799,62 @@ def test_purifiers_without_a_gradient_are_left_to_the_checks(classifier, images,
     assert "gradient" not in record
 
 
+def test_a_source_whose_purifier_cuts_the_gradient_is_told_and_marked(classifier, images):
+    options = {"threat_model": "transfer", "classifier_name": "own", **PGD | {"eps": 1}}
+    cut, through = (PurifiedClassifier(purifier, classifier) for purifier in (torch.round, tiny_purifier()))
+    with pytest.warns(UserWarning, match="source .*: the gradient is zero for 4 of the first 4 images"):
+        record = benchmark(classifier, None, images, source=cut, **options).record
+    assert record["checks"]["failed"] == ["gradient"] and record["accuracy"]["attacked"]["correct"] > 0
+    name = f"{type(torch.round).__name__}+FragileClassifier"
+    assert f"⚠ unreliable: failed gradient; attack made on {name}" in markdown_table([record])
+    whole = benchmark(classifier, None, images, source=through, **options).record
+    assert whole["checks"] is None and whole["protocol"]["source"]["name"].endswith("+FragileClassifier")
+
+
+class Listed(nn.Module):
+    def __init__(self, network):
+        super().__init__()
+        self.networks = {"kept": [network]}
+
+    def forward(self, pixels):
+        return self.networks["kept"][0](pixels)
+
+
+class Held:
+    def __init__(self, network):
+        self.network = network
+
+    def __call__(self, pixels):
+        return self.network(pixels)
+
+
+GLOBAL = nn.Sequential(nn.BatchNorm2d(3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+HIDING = {
+    "closure": lambda network: lambda pixels: network(pixels),
+    "partial": lambda network: partial(lambda inner, pixels: inner(pixels), network),
+    "list": Listed,
+    "object": Held,
+    "method": lambda network: Held(network).__call__,
+    "global": lambda network: lambda pixels: GLOBAL(pixels),
+}
+
+
+@pytest.mark.filterwarnings("ignore:(classifier|purifier).* cannot be told")
+@pytest.mark.parametrize("way", HIDING)
+def test_batch_statistics_out_of_reach_of_eval_are_refused(classifier, images, way):
+    model = HIDING[way](GLOBAL)
+    GLOBAL.train()
+    before = GLOBAL[0].running_mean.clone()
+    with pytest.raises(ValueError, match="classifier: a BatchNorm2d that it uses is in training mode"):
+        benchmark(model, None, images, **PGD)
+    front = HIDING[way](nn.BatchNorm2d(3)) if way != "global" else lambda pixels: GLOBAL[0](pixels)
+    with pytest.raises(ValueError, match="purifier: a BatchNorm2d"):
+        benchmark(classifier, front, images, **PGD)
+    assert torch.equal(GLOBAL[0].running_mean, before)
+    GLOBAL.eval()
+    assert benchmark(model, None, images, **PGD).record["accuracy"]
+
+
 def test_images_without_a_gradient_are_told_and_marked(images):
     """Saturated logits, or half precision, leave the cross-entropy of some images no gradient at all."""
     fragile = FragileClassifier(pixels_of(9).float() / 255)
@@ -953,6 +1009,15 @@ def test_bad_input_is_named(classifier, images, tmp_path):
         benchmark(classifier, tiny_purifier(), images, threat_model="black-box", **PGD)
     with pytest.raises(ValueError, match="batch_size"):
         benchmark(classifier, None, images, **PGD | {"batch_size": 0})
+    for name, count in (("max_images", -1), ("max_images", 0), ("passes", -1), ("passes", 0)):
+        with pytest.raises(ValueError, match=f"{name}={count}: must be at least 1"):
+            benchmark(classifier, None, images, **PGD | {name: count})
+    flat = nn.Sequential(nn.Flatten(), nn.Linear(3 * (SIZE + 4) ** 2, 3))
+    with pytest.raises(ValueError, match=f"classifier: it fails on images of {SIZE} x {SIZE} .*mat1.*image_size"):
+        benchmark(flat, None, images, **PGD)
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError):
+        benchmark(classifier, None, images, out=tmp_path / "file", **PGD)
     with pytest.raises(ValueError, match="make_attack"):
         benchmark(classifier, None, images, **PGD | {"attack": make_attack("pgd")}, eps=4)
     with pytest.raises(DataError, match="class indices"):

@@ -1,6 +1,7 @@
 """Gradient-masking checks: an honest purifier passes, the usual ways to fool an attack are caught."""
 
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -242,6 +243,19 @@ def test_more_check_images_are_taken(classifier, images, tmp_path):
     enough = benchmark(classifier, tiny_purifier(), images, check_images=24, **options)
     assert enough.resumed == 1 and enough.record["checks"]["reliable"]
     assert benchmark(classifier, tiny_purifier(), images, check_images=4, **options).resumed == -1
+
+
+def test_a_source_that_is_given_later_is_checked_too(classifier, images, tmp_path, monkeypatch):
+    monkeypatch.setattr(checks, "STEPS", (1, 5))
+    monkeypatch.setattr(checks, "SWEEP_STEPS", 5)
+    options = {"threat_model": "white-box", "attack": "pgd", "eps": 0.2, "progress": False, "out": tmp_path}
+    run = partial(benchmark, classifier, tiny_purifier(), images, **options)
+    source, other = (PixelClassifier(FragileClassifier(pixels_of(count).float() / 255)) for count in (5, 7))
+    assert run().resumed == 0 and run().resumed == -1
+    for surrogate in (source, other):
+        found = run(source=surrogate)
+        assert found.resumed == 1 and "surrogate pipeline" in str(found.record["checks"]["results"])
+        assert run(source=surrogate).resumed == -1 and run().resumed == -1
 
 
 @pytest.mark.parametrize(("eps", "resumed"), [(0.2, 1), (64, -1)])

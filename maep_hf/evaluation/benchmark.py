@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -23,20 +24,22 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..attacks import Attack, make_attack
-from ..classifier import PixelClassifier, PurifiedClassifier
+from ..classifier import LogitsError, PixelClassifier, PurifiedClassifier
 from ..data import expect_classes, load_image_dataset, names_that_differ, numbers_as_text, same_names_in_order
 from ..randomised import is_randomised, seeded
 from ..records import append_jsonl, describe_environment, read_jsonl
 from .attacked_store import AttackedStore
-from .checks import MaskingReport, attack_check, gradient_masking_checks, zero_check
+from .checks import CheckResult, MaskingReport, attack_check, gradient_masking_checks, zero_check
 from .fingerprint import Opaque, fingerprint
 from .gradient_probe import gradient_probe
+from .hidden_modules import expect_eval
 from .images import EvaluationImages, fingerprint_images, read_images
 from .judge import judge_batch, peak_memory, summarise, timed
 from .kept_attacks import KeptAttacks
 from .processes import process_state
 from .progress import counted_calls
 from .protocol import Protocol
+from .results import WITHOUT_GRADIENT
 from .threat_models import ADAPTIVE, attacked_model, check_attack
 
 RESULTS = "results.jsonl"
@@ -127,7 +130,9 @@ def benchmark(
     Raises:
         DataError: the dataset cannot be used.
         ValueError: an unknown name or option, labels outside the classifier's classes, logits that are not finite, an
-            attack that the threat model does not allow, a classifier without a gradient that the attack needs.
+            attack that the threat model does not allow, a classifier without a gradient that the attack needs, or one
+            that fails on images of this size; batch normalisation in training mode, out of reach of `eval()`.
+        OSError: `out` cannot be written.
     """
     state = process_state()
     if not isinstance(classifier, PixelClassifier):
@@ -136,8 +141,9 @@ def benchmark(
     classifier.to(device).eval()
     if isinstance(purifier, nn.Module):
         purifier.to(device).eval()
-    if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size}: must be at least 1")
+    for name, count in (("batch_size", batch_size), ("max_images", max_images), ("passes", passes)):
+        if count is not None and count < 1:
+            raise ValueError(f"{name}={count}: must be at least 1")
     if isinstance(attack, str):
         attack = make_attack(attack, norm=norm, eps=eps, **(attack_options or {}))
     elif norm is not None or eps is not None or attack_options:
@@ -145,6 +151,8 @@ def benchmark(
     check_attack(threat_model, attack)
     if source is not None:
         source.to(device).eval()
+    for name, model in (("classifier", classifier), ("purifier", purifier), ("source", source)):
+        expect_eval(name, model)
     if purifier is None and threat_model in ("gray-box", "bpda"):
         threat_model = "white-box"
     if isinstance(dataset, str):
@@ -191,15 +199,19 @@ def benchmark(
         checked = min(check_images, len(images)) if checks and ball and adaptive else 0
         folder = Path(out) if out is not None else None
         store = AttackedStore(None if folder is None else folder / "attacked" / protocol.attacked_key())
-        known = _known_record(folder, protocol.key, checked)
+        check_source = _fingerprint("source", source, out) if checked and source is not None else None
+        known = _known_record(folder, protocol.key, checked, check_source)
         if known is not None:
             return BenchmarkResult(
                 known, _pictures(store, images.batch(0, batch_size, device), defended, seed), resumed=-1
             )
 
+        if folder is not None:  # before hours go by
+            folder.mkdir(parents=True, exist_ok=True)
+            TemporaryFile(dir=folder).close()
         gradient = None
-        # where there is a purifier before the classifier, the checks ask
-        if attack.needs_gradient and (target is classifier or (target is source and _alone(source))):
+        # where there is a purifier before the attacked classifier, the checks ask; of a source there are no others
+        if attack.needs_gradient and target in (classifier, source):
             gradient = _probed(target, images.batch(0, batch_size, device), protocol, state)
 
         rows: list[dict[str, Any]] = []
@@ -229,10 +241,13 @@ def benchmark(
                 "threat_model": threat_model, "seed": seed, "randomised": randomised, "source": source,
                 "batch_size": batch_size,
             }  # fmt: skip
-            report = _checks(defended, images.batch(0, checked, device), attack, rows, options, folder, progress)
+            first = images.batch(0, checked, device)
+            report = _checks(defended, first, attack, rows, options, check_source, folder, progress)
         record = protocol.record() | summarise(rows, purified=purifier is not None, passes=passes)
         record["checks"] = report
-        if gradient is not None:
+        if gradient is not None and target is source and not _alone(source):
+            record["checks"] = _source_check(gradient, record)
+        elif gradient is not None:
             record["gradient"] = gradient
         record["environment"] = describe_environment() | {
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
@@ -256,7 +271,17 @@ def _images(dataset: EvaluationImages | tuple[Tensor, Tensor], max_images: int |
 @torch.no_grad()
 def _check_labels(classifier: PixelClassifier, pixels: Tensor, images: EvaluationImages) -> int:
     """The number of classes, once it is known that the labels are among them."""
-    logits = classifier(pixels)
+    try:
+        logits = classifier(pixels)
+    except (LogitsError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        height, width = pixels.shape[-2:]
+        said = (str(error).strip().splitlines() or [""])[0]
+        raise ValueError(
+            f"classifier: it fails on images of {height} x {width} ({type(error).__name__}: {said}); if it takes "
+            "another size, give image_size (--image-size), or a classifier that resizes"
+        ) from error
     if not torch.isfinite(logits).all():
         raise ValueError("classifier: its logits are not finite (NaN or inf) on the first images of the dataset")
     classes = logits.shape[1]
@@ -343,14 +368,29 @@ def _probed(target: nn.Module, batch: tuple[Tensor, Tensor], protocol: Protocol,
     """How many of the first images give the attacked classifier's pixels no gradient; some are a warning."""
     argument = "classifier" if protocol.source is None else "source"
     name = f"{argument} {getattr(protocol, argument)['name']}"
-    found = gradient_probe(target, *batch, name=name, seed=protocol.seed)
+    found = gradient_probe(target, *batch, name=name, seed=protocol.seed, required=_alone(target))
     if found["zero"] and state.is_main_process:
         warnings.warn(
             f"{name}: the gradient is zero for {found['zero']} of the first {found['images']} images, on which an "
-            "attack that follows it fails; 16 bits or saturated logits do that, and the figure is too high",
+            "attack that follows it fails; 16 bits, saturated logits or a purifier that cuts it do that, and the "
+            "figure is too high",
             stacklevel=3,
         )
     return found
+
+
+def _source_check(gradient: Mapping[str, int], record: Mapping[str, Any]) -> dict | None:
+    """The failed check of a source whose purifier lets too little of the gradient through; `None` where it does not.
+
+    A figure of zero cannot be too high.
+    """
+    count, zero = gradient["images"], gradient["zero"]
+    accuracy = record["accuracy"]
+    if zero <= WITHOUT_GRADIENT * count or not (accuracy["purified_attacked"] or accuracy["attacked"])["percent"]:
+        return None
+    detail = f"the source gives {count - zero} of {count} images a gradient; take another surrogate, or square"
+    data = {"images_without_gradient": zero, "n": count}
+    return MaskingReport([CheckResult("gradient", False, detail, data)]).record()
 
 
 def _device(classifier: nn.Module, state: PartialState) -> torch.device:
@@ -383,8 +423,15 @@ def _describe_purifier(
     return described | {"randomised": randomised}
 
 
+def _source_name(source: nn.Module) -> str:
+    """With the purifier that stands in it."""
+    if _alone(source) or not isinstance(source, PurifiedClassifier):
+        return _name(source)
+    return f"{_name(source.purifier)}+{_name(source.classifier.classifier)}"
+
+
 def _describe_source(source: nn.Module, name: str | None, out: str | Path | None) -> dict:
-    described = {"name": name or _name(source), "fingerprint": _fingerprint("source", source, out)}
+    described = {"name": name or _source_name(source), "fingerprint": _fingerprint("source", source, out)}
     options = source.purify_kwargs if isinstance(source, PurifiedClassifier) else None
     return described | ({"options": options} if options else {})
 
@@ -398,20 +445,23 @@ def _fingerprint(argument: str, model: Any, out: str | Path | None) -> str:
         return f"opaque-{secrets.token_hex(6)}" if out is not None else "opaque"
 
 
-def _known_record(folder: Path | None, key: str, checked: int) -> dict | None:
-    """What was measured already, its figure checked on so many images."""
+def _known_record(folder: Path | None, key: str, checked: int, source: str | None) -> dict | None:
+    """What was measured already, its figure checked on so many images, and by attacks from this source."""
     for record in read_jsonl(folder / RESULTS) if folder else ():
-        if record.get("key") == key and (not checked or _checked_enough(record.get("checks"), checked)):
+        if record.get("key") == key and (not checked or _checked_enough(record.get("checks"), checked, source)):
             return record
     return None
 
 
-def _checked_enough(checks: Mapping | None, wanted: int) -> bool:
-    """Whether stored checks were on as many images as are wanted, or of a figure of zero, which needs none."""
+def _checked_enough(checks: Mapping | None, wanted: int, source: str | None) -> bool:
+    """Whether stored checks were on as many images as are wanted and transferred from the source where one is given,
+    or of a figure of zero, which needs none."""
     if not checks:
         return False
     if [check["name"] for check in checks["results"]] == ["attack"]:
         return True
+    if source is not None and checks.get("check_source") != source:
+        return False
     unknown = 0 if "images" in checks["failed"] else wanted  # of records that do not say it yet
     return checks.get("check_images", unknown) >= wanted
 
@@ -422,6 +472,7 @@ def _checks(
     attack: Attack,
     rows: list[dict[str, Any]],
     options: dict[str, Any],
+    source: str | None,
     folder: Path | None,
     progress: bool,
 ) -> dict:
@@ -429,12 +480,13 @@ def _checks(
     if any(row["right_purified_clean"] for row in rows) and not any(row["right_purified_attacked"] for row in rows):
         report = MaskingReport([zero_check(attack.name, len(rows))])
     else:
-        report = _masking_report(defended, images, attack, options, folder, progress)
+        report = _masking_report(defended, images, attack, options, source, folder, progress)
         if report.used:
             first = (row for row in sorted(rows, key=lambda row: row["index"]) if row["index"] < len(images[0]))
             stayed = torch.tensor([row["right_purified_attacked"] >= 0.5 for row in first])
             report.results.append(attack_check(report, stayed, attack.name))
-    return report.record() | {"check_images": len(images[0])}
+    of_source = {} if source is None else {"check_source": source}
+    return report.record() | {"check_images": len(images[0])} | of_source
 
 
 def _masking_report(
@@ -442,6 +494,7 @@ def _masking_report(
     images: tuple[Tensor, Tensor],
     attack: Attack,
     options: dict[str, Any],
+    source: str | None,
     folder: Path | None,
     progress: bool,
 ) -> MaskingReport:
@@ -454,7 +507,7 @@ def _masking_report(
             about = [options[name] for name in ("threat_model", "seed", "norm", "eps", "eot_samples")]
             about += [_fingerprint("purifier", defended, folder), fingerprint_images(*images)]
             about.append(min(options["batch_size"], len(images[0])))
-            about.append(None if options["source"] is None else _fingerprint("source", options["source"], folder))
+            about.append(source)
             options["kept"] = KeptAttacks(folder / CHECKS, about)
         shown: dict[str, object] = {}
         bar = tqdm(desc="gradient-masking checks", unit="attack", disable=not progress)

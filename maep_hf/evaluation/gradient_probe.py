@@ -13,7 +13,9 @@ from .checks import margin_gradient
 PARTS = 16  # far less memory than an attack takes, whose peak the record tells
 
 
-def gradient_probe(model: nn.Module, pixels: Tensor, labels: Tensor, *, name: str, seed: int) -> dict[str, int]:
+def gradient_probe(
+    model: nn.Module, pixels: Tensor, labels: Tensor, *, name: str, seed: int, required: bool = True
+) -> dict[str, int]:
     """For how many clean images an attack sees nothing but zeros as the gradient of the cross-entropy at the pixels.
 
     Nothing is left behind: no random state, gradient or `requires_grad` is another one afterwards.
@@ -24,13 +26,14 @@ def gradient_probe(model: nn.Module, pixels: Tensor, labels: Tensor, *, name: st
         labels: (B,).
         name: what the error calls the model.
         seed: of a randomised model's draws.
+        required: refuse a model that gives none.
 
     Returns:
         `images`, how many there are, and `zero`, how many of them have no gradient, be it zero or not finite.
 
     Raises:
-        ValueError: none of them has one, of the logits' margin neither, which does not saturate as the cross-entropy
-            does; or as an attack on this model.
+        ValueError: one is required and none of them has it, of the logits' margin neither, which does not saturate as
+            the cross-entropy does; or as an attack on this model.
     """
     size = -(-len(pixels) // PARTS)
     batches = list(zip(pixels.split(size), labels.split(size), strict=True))
@@ -38,7 +41,7 @@ def gradient_probe(model: nn.Module, pixels: Tensor, labels: Tensor, *, name: st
         warnings.simplefilter("ignore")  # the attack says so itself
         watched = Watched(model, labels)
         zero = sum(_without(input_gradient(watched, *batch)) for batch in batches)
-        if zero == len(pixels) == sum(_without(margin_gradient(watched, *batch)) for batch in batches):
+        if required and zero == len(pixels) == sum(_without(margin_gradient(watched, *batch)) for batch in batches):
             raise ValueError(
                 f"{name} gives the pixels no gradient, so that an attack that follows one fails and the figure says "
                 "nothing: use an attack that needs none, such as square, or give it a forward that can be "
