@@ -32,7 +32,7 @@ _SAYS_NOTHING = (torch.device, PurePath, logging.Logger)
 Seen = tuple[int, ...]
 """What is being read already, by `id`: an object may hold itself."""
 _NOT_SETTINGS = ("training", "name_or_path", "warnings_issued", "peft_config")
-_PUT_THERE = frozenset(dir(nn.Module())) | {"_hf_hook", "_old_forward", "_is_hf_initialized"}
+PUT_THERE = frozenset(dir(nn.Module())) | {"_hf_hook", "_old_forward", "_is_hf_initialized"}
 """Private attributes that torch, accelerate and transformers give any module."""
 _UNSAID = (
     "custom_pipelines",
@@ -104,7 +104,7 @@ def _settings(module: nn.Module, seen: Seen) -> str:
         parts.append(_script(module, seen))
     elif isinstance(module, GraphModule):
         parts.append(_graph(module, seen))
-    own = not all(_of_a_library(base.__module__) for base in type(module).__mro__)
+    own = not all(of_a_library(base.__module__) for base in type(module).__mro__)
     if isinstance(module, PreTrainedModel) and not own:
         parts += [f"{name}={_code(value, seen)}" for name, value in _put_over_methods(module)]
     elif not isinstance(module, torch.jit.ScriptModule):
@@ -114,7 +114,7 @@ def _settings(module: nn.Module, seen: Seen) -> str:
             if buffer is not None and not isinstance(module, PixelPreprocessing):  # whose follow from its spec
                 parts.append(f"{name}={_value(buffer, seen)}")
         for name, value in sorted(vars(module).items()):
-            if name in not_settings or name.startswith("_") and (not own or name in _PUT_THERE):
+            if name in not_settings or name.startswith("_") and (not own or name in PUT_THERE):
                 continue
             plain = _plain(value)
             if plain is not None:
@@ -137,7 +137,7 @@ def _is_own(function: Any) -> bool:
     """Whether somebody may edit a function; a partial one is what it calls."""
     while isinstance(function, functools.partial):
         function = function.func
-    return not _of_a_library(getattr(function, "__module__", None))
+    return not of_a_library(getattr(function, "__module__", None))
 
 
 def _put_over_methods(module: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -214,13 +214,13 @@ def _code(function: Any, seen: Seen) -> str:
     if isinstance(function, MethodType):
         return f"{_code(function.__func__, seen)} of {_value(function.__self__, seen)}"
     if isinstance(function, FunctionType):
-        names = _names(function.__code__)
+        names = names_in(function.__code__)
         cells = [cell.cell_contents for cell in function.__closure__ or ()]
         cells = [_outside(cell, names, seen) if _is_own_module(cell) else _value(cell, seen) for cell in cells]
         defaults = [_value(value, seen) for value in function.__defaults__ or ()]
         defaults += [_value(value, seen) for value in (function.__kwdefaults__ or {}).values()]
         known = _instructions(function.__code__)
-        named = {} if _of_a_library(function.__module__) else _globals(function, (*seen, id(function)))
+        named = {} if of_a_library(function.__module__) else _globals(function, (*seen, id(function)))
         return repr((function.__qualname__, known, cells, defaults, named))
     if isinstance(function, BuiltinFunctionType):
         return f"{function.__module__}.{function.__qualname__}"
@@ -237,7 +237,7 @@ def _pieces(code: CodeType) -> Iterator[CodeType]:
             yield from _pieces(value)
 
 
-def _names(code: CodeType) -> set[str]:
+def names_in(code: CodeType) -> set[str]:
     """What a piece of code and those inside it ask for by name: globals and attributes."""
     return {name for piece in _pieces(code) for name in piece.co_names}
 
@@ -256,7 +256,7 @@ def _instructions(code: CodeType) -> list[tuple]:
 
 def _globals(function: FunctionType, seen: Seen) -> dict[str, str]:
     """The values that a function finds outside itself, by name, where they can be read."""
-    names = _names(function.__code__)
+    names = names_in(function.__code__)
     return {
         name: _outside(function.__globals__[name], names, seen) for name in sorted(names & function.__globals__.keys())
     }
@@ -278,7 +278,7 @@ def _is_own_module(value: Any) -> bool:
     """Whether a value is a Python module of nobody's library, such as a script's own `helpers`."""
     if not isinstance(value, ModuleType):
         return False
-    return not (_of_a_library(value.__name__) or _of_a_library(value.__name__.partition(".")[0]))
+    return not (of_a_library(value.__name__) or of_a_library(value.__name__.partition(".")[0]))
 
 
 def _kind(kind: type, seen: Seen) -> str:
@@ -288,7 +288,7 @@ def _kind(kind: type, seen: Seen) -> str:
     inside = (*seen, id(kind))
     parts = [kind.__qualname__]
     for base in kind.__mro__:
-        for name, value in () if _of_a_library(base.__module__) else sorted(vars(base).items()):
+        for name, value in () if of_a_library(base.__module__) else sorted(vars(base).items()):
             wrapped = getattr(value, "__func__", None) or getattr(value, "fget", None) or getattr(value, "func", None)
             value = wrapped if isinstance(wrapped, FunctionType) else value  # class and static methods, properties
             dunder = name.startswith("__") and name.endswith("__")
@@ -307,7 +307,7 @@ def _readable_code(function: FunctionType, seen: Seen) -> str:
 
 
 @functools.cache
-def _of_a_library(module: str | None) -> bool:
+def of_a_library(module: str | None) -> bool:
     """Whether what a module defines is known by its name: of Python, installed, of this package, or from the Hub."""
     top = (module or "").partition(".")[0]
     if top in (_OWN_PACKAGE, _FROM_THE_HUB) or top in sys.builtin_module_names:

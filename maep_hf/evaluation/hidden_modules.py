@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .fingerprint import _PUT_THERE, _names, _of_a_library
+from .fingerprint import PUT_THERE, names_in, of_a_library
 
 _CONTAINERS = (list, tuple, set, frozenset)
 
@@ -46,7 +46,7 @@ def reached_modules(model: Any) -> Iterator[nn.Module]:
 def _inside(value: Any) -> list[Any]:
     """What a value holds that may be a module or lead to one."""
     if isinstance(value, nn.Module):
-        own = [entry for name, entry in vars(value).items() if name not in _PUT_THERE]
+        own = [entry for name, entry in vars(value).items() if name not in PUT_THERE]
         return [*value.children(), *own, *_methods(type(value))]
     if isinstance(value, Mapping):
         return list(value.values())
@@ -59,18 +59,18 @@ def _inside(value: Any) -> list[Any]:
     if isinstance(value, FunctionType):
         cells = [cell.cell_contents for cell in value.__closure__ or () if not _is_empty(cell)]
         defaults = [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
-        if _of_a_library(value.__module__):
+        if of_a_library(value.__module__):
             return [*cells, *defaults]
-        named = _names(value.__code__) & value.__globals__.keys()
+        named = names_in(value.__code__) & value.__globals__.keys()
         return [*cells, *defaults, *(value.__globals__[name] for name in named)]
-    if isinstance(value, type) or not (isinstance(value, SimpleNamespace) or not _of_a_library(type(value).__module__)):
+    if isinstance(value, type) or not (isinstance(value, SimpleNamespace) or not of_a_library(type(value).__module__)):
         return []
     return [*getattr(value, "__dict__", {}).values(), *_methods(type(value))]
 
 
 def _methods(kind: type) -> list[FunctionType]:
     """Of a class that is no library's, for the global values that they name."""
-    bases = [base for base in kind.__mro__ if not _of_a_library(base.__module__)]
+    bases = [base for base in kind.__mro__ if not of_a_library(base.__module__)]
     return [method for base in bases for method in vars(base).values() if isinstance(method, FunctionType)]
 
 
