@@ -1,5 +1,6 @@
 """Gradient-masking checks: an honest purifier passes, the usual ways to fool an attack are caught."""
 
+import importlib
 import re
 
 import pytest
@@ -152,6 +153,18 @@ def test_a_weak_attack_says_nothing_of_robustness(classifier, images):
         assert {result["name"] for result in results} == {*CHECKS, "attack"}
         assert results[-1]["name"] == "attack" and results[-1]["data"]["n"] == 21
     assert failed == {"weak": ["attack"], "strong": []}
+
+
+def test_checks_attack_as_the_evaluation_does(classifier, images, monkeypatch):
+    told = []
+    module = importlib.import_module("maep_hf.evaluation.benchmark")
+    report = checks.MaskingReport([])
+    monkeypatch.setattr(module, "gradient_masking_checks", lambda *args, **options: told.append(options) or report)
+    options = {"attack": "eot-pgd", "norm": "L2", "eps": 0.3, "attack_options": {"steps": 1, "eot_samples": 3}}
+    options |= {"threat_model": "bpda", "seed": 5, "batch_size": 7, "source": classifier, "progress": False}
+    benchmark(classifier, Noise(), images, passes=1, **options)
+    expected = {"norm": "L2", "eps": 0.3, "eot_samples": 3, "threat_model": "bpda", "seed": 5, "batch_size": 7}
+    assert told[0].items() >= (expected | {"randomised": True, "source": classifier}).items()
 
 
 def test_a_figure_of_zero_needs_no_checks(classifier, images):
