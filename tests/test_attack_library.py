@@ -562,6 +562,14 @@ def test_check_attacked_projects_float_error_and_refuses_more(images):
         torch.testing.assert_close(repaired, exact, atol=1e-6, rtol=0)
 
 
+def test_check_attacked_cuts_float_error_off_at_black_and_white(images):
+    attack, inner = make_attack("pgd", eps=8), images.clamp(0.01, 0.99)
+    attacked = inner.clone()
+    attacked[:, :, 0], attacked[:, :, 1] = -5e-6, 1 + 5e-6
+    inner[:, :, 0], inner[:, :, 1] = 0.01, 0.99
+    assert torch.equal(check_attacked(attack, inner, attacked), attacked.clamp(0, 1))
+
+
 def test_check_attacked_refuses_what_is_no_image(images):
     attack = make_attack("pgd", norm="L2", eps=100)
     for broken, message in (

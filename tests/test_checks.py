@@ -167,6 +167,32 @@ def test_checks_attack_as_the_evaluation_does(classifier, images, monkeypatch):
     assert told[0].items() >= (expected | {"randomised": True, "source": classifier}).items()
 
 
+def test_survivors_stay_right_under_every_attack_of_the_checks(classifier, images, monkeypatch):
+    """Each of Square and the sources of transfer breaks an image that nothing else does."""
+    x, y = images.batch(0, 24, "cpu")
+    others = {0: x[y != y[0]][0], 1: x[y != y[1]][0], 2: x[y != y[2]][0]}
+    defended = PurifiedClassifier(nn.Identity(), classifier)
+
+    class Breaking:
+        def __init__(self, name, **about):
+            self.about = {"name": name} | about
+
+        def record(self):
+            return self.about
+
+        def __call__(self, model, pixels, labels, seed):
+            index = 0 if self.about["name"] == "square" else {id(classifier): 1, id(surrogate): 2}.get(id(model))
+            attacked = pixels.clone()
+            if index is not None:
+                attacked[index] = others[index]
+            return attacked
+
+    surrogate = nn.Sequential(classifier)
+    monkeypatch.setattr(checks, "make_attack", Breaking)
+    report = gradient_masking_checks(defended, x, y, source=surrogate)
+    assert report.used == list(range(24)) and report.survivors == [False] * 3 + [True] * 21
+
+
 def test_a_figure_of_zero_needs_no_checks(classifier, images):
     options = {"threat_model": "white-box", "attack": "pgd", "progress": False, "check_images": 4}
     zero = benchmark(classifier, tiny_purifier(), images, eps=255, **options).record
