@@ -3,6 +3,7 @@
 import errno
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -95,6 +96,9 @@ def test_losses_and_validation_are_recorded(whole_run):
     for line in training:
         parts = line["reconstruction_loss"] + 2 * line["purification_loss"] + 0.1 * line["guidance_loss"]
         assert line["loss"] == pytest.approx(parts, rel=1e-5)
+    # up in two steps and down to zero by half a cosine; one step of the schedule a step of the run
+    rates = [0.005, *(0.005 * (1 + math.cos(math.pi * step / 6)) for step in range(7))]
+    assert [line["learning_rate"] for line in training] == pytest.approx(rates, abs=1e-9)
     validations = {line["step"]: line["validation"] for line in lines if "validation" in line}
     assert list(validations) == [0, 4, 8]
     assert validations[0]["psnr_attacked"] == validations[8]["psnr_attacked"]  # one fixed, attacked subset
@@ -1298,7 +1302,7 @@ def test_weight_decay_is_on_matrices_of_any_rank(rank):
 def test_weight_decay_leaves_vectors_alone():
     model = tiny_purifier()
     decayed, free = loop_module.build_optimizer(model, LoopArguments(weight_decay=0.1)).param_groups
-    assert decayed["weight_decay"] == 0.1 and free["weight_decay"] == 0
+    assert decayed["weight_decay"] == 0.1 and free["weight_decay"] == 0 and decayed["betas"] == (0.9, 0.95)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     assert all(names[id(parameter)].endswith("weight") for parameter in decayed["params"])
     assert {"decoder.mask_token", "encoder.layernorm.weight"} <= {names[id(parameter)] for parameter in free["params"]}
