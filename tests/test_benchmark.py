@@ -951,6 +951,16 @@ def test_bad_input_is_named(classifier, images, tmp_path):
         benchmark(classifier, None, (images.pixels.float(), images.labels), **PGD)
 
 
+def test_the_centre_of_larger_images_is_taken(tmp_path):
+    ramp = np.broadcast_to(np.arange(48, dtype=np.uint8)[None, :, None], (16, 48, 3))
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
+    rows = {"image": [ramp, ramp.transpose(1, 0, 2)], "label": [0, 1]}
+    datasets.Dataset.from_dict(rows, features=features).save_to_disk(tmp_path)
+    images = read_images(load_image_dataset(str(tmp_path), "test"), image_size=16)
+    across, down = images.pixels
+    assert across[0, 0].tolist() == down[0, :, 0].tolist() == list(range(16, 32))
+
+
 def test_broken_images_and_other_sizes(image_folder, tmp_path):
     rows = image_rows(4).to_dict()
     rows["image"][1] = {"bytes": b"no image", "path": None}
