@@ -427,6 +427,23 @@ def test_eot_averages_the_gradient(name):
     assert not torch.equal(mean.sign(), (share[:, None] * draws)[0].sign())
 
 
+def test_momentum_weighs_steps_by_the_l1_norm():
+    """A second gradient on a quarter of the values alone, of the opposite sign, outweighs three times the first."""
+
+    class Bent(nn.Module):
+        def forward(self, pixels):
+            bend, quarter = 0.5 + 2 / 255, pixels.shape[-1] // 4
+            rising, turning = pixels[..., quarter:].clamp(max=bend), -(pixels[..., :quarter] - bend).abs()
+            value = rising.flatten(1).sum(1) + turning.flatten(1).sum(1)
+            return torch.stack([torch.zeros_like(value), value / 100], dim=1)
+
+    grey, label = torch.full((1, 3, 8, 8), 0.5), torch.tensor([0])
+    change = make_attack("mi-fgsm", eps=8, steps=2, momentum=3.0)(Bent(), grey, label, seed=0) - grey
+    expected = torch.full_like(grey, 8 / 255)
+    expected[..., :2] = 0  # there and back
+    torch.testing.assert_close(change, expected, atol=1e-6, rtol=0)
+
+
 @pytest.mark.parametrize("norm", ["Linf", "L2"])
 def test_momentum_sums_gradients_over_their_l1_norm(norm, model, images, labels):
     """Dong et al. 2018, eq. 6 to 9; foolbox sums signs, of which opposite ones cancel out."""
@@ -446,23 +463,6 @@ def test_momentum_sums_gradients_over_their_l1_norm(norm, model, images, labels)
     attack = make_attack("mi-fgsm", norm=norm, eps=8 if norm == "Linf" else 0.5, steps=steps)
     torch.testing.assert_close(attack(model, images, labels, seed=0), expected, atol=1e-6, rtol=0)
     assert attack.record()["gradient_norm"] == "L1"
-
-
-def test_momentum_weighs_steps_by_the_l1_norm():
-    """A second gradient on a quarter of the values alone, of the opposite sign, outweighs three times the first."""
-
-    class Bent(nn.Module):
-        def forward(self, pixels):
-            bend, quarter = 0.5 + 2 / 255, pixels.shape[-1] // 4
-            rising, turning = pixels[..., quarter:].clamp(max=bend), -(pixels[..., :quarter] - bend).abs()
-            value = rising.flatten(1).sum(1) + turning.flatten(1).sum(1)
-            return torch.stack([torch.zeros_like(value), value / 100], dim=1)
-
-    grey, label = torch.full((1, 3, 8, 8), 0.5), torch.tensor([0])
-    change = make_attack("mi-fgsm", eps=8, steps=2, momentum=3.0)(Bent(), grey, label, seed=0) - grey
-    expected = torch.full_like(grey, 8 / 255)
-    expected[..., :2] = 0  # there and back
-    torch.testing.assert_close(change, expected, atol=1e-6, rtol=0)
 
 
 def test_names_of_eot_attacks_say_how_many_passes():
