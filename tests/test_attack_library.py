@@ -427,6 +427,23 @@ def test_eot_averages_the_gradient(name):
     assert not torch.equal(mean.sign(), (share[:, None] * draws)[0].sign())
 
 
+def test_momentum_weighs_steps_by_the_l1_norm():
+    """A second gradient on a quarter of the values alone, of the opposite sign, outweighs three times the first."""
+
+    class Bent(nn.Module):
+        def forward(self, pixels):
+            bend, quarter = 0.5 + 2 / 255, pixels.shape[-1] // 4
+            rising, turning = pixels[..., quarter:].clamp(max=bend), -(pixels[..., :quarter] - bend).abs()
+            value = rising.flatten(1).sum(1) + turning.flatten(1).sum(1)
+            return torch.stack([torch.zeros_like(value), value / 100], dim=1)
+
+    grey, label = torch.full((1, 3, 8, 8), 0.5), torch.tensor([0])
+    change = make_attack("mi-fgsm", eps=8, steps=2, momentum=3.0)(Bent(), grey, label, seed=0) - grey
+    expected = torch.full_like(grey, 8 / 255)
+    expected[..., :2] = 0  # there and back
+    torch.testing.assert_close(change, expected, atol=1e-6, rtol=0)
+
+
 @pytest.mark.parametrize("norm", ["Linf", "L2"])
 def test_momentum_sums_gradients_over_their_l1_norm(norm, model, images, labels):
     """Dong et al. 2018, eq. 6 to 9; foolbox sums signs, of which opposite ones cancel out."""
@@ -590,6 +607,14 @@ def test_check_attacked_projects_float_error_and_refuses_more(images):
         repaired = check_attacked(attack, inner, loose, tolerance=1e-3)
         assert perturbation_size(inner, repaired, norm).max() < attack.radius * (1 + 5e-5)
         torch.testing.assert_close(repaired, exact, atol=1e-6, rtol=0)
+
+
+def test_check_attacked_cuts_float_error_off_at_black_and_white(images):
+    attack, inner = make_attack("pgd", eps=8), images.clamp(0.01, 0.99)
+    attacked = inner.clone()
+    attacked[:, :, 0], attacked[:, :, 1] = -5e-6, 1 + 5e-6
+    inner[:, :, 0], inner[:, :, 1] = 0.01, 0.99
+    assert torch.equal(check_attacked(attack, inner, attacked), attacked.clamp(0, 1))
 
 
 def test_check_attacked_refuses_what_is_no_image(images):

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from maep_hf.attacks import KINDS, AttackMixture, AttackParameters, perturb, pgd
-from maep_hf.attacks.gradient import _look, _smooth
+from maep_hf.attacks.gradient import _look, _smooth, input_gradient
 from maep_hf.training.samples import collate
 
 
@@ -45,6 +45,37 @@ def test_mixture_stays_in_ball_and_leaves_clean_samples_alone(classifier):
     assert clean.any() and torch.equal(attacked[clean], x[clean])
     assert (distance[~clean] > 0.3 * parameters.eps[~clean]).all()
     assert set(batch["attack_kind"].tolist()) == set(range(len(KINDS)))
+
+
+def test_draws_spread_over_their_ranges():
+    batch = mixed_batch(600, AttackMixture(pgd_l2=0.3))
+    eps, l2 = batch["attack_eps"], batch["attack_kind"] == KINDS.index("pgd_l2")
+    for found, low, high in ((255 * eps[~l2], 2, 12), (eps[l2], 0.1, 0.75)):
+        share = (found - low) / (high - low)
+        assert -1e-6 <= share.min() < 0.05 and 0.95 < share.max() <= 1 + 1e-6 and abs(share.mean() - 0.5) < 0.05
+    length = batch["attack_start"][l2].flatten(1).norm(dim=1)  # in the ball, not only on it
+    assert length.min() < 0.1 and 0.9 < length.max() <= 1 + 1e-6
+
+
+def test_steps_are_those_of_each_kind():
+    batch = mixed_batch(300, AttackMixture(pgd_l2=0.3))
+    for name in ("fgsm_rs", "mi_fgsm", "pgd", "pgd_l2"):
+        rows = batch["attack_kind"] == KINDS.index(name)
+        eps, step_size, steps = (batch[f"attack_{key}"][rows] for key in ("eps", "step_size", "steps"))
+        assert rows.sum() > 20 and (batch["attack_momentum"][rows] == (name == "mi_fgsm")).all()
+        if name == "fgsm_rs":
+            torch.testing.assert_close(step_size, 1.25 * eps)
+            assert (steps == 1).all() and batch["attack_start"][rows].abs().mean() > 0.4
+        else:
+            assert set(steps.tolist()) == set(range(2 if name == "mi_fgsm" else 1, 11))
+            reached = steps * step_size / eps
+            assert (reached - 1).abs().max() < 1e-5 if name == "mi_fgsm" else reached.min() > 1 - 1e-5
+            assert (step_size <= eps * (1 + 1e-6)).all()
+
+
+def test_the_random_start_is_the_seeds(classifier, images):
+    first, again, other = (pgd(classifier, images, LABELS, steps=1, seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(first, again) and not torch.equal(first, other)
 
 
 def test_labels_of_any_integers_and_no_images(classifier, images):
@@ -256,6 +287,18 @@ def test_a_diverse_attack_takes_the_gradient_of_the_view(classifier, images):
     expected = (images + 8 / 255 * torch.autograd.grad(loss, leaf)[0].sign()).clamp(0, 1)
     attacked = perturb([classifier], images, LABELS, AttackParameters.from_batch(batch))
     torch.testing.assert_close(attacked, expected, atol=1e-6, rtol=0)
+
+
+def test_every_step_has_a_view_of_its_own(classifier, images):
+    batch = mixed_batch(6, AttackMixture(clean=0, fgsm=1, fgsm_rs=0, mi_fgsm=0, pgd=0, eps_min=8, eps_max=8))
+    views = torch.tensor([[1.0, 0, 0], [0.5, -1, -1]]).expand(6, 2, 3)
+    parameters = AttackParameters.from_batch(batch | {"attack_steps": torch.full((6,), 3), "attack_views": views})
+    parameters.step_size = parameters.eps / 4
+    expected = images
+    for step in range(3):  # the two in turns
+        gradient = input_gradient(classifier, expected, LABELS, views[:, step % 2])
+        expected = (expected + 2 / 255 * gradient.sign()).clamp(0, 1)
+    torch.testing.assert_close(perturb([classifier], images, LABELS, parameters), expected, atol=1e-6, rtol=0)
 
 
 def test_a_smoothed_gradient_is_convolved_with_a_gaussian():

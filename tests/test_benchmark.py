@@ -123,6 +123,10 @@ def test_distances_are_of_the_images_that_the_attack_changed(classifier, images)
     assert record["perturbation"]["images"] == record["cosine"]["images"] == moved.sum()
     length = (attacked - x)[moved].flatten(1).norm(dim=1).mean().item()
     assert record["perturbation"]["l2"]["mean"] == pytest.approx(length, rel=1e-4)
+    with torch.no_grad():
+        correction = (tiny_purifier().eval().purify(attacked) - attacked)[moved].flatten(1)
+    cosine = torch.cosine_similarity(correction, (x - attacked)[moved].flatten(1)).mean().item()
+    assert record["cosine"]["true_direction"] == pytest.approx(cosine, rel=1e-3)
 
 
 def test_right_images_that_were_never_attacked_are_told(classifier, images):
@@ -186,6 +190,24 @@ def test_white_box_differentiates_through_the_purifier(classifier, images):
     }
     assert percent["white-box"]["purified_clean"]["percent"] == 100
     assert percent["white-box"]["purified_attacked"]["correct"] < percent["gray-box"]["purified_attacked"]["correct"]
+
+
+@pytest.mark.parametrize("threat_model", ["bpda", "white-box"])
+def test_an_adaptive_attack_meets_the_purifier_as_it_is_measured(classifier, images, threat_model):
+    shifts = set()
+
+    class Shifting(nn.Module):
+        def purify(self, pixels, shift=0.0):
+            shifts.add(shift)
+            return (pixels + shift).clamp(0, 1)
+
+    benchmark(classifier, Shifting(), images, threat_model=threat_model, purify_kwargs={"shift": 0.01}, **PGD)
+    assert shifts == {0.01}
+
+
+def test_another_seed_makes_other_attacked_images(classifier, images):
+    first, again, other = (benchmark(classifier, None, images, **PGD | {"seed": seed}).images for seed in (0, 0, 1))
+    assert torch.equal(first["attacked"], again["attacked"]) and not torch.equal(first["attacked"], other["attacked"])
 
 
 def test_transfer_attacks_the_source(classifier, images, tmp_path):
@@ -624,6 +646,18 @@ def test_gray_box_images_are_attacked_once_for_all_purifiers(classifier, images,
     assert other.resumed == 0 and other.record["key"] != second.record["key"]
 
 
+def test_attacked_images_are_taken_again_only_for_what_the_attack_met(classifier, images, tmp_path):
+    def resumed(share, threat_model, source=None):
+        options = PGD | {"threat_model": threat_model, "source": source, "out": tmp_path}
+        return benchmark(classifier, Blend(share), images, **options).resumed
+
+    for threat_model in ("bpda", "white-box"):
+        assert [resumed(share, threat_model) for share in (0.1, 0.2)] == [0, 0]
+    first, second = (PurifiedClassifier(Blend(share), classifier) for share in (0.1, 0.2))
+    assert [resumed(0.1, "transfer", first), resumed(0.2, "transfer", first)] == [0, 3]
+    assert resumed(0.1, "transfer", second) == 0
+
+
 def test_weights_and_options_are_part_of_the_key(classifier, images):
     def key(purifier, **options):
         return benchmark(classifier, purifier, images, **PGD | options).record["key"]
@@ -651,6 +685,35 @@ def test_random_purifiers_are_seen_and_averaged(classifier, images):
     assert records[0]["protocol"]["passes"] == 10 and records[0]["protocol"]["purifier"]["randomised"] is True
     accuracy = records[0]["accuracy"]
     assert accuracy["purified_attacked_every_pass"]["percent"] <= accuracy["purified_attacked"]["percent"]
+
+
+def test_the_row_of_an_image(classifier):
+    """A change below half a grey level is none once the image is stored."""
+    x, about = torch.full((4, 3, SIZE, SIZE), 0.5), {"attack_seconds": 1.0, "memory_bytes_per_image": 7.0}
+    attacked = x.clone()
+    attacked[:, :, :4] += 4 / 255
+    attacked[:, :, 4:8] -= 0.4 / 255
+    labels = torch.zeros(4, dtype=torch.long)
+    row = judge_batch(classifier, PurifiedClassifier(None, classifier), x, attacked, labels, 1, 0, about, 8)[1]
+    quarter = 3 * SIZE * SIZE / 4
+    found = {name: row[name] for name in ("index", "linf_255", "l1", "l2", "changed_percent", "ms_attack")}
+    expected = {"index": 9, "linf_255": 4, "l1": quarter * 4.4 / 255, "l2": (quarter * 16.16) ** 0.5 / 255}
+    assert found == pytest.approx(expected | {"changed_percent": 25, "ms_attack": 250}, rel=1e-4)
+
+
+def test_the_final_passes_are_not_of_the_attacks_draws(classifier, images):
+    draws = []
+
+    class Drawing(nn.Module):
+        def forward(self, pixels):
+            draws.append(torch.rand(()).item())
+            return pixels
+
+    (x, y), about = images.batch(0, 4, "cpu"), {"attack_seconds": 1.0, "memory_bytes_per_image": 1.0}
+    for start in (0, 4):
+        judge_batch(classifier, PurifiedClassifier(Drawing(), classifier), x, x, y, 2, 3, about, start)
+    seen = torch.rand(8, generator=torch.Generator().manual_seed(3)).tolist()
+    assert len(draws) == 8 == len(set(draws)) and not set(draws) & set(seen)
 
 
 def test_a_random_classifier_alone_is_averaged_too(images):
@@ -1024,6 +1087,16 @@ def test_bad_input_is_named(classifier, images, tmp_path):
         benchmark(classifier, None, (images.pixels, images.labels.float()), **PGD)
     with pytest.raises(ValueError, match=r"\[0, 1\]"):
         benchmark(classifier, None, (images.pixels.float(), images.labels), **PGD)
+
+
+def test_the_centre_of_larger_images_is_taken(tmp_path):
+    ramp = np.broadcast_to(np.arange(48, dtype=np.uint8)[None, :, None], (16, 48, 3))
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
+    rows = {"image": [ramp, ramp.transpose(1, 0, 2)], "label": [0, 1]}
+    datasets.Dataset.from_dict(rows, features=features).save_to_disk(tmp_path)
+    images = read_images(load_image_dataset(str(tmp_path), "test"), image_size=16)
+    across, down = images.pixels
+    assert across[0, 0].tolist() == down[0, :, 0].tolist() == list(range(16, 32))
 
 
 def test_broken_images_and_other_sizes(image_folder, tmp_path):

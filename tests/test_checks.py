@@ -1,5 +1,6 @@
 """Gradient-masking checks: an honest purifier passes, the usual ways to fool an attack are caught."""
 
+import importlib
 import re
 from functools import partial
 
@@ -11,6 +12,7 @@ from torch import nn
 
 from maep_hf.attacks import make_attack
 from maep_hf.classifier import PixelClassifier, PurifiedClassifier
+from maep_hf.defences import BPDA
 from maep_hf.evaluation import EvaluationImages, benchmark, checks, gradient_masking_checks, progress
 from maep_hf.evaluation.run import _print_checks
 
@@ -153,6 +155,56 @@ def test_a_weak_attack_says_nothing_of_robustness(classifier, images):
         assert {result["name"] for result in results} == {*CHECKS, "attack"}
         assert results[-1]["name"] == "attack" and results[-1]["data"]["n"] == 21
     assert failed == {"weak": ["attack"], "strong": []}
+
+
+def test_checks_attack_as_the_evaluation_does(classifier, images, monkeypatch):
+    told = []
+    module = importlib.import_module("maep_hf.evaluation.benchmark")
+    report = checks.MaskingReport([])
+    monkeypatch.setattr(module, "gradient_masking_checks", lambda *args, **options: told.append(options) or report)
+    options = {"attack": "eot-pgd", "norm": "L2", "eps": 0.3, "attack_options": {"steps": 1, "eot_samples": 3}}
+    options |= {"threat_model": "bpda", "seed": 5, "batch_size": 7, "source": classifier, "progress": False}
+    benchmark(classifier, Noise(), images, passes=1, **options)
+    expected = {"norm": "L2", "eps": 0.3, "eot_samples": 3, "threat_model": "bpda", "seed": 5, "batch_size": 7}
+    assert told[0].items() >= (expected | {"randomised": True, "source": classifier}).items()
+
+
+def test_survivors_stay_right_under_every_attack_of_the_checks(classifier, images, monkeypatch):
+    """Each of Square and the sources of transfer breaks an image that nothing else does, of the defended classifier:
+    the bare one has most images wrong without an attack."""
+
+    class Negative(nn.Module):
+        def forward(self, pixels):
+            return 1 - pixels
+
+    x, _ = images.batch(0, 24, "cpu")
+    defended = PurifiedClassifier(Negative(), classifier)
+    y = defended(x).argmax(-1)
+    assert (classifier(x).argmax(-1) != y)[4:].any()
+    others = [x[y != y[index]][0] for index in range(4)]
+
+    class Breaking:
+        def __init__(self, name, **about):
+            self.about = {"name": name} | about
+            # however few the steps, they reach the end of the ball
+            assert name == "square" or about["steps"] * about["step_size"] >= about["eps"]
+            assert name == "square" or about["eot_samples"] == 3
+
+        def record(self):
+            return self.about
+
+        def __call__(self, model, pixels, labels, seed):
+            index = 0 if self.about["name"] == "square" else {id(classifier): 1, id(surrogate): 2}.get(id(model))
+            index = 3 if isinstance(getattr(model, "purifier", None), BPDA) else index
+            attacked = pixels.clone()
+            if index is not None:
+                attacked[index] = others[index]
+            return attacked
+
+    surrogate = nn.Sequential(classifier)
+    monkeypatch.setattr(checks, "make_attack", Breaking)
+    report = gradient_masking_checks(defended, x, y, source=surrogate, eot_samples=3)
+    assert report.used == list(range(24)) and report.survivors == [False] * 4 + [True] * 20
 
 
 def test_a_figure_of_zero_needs_no_checks(classifier, images):

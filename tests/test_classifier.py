@@ -273,6 +273,8 @@ def test_timm_configuration_without_timm():
     pixels = torch.rand(1, 3, 301, 417)
     assert torch.allclose(classifier.preprocessing(pixels), PixelPreprocessing(read_preprocessing(bit))(pixels))
 
+    unsaid = read_preprocessing({"input_size": (3, 240, 240)})  # timm's defaults; it rounds the edge down
+    assert (unsaid.shortest_edge, unsaid.crop_size, unsaid.interpolation) == (274, (240, 240), "bicubic")
     squash = read_preprocessing({"input_size": (3, 32, 64), "crop_pct": 1.0, "crop_mode": "squash"})
     assert squash.size == (32, 64)
     cover = read_preprocessing({"input_size": (3, 32, 64), "crop_pct": 1.0})

@@ -99,6 +99,10 @@ def test_resize_is_opt_in_and_keeps_the_range(processor):
     assert pixels.shape == (1, 3, 8, 12) and pixels.min() >= 0 and pixels.max() <= 1
     pixels = processor(RGB, do_resize=True, size={"shortest_edge": 10}, return_tensors="pt").pixel_values
     assert pixels.shape == (1, 3, 10, 15)
+    wider = processor(RGB[:, :29], do_resize=True, size={"shortest_edge": 13})["pixel_values"][0]
+    assert wider.shape == (3, 13, 19)  # of 18.85
+    edge = processor(np.repeat([0, 255], 8).astype(np.uint8)[None].repeat(16, 0), do_resize=True, size=33)
+    assert edge["pixel_values"][0].min() == 0 and edge["pixel_values"][0].max() == 1  # bicubic overshoots there
     with pytest.raises(ValueError, match="needs size"):
         processor(RGB, do_resize=True)
     flat = processor(np.full((9, 9, 3), 77, np.uint8), do_resize=True, size=5, return_tensors="pt").pixel_values
@@ -165,6 +169,14 @@ def test_post_process_modes_and_sizes(processor, mode):
     images = processor.post_process(torch.rand(2, 3, 6, 9), target_sizes=[None, (12, 10)], modes=mode)
     assert [image.mode for image in images] == [mode, mode]
     assert [image.size for image in images] == [(9, 6), (10, 12)]
+
+
+def test_colours_become_grey_of_16_bits_and_of_floats_by_luma(processor):
+    pixels = torch.tensor([1.0, 0.5, 0.75]).view(3, 1, 1).expand(3, 2, 2)
+    images = [processor.post_process(pixels, modes=mode)[0] for mode in ("F", "I;16")]
+    luma = 0.299 + 0.587 * 0.5 + 0.114 * 0.75
+    assert np.asarray(images[0]) == pytest.approx(luma) and (np.asarray(images[1]) == round(65535 * luma)).all()
+    assert 65535 * luma % 1 > 0.5  # so that it would be another one where it is cut off
 
 
 def test_post_process_clips_and_takes_one_grey_bfloat16_image(processor):

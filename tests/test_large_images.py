@@ -52,13 +52,15 @@ def test_what_is_trained_is_what_purify_does(task_of, size):
     torch.testing.assert_close(trained, expected, atol=1e-6, rtol=0)
 
 
-def test_the_overlap_is_the_models(task_of):
+def test_the_overlap_is_the_models_unless_it_is_given(task_of):
     task = task_of(model=tiny_purifier(window_overlap=0.6))
     pixels = batch_of(task, 1)["attacked"]
     expected = task.model.eval().purify(pixels)
     torch.testing.assert_close(task.purify(task.model, pixels).purified_pixel_values, expected, atol=1e-6, rtol=0)
     other = task.model.purify(pixels, overlap=0.25)
     assert (other - expected).abs().max() > 1e-4
+    chosen = task_of(model=task.model, window_overlap=0.25).purify(task.model, pixels).purified_pixel_values
+    torch.testing.assert_close(chosen, other, atol=1e-6, rtol=0)
 
 
 def test_attacks_are_of_whole_images(task_of, monkeypatch):
@@ -134,6 +136,16 @@ def test_validation_is_of_whole_images_too(task_of, monkeypatch, tmp_path):
     surrogate = task.surrogates[0]
     same = (surrogate(purified).argmax(-1) == surrogate(data["clean"]).argmax(-1)).float().mean().item()
     assert found["agreement_attacked_purified"] == pytest.approx(100 * same)
+    expected = {
+        "attacked": data["attacked"],
+        "attacked_purified": purified,
+        "clean_purified": model.purify(data["clean"]),
+    }
+    with monkeypatch.context() as patch:
+        patch.setattr(task, "_score", lambda pixels, labels: pixels.double().mean().item())
+        judged = task.evaluate(model)
+    for name, images in expected.items():
+        assert judged[f"agreement_{name}"] == pytest.approx(images.double().mean().item(), abs=1e-7)
     error = (purified - data["clean"]).square().flatten(1).mean(1)
     assert found["psnr_purified"] == pytest.approx((-10 * error.log10()).mean().item(), abs=1e-3)
     monkeypatch.setattr(purification_module, "CHUNK", 20)  # two images of 9 windows

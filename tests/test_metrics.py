@@ -151,6 +151,16 @@ def test_identical_images_count_100_db():
     assert both == pytest.approx((100 + single) / 2)  # of the images' figures, not of their errors
 
 
+def test_every_image_counts_once_whatever_its_size():
+    clean = [*images(3, (8, 8)), *images(1, (6, 9))]
+    purified = [image * share for image, share in zip(clean, (0.5, 0.6, 0.7, 0.99), strict=True)]
+    module = load("purification_quality")
+    single = [module.compute(predictions=[p], references=[c]) for p, c in zip(purified, clean, strict=True)]
+    result = module.compute(predictions=purified, references=clean)
+    for name in ("psnr_db", "ssim"):
+        assert result[name] == pytest.approx(np.mean([figures[name] for figures in single]), rel=1e-5)
+
+
 def test_sizes_may_differ_and_batches_add_up():
     pairs = [(images(3, size, c, 2 * c), images(3, size, c, 5 * c)) for c in (1, 3) for size in ((6, 30), (17, 9))]
     single = [load("purification_quality").compute(predictions=p, references=r) for p, r in pairs]

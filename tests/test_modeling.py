@@ -278,12 +278,19 @@ def test_positions_are_distinct_and_interpolate_to_themselves():
     # The middle of every 2 x 2 block of a grid twice as fine: rows follow rows, columns follow columns.
     fine = sincos_positions(8, 12, 32, native=4).view(8, 12, 32)
     assert (fine[:, :, :16] == fine[:, :1, :16]).all() and (fine[:, :, 16:] == fine[:1, :, 16:]).all()
+    # Pixel centres lie on each other: the middle one of three finer patches is where the native one is.
+    threefold = sincos_positions(12, 12, 32, native=4).view(12, 12, 32)[1::3, 1::3]
+    torch.testing.assert_close(threefold.reshape(1, 16, 32), native)
 
 
 def test_interpolated_positions_take_rectangles():
     model = build(0.2)
     out = model(torch.rand(1, 3, 24, 40), interpolate_pos_encoding=True, mask_ratio=0.5)
     assert out.purified_pixel_values.shape == (1, 3, 24, 40) and out.mask.shape == (1, 60)
+    grey = torch.full((1, 3, 24, 40), 0.5)  # its patches differ in their positions alone
+    seen = model(grey, interpolate_pos_encoding=True, output_hidden_states=True).hidden_states[0]
+    expected = sincos_positions(6, 10, 32, native=4)
+    torch.testing.assert_close(seen - seen[:, :1], expected - expected[:, :1], atol=1e-5, rtol=0)
     pixels = images()
     native = model(pixels).purified_pixel_values
     assert torch.equal(native, model(pixels, interpolate_pos_encoding=True).purified_pixel_values)

@@ -3,11 +3,12 @@
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
 from maep_hf import MAEPConfig, MAEPModel, MAEPOutput
-from maep_hf.modeling_maep import _windows
+from maep_hf.modeling_maep import MAEPWindows, _windows
 
 SMALL = {
     "image_size": 16,
@@ -80,6 +81,19 @@ def test_windows_cover_and_weights_add_up(length, overlap):
     for start, weight in zip(starts, weights, strict=True):
         total[start : start + 16] += weight
     torch.testing.assert_close(total, torch.ones(length, dtype=torch.float64))
+
+
+def test_windows_are_blended_by_a_raised_cosine():
+    starts, weights = _windows(24, 16, 0.5, torch.device("cpu"), torch.float64)
+    rising = (1 - torch.cos(2 * torch.pi * (torch.arange(8, dtype=torch.float64) + 0.5) / 16)) / 2
+    assert starts == [0, 8]
+    torch.testing.assert_close(weights[1], torch.cat([rising, torch.ones(8, dtype=torch.float64)]))
+
+
+def test_an_image_smaller_than_a_window_is_reflected():
+    pixels = torch.rand(1, 3, 10, 12)
+    expected = np.pad(pixels.numpy(), ((0, 0), (0, 0), (0, 6), (0, 4)), mode="reflect")
+    assert torch.equal(MAEPWindows(10, 12, 16, 0.0).extend(pixels), torch.from_numpy(expected))
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 7, 1000])

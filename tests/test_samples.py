@@ -265,6 +265,7 @@ def test_zoomed_windows_show_less_of_the_picture():
     spans = [np.ptp(cut("native", coordinates(64, 64), seed, max_zoom=4.0, zoom_share=0.5)[0]) for seed in range(200)]
     zoomed = [span for span in spans if span < SIZE - 1]
     assert 60 < len(zoomed) < 140 and min(zoomed) < SIZE / 3 and min(zoomed) >= SIZE / 4 - 3
+    assert 0.36 < np.mean([span > SIZE / 2 - 1 for span in zoomed]) < 0.64  # log-uniform: half by less than two
     assert all(np.ptp(cut("center", coordinates(64, 64), seed, max_zoom=4.0)[0]) > 40 for seed in range(20))
 
 

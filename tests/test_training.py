@@ -3,17 +3,19 @@
 import errno
 import json
 import logging
+import math
 import os
 import re
 import shutil
 from collections import namedtuple
+from dataclasses import fields
 
 import datasets
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import CLASSES, TINY, image_rows, load_script, picture, save_classifier, tiny_purifier
+from conftest import CLASSES, SIZE, TINY, image_rows, load_script, picture, save_classifier, tiny_purifier
 from running import (
     assert_close_weights,
     assert_same_run,
@@ -42,7 +44,7 @@ from maep_hf.training import stages as stages_module
 from maep_hf.training.guidance import Guide
 from maep_hf.training.purification import PurificationArguments
 from maep_hf.training.run_folder import RunFolder
-from maep_hf.training.samples import collate
+from maep_hf.training.samples import Augmentation, collate
 from maep_hf.training.stages import AttackArguments, purification_task
 
 
@@ -95,6 +97,9 @@ def test_losses_and_validation_are_recorded(whole_run):
     for line in training:
         parts = line["reconstruction_loss"] + 2 * line["purification_loss"] + 0.1 * line["guidance_loss"]
         assert line["loss"] == pytest.approx(parts, rel=1e-5)
+    # up in two steps and down to zero by half a cosine; one step of the schedule a step of the run
+    rates = [0.005, *(0.005 * (1 + math.cos(math.pi * step / 6)) for step in range(7))]
+    assert [line["learning_rate"] for line in training] == pytest.approx(rates, abs=1e-9)
     validations = {line["step"]: line["validation"] for line in lines if "validation" in line}
     assert list(validations) == [0, 4, 8]
     assert validations[0]["psnr_attacked"] == validations[8]["psnr_attacked"]  # one fixed, attacked subset
@@ -104,6 +109,13 @@ def test_losses_and_validation_are_recorded(whole_run):
     assert sorted(path.name for path in (whole_run / "previews").iterdir()) == [
         "step-0000000.png", "step-0000004.png", "step-0000008.png"
     ]  # fmt: skip
+
+
+def test_a_record_is_the_mean_since_the_one_before(whole_run, options, tmp_path):
+    single = np.array(losses(whole_run))
+    assert losses(run("finetune", options(tmp_path, logging_steps=4))) == pytest.approx(
+        single.reshape(2, 4).mean(axis=1), rel=1e-5
+    )
 
 
 def test_checkpoints_are_rotated(whole_run):
@@ -896,6 +908,36 @@ def task_of(image_folder, classifier_folder):
     return build
 
 
+def test_weights_are_trained_in_training_mode_and_validated_in_the_other(task_of, tmp_path):
+    task, modes = task_of(), []
+
+    def watched(name, method):
+        def call(model, *rest):
+            modes.append((name, model.training))
+            return method(model, *rest)
+
+        return call
+
+    task.loss, task.evaluate = watched("loss", task.loss), watched("evaluate", task.evaluate)
+    options = {"max_steps": 2, "eval_steps": 1, "per_device_train_batch_size": 2, "cpu_threads": 1, "ema_decay": 0}
+    reset_accelerate()
+    train(task, LoopArguments(str(tmp_path), **options), {})
+    assert modes == [("evaluate", False), *[("loss", True), ("evaluate", False)] * 2]
+
+
+def test_a_classifier_learns_from_normalised_pixels_and_smoothed_labels(image_folder, classifier_folder):
+    data = load_image_dataset(str(image_folder))
+    frozen = load_classifier(str(classifier_folder))
+    processor = AutoImageProcessor.from_pretrained(classifier_folder)
+    task = classification_module.ClassificationTask(
+        frozen.classifier, processor, data, data, Augmentation(SIZE), label_smoothing=0.3
+    )
+    batch = collate([task.samples(total=6, start=0, seed=0)[i] for i in range(6)])
+    target = torch.nn.functional.one_hot(batch["labels"], 3) * 0.7 + 0.1
+    expected = -(target * frozen(batch["pixel_values"]).log_softmax(-1)).sum(-1).mean()
+    torch.testing.assert_close(task.loss(frozen.classifier, batch)["loss"], expected)
+
+
 def test_a_surrogate_with_weights_of_five_dimensions_can_be_moved(task_of):
     task = task_of()
     flat = torch.nn.Conv2d(3, 3, 3).to(memory_format=torch.channels_last)
@@ -907,6 +949,14 @@ def test_a_surrogate_with_weights_of_five_dimensions_can_be_moved(task_of):
 def batch_of(task, count: int = 12) -> dict[str, torch.Tensor]:
     samples = task.samples(total=count, start=0, seed=0)
     return task.prepare(collate([samples[i] for i in range(count)]))
+
+
+def test_every_argument_of_the_attacks_and_the_crops_arrives(task_of):
+    changed = {each.name: each.default / 2 + 0.1 for each in fields(AttackArguments) if each.name != "attack_steps"}
+    mixture = AttackArguments(**changed, attack_steps=3).mixture(5)
+    assert vars(mixture) == changed | {"max_steps": 3, "num_surrogates": 5}
+    crops = {"crop": "native", "flip": False, "max_zoom": 2.0, "zoom_share": 0.25, "resize": 20}
+    assert task_of(data=crops).augmentation == Augmentation(SIZE, **crops)
 
 
 def test_guidance_reaches_the_purifier_and_only_it(task_of):
@@ -1298,7 +1348,7 @@ def test_weight_decay_is_on_matrices_of_any_rank(rank):
 def test_weight_decay_leaves_vectors_alone():
     model = tiny_purifier()
     decayed, free = loop_module.build_optimizer(model, LoopArguments(weight_decay=0.1)).param_groups
-    assert decayed["weight_decay"] == 0.1 and free["weight_decay"] == 0
+    assert decayed["weight_decay"] == 0.1 and free["weight_decay"] == 0 and decayed["betas"] == (0.9, 0.95)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     assert all(names[id(parameter)].endswith("weight") for parameter in decayed["params"])
     assert {"decoder.mask_token", "encoder.layernorm.weight"} <= {names[id(parameter)] for parameter in free["params"]}
