@@ -20,7 +20,7 @@ from peft.utils import AuxiliaryTrainingWrapper, load_peft_weights
 from torch import Tensor, nn
 from transformers.utils import cached_file
 
-from .checkpoints import ADAPTER_CONFIG, BASE_RECORD, CheckpointError, readable_weights
+from .checkpoints import ADAPTER_CONFIG, BASE_RECORD, is_other_base, readable_weights
 from .modeling_maep import MAEPModel
 from .tensors import tensor_bytes
 
@@ -178,6 +178,11 @@ def save_adapter(model: PeftModel, folder: str | os.PathLike) -> None:
             model.save_pretrained(temporary, selected_adapters=active)
             for path in Path(temporary, *active).iterdir():
                 os.replace(path, folder / path.name)
+    write_base_record(folder, base)
+
+
+def write_base_record(folder: Path, base: Mapping[str, str]) -> None:
+    """Put what [`describe_base`] says of an adapter's base beside the adapter."""
     (folder / BASE_RECORD).write_text(json.dumps(base, indent=2) + "\n")
 
 
@@ -258,15 +263,15 @@ def load_adapter(
     """
     source = os.fspath(source)
     hub = {} if revision is None else {"revision": revision}
-    try:
-        config = PeftConfig.from_pretrained(source, **hub)
-        with readable_weights(source):
+    with readable_weights(source):
+        try:
+            config = PeftConfig.from_pretrained(source, **hub)
             weights = load_peft_weights(source, device="cpu", **hub)
-    except CheckpointError:
-        raise
-    except (ValueError, OSError, TypeError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"adapter {source}: neither a folder nor a Hub id with a PEFT adapter ({reason})") from error
+        except (ValueError, OSError, TypeError, KeyError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ValueError(
+                f"adapter {source}: neither a folder nor a Hub id with a PEFT adapter ({reason})"
+            ) from error
     if not isinstance(config, LoraConfig):
         raise ValueError(f"adapter {source}: its type is {config.peft_type}, not LoRA")
     if name in _adapters(model):
@@ -318,7 +323,7 @@ def _refuse_changed_base(model: nn.Module, config: LoraConfig, source: str) -> N
     there = _adapters(model)
     named = {**there, "this one": config} if there else {}
     for name, each in named.items():
-        changed = _changes_base(each)
+        changed = changes_base(each)
         if changed:
             raise ValueError(
                 f"adapter {source}: {name} ({changed}) changes weights of the base that other adapters need as they "
@@ -333,7 +338,7 @@ def _refuse_other_base(found: Mapping[str, str], record: Mapping[str, str], conf
             "adapter %s: the base is in %s here and was in %s there, so that its weights cannot be compared",
             source, found["dtype"], record.get("dtype"),
         )  # fmt: skip
-    elif found["fingerprint"] != record.get("fingerprint"):
+    elif is_other_base(found, record):
         raise ValueError(
             f"adapter {source}: it was trained on {config.base_model_name_or_path or 'a base'} with other weights "
             "than these (the same shapes); load that base, or pass allow_other_base=True if you mean it"
@@ -358,7 +363,7 @@ def switch_adapter(model: MAEPModel | PeftModel, name: str | None, *, trainable:
     known = list(_adapters(model))
     if not known or (name is not None and name not in known):
         raise ValueError(f"adapter {name!r}: this purifier has {', '.join(known) if known else 'no adapters'}")
-    changed = [_changes_base(config) for config in model.peft_config.values()]
+    changed = [changes_base(config) for config in model.peft_config.values()]
     if name is None and any(changed):
         raise ValueError(
             f"adapter None: {next(filter(None, changed))} changed weights of the base itself, so that its own output "
@@ -444,7 +449,7 @@ def _is_merged(model: nn.Module) -> bool:
     return any(module.merged for module in model.modules() if isinstance(module, BaseTunerLayer))
 
 
-def _changes_base(config: PeftConfig) -> str | None:
+def changes_base(config: PeftConfig) -> str | None:
     """The setting by which a part of an adapter lies in the base's own weights, in words."""
     return _moves_base_weights(config) or _trains_base_biases(config)
 

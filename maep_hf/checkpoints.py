@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -127,12 +127,33 @@ def base_folder(adapter: str | os.PathLike, base: str) -> str | None:
 
 
 def _load_whole(source: str, dtype: torch.dtype | None, revision: str | None) -> MAEPModel:
+    options = {} if dtype is None else {"dtype": dtype}
+    return read_model(source, revision, **options).eval().requires_grad_(False)
+
+
+def read_model(source: str, revision: str | None = None, **options: Any) -> MAEPModel:
+    """A whole purifier, as `MAEPModel.from_pretrained` leaves it.
+
+    Args:
+        source: folder or Hub id.
+        revision: branch, tag or commit of a Hub repository.
+        options: of `from_pretrained`.
+
+    Raises:
+        CheckpointError: no such model, it is not a purifier, or its weights are cut off.
+    """
     from .modeling_maep import MAEPModel
 
     check_model(source, model_type="maep", kind="a purifier", revision=revision)
-    options = {name: value for name, value in (("dtype", dtype), ("revision", revision)) if value is not None}
+    at = {} if revision is None else {"revision": revision}
     with readable_weights(source):
-        return MAEPModel.from_pretrained(source, **options).eval().requires_grad_(False)
+        return MAEPModel.from_pretrained(source, **at, **options)
+
+
+def is_other_base(one: Mapping[str, str], other: Mapping[str, str]) -> bool:
+    """Whether two records of an adapter's base are of other weights; in another dtype the same ones have another
+    fingerprint, so that nothing is known."""
+    return one.get("dtype") == other.get("dtype") and one.get("fingerprint") != other.get("fingerprint")
 
 
 @contextmanager

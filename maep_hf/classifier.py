@@ -18,7 +18,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, Pr
 from transformers.utils import cached_file
 
 from . import modeling_cifar_resnet  # noqa: F401  registers the CIFAR ResNet with the Auto classes
-from .checkpoints import CheckpointError, expanded, readable_weights
+from .checkpoints import expanded, readable_weights
 from .data import same_names_in_order
 from .preprocessing import (
     ON_THE_COMMAND_LINE,
@@ -351,20 +351,18 @@ def load_classifier(
         made = made_classifier(name, image_processor=image_processor, **explicit, **others)
         return made.requires_grad_(False).eval()
     dtype = {} if "torch_dtype" in hub_kwargs else {"dtype": torch.float32}  # transformers' older name for it
-    try:
-        with readable_weights(name):
+    with readable_weights(name):
+        try:
             model, info = AutoModelForImageClassification.from_pretrained(
                 name, output_loading_info=True, **dtype | hub_kwargs
             )
-    except CheckpointError:
-        raise
-    except OSError as error:
-        raise OSError(
-            f"The classifier {str(name_or_path)!r} could not be loaded: {error}\n"
-            "Give a folder written by `save_pretrained` or a model id that the Hub has."
-        ) from error
-    except ValueError as error:
-        raise ValueError(f"{str(name_or_path)!r} could not be loaded as an image classifier: {error}") from error
+        except OSError as error:
+            raise OSError(
+                f"The classifier {str(name_or_path)!r} could not be loaded: {error}\n"
+                "Give a folder written by `save_pretrained` or a model id that the Hub has."
+            ) from error
+        except ValueError as error:
+            raise ValueError(f"{str(name_or_path)!r} could not be loaded as an image classifier: {error}") from error
     missing = sorted(key for key in info["missing_keys"] if not key.endswith("num_batches_tracked"))
     if missing:
         raise ValueError(

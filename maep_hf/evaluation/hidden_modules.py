@@ -63,7 +63,8 @@ def _inside(value: Any) -> list[Any]:
             return [*cells, *defaults]
         named = names_in(value.__code__) & value.__globals__.keys()
         return [*cells, *defaults, *(value.__globals__[name] for name in named)]
-    if isinstance(value, type) or not (isinstance(value, SimpleNamespace) or not of_a_library(type(value).__module__)):
+    library = of_a_library(type(value).__module__) and not isinstance(value, SimpleNamespace)
+    if library or isinstance(value, type):
         return []
     return [*getattr(value, "__dict__", {}).values(), *_methods(type(value))]
 
@@ -76,6 +77,7 @@ def _methods(kind: type) -> list[FunctionType]:
 
 def _is_empty(cell: Any) -> bool:
     try:
-        return cell.cell_contents is cell
+        _ = cell.cell_contents
     except ValueError:  # a name that is not bound yet
         return True
+    return False

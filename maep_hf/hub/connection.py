@@ -16,7 +16,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 
-from .folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE_RECORD, MODEL_WEIGHTS, matching, read_json
+from .folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE_RECORD, MODEL_WEIGHTS, matching, read_own_json
 
 
 class PushError(OSError):
@@ -124,11 +124,7 @@ def check_no_other_model(
     names = set(names)
     if model_type is None or "config.json" not in names or not matching(names, MODEL_WEIGHTS):
         return
-    path = Path(api.hf_hub_download(repo_id, "config.json", revision=revision))
-    try:
-        there = read_json(path).get("model_type")
-    except ValueError:  # somebody's own file
-        return
+    there = read_own_json(Path(api.hf_hub_download(repo_id, "config.json", revision=revision))).get("model_type")
     if there not in (None, model_type):
         raise ValueError(
             f"repo_id: {repo_id} holds a model of type {there!r}, of which files and results would stay beside this "
@@ -143,9 +139,10 @@ def check_is_purifier(api: HfApi, repo_id: str, argument: str) -> None:
         ValueError: it is no purifier's; the message begins with `argument`.
     """
     try:
-        found = read_json(Path(api.hf_hub_download(repo_id, "config.json"))).get("model_type")
-    except (RemoteEntryNotFoundError, ValueError):  # such as an adapter's, or somebody's own file
-        found = None
+        path = Path(api.hf_hub_download(repo_id, "config.json"))
+    except RemoteEntryNotFoundError:  # such as an adapter's
+        path = None
+    found = read_own_json(path).get("model_type")
     if found != "maep":
         raise ValueError(
             f"{argument}: {repo_id} is no purifier (model_type {found!r} in its config.json, not 'maep'), which an "

@@ -133,9 +133,10 @@ def check_weights(folder: Path, kind: Kind, there: Collection[str]) -> None:
     patterns, name = (ADAPTER_WEIGHTS,), ADAPTER_WEIGHTS
     if kind is not ADAPTER:
         patterns, name = MODEL_WEIGHTS, "model.safetensors (or its shards)"
-    if matching((path.name for path in folder.iterdir()), patterns):
+    own = sorted(path.name for path in folder.iterdir())
+    if matching(own, patterns):
         return
-    found = matching(sorted(path.name for path in folder.iterdir()), _OTHER_WEIGHTS)
+    found = matching(own, _OTHER_WEIGHTS)
     if not found and kind is not ADAPTER and matching(there, patterns):
         return
     has = f"the weights in it, {', '.join(found)}, do not go to the Hub" if found else "there are no weights in it"
@@ -168,3 +169,11 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds no JSON object")
     return value
+
+
+def read_own_json(path: Path | None) -> dict[str, Any]:
+    """A JSON object that may be somebody's own file: empty where it is none, or there is no file."""
+    try:
+        return {} if path is None else read_json(path)
+    except ValueError:
+        return {}

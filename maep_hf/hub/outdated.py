@@ -9,8 +9,9 @@ from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
+from ..checkpoints import is_other_base
 from .cards import picture_captions
-from .folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE_RECORD, RESULT_TEXTS, read_json
+from .folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE_RECORD, RESULT_TEXTS, read_json, read_own_json
 from .results import fingerprints_of
 from .seal import edited_card, without_results
 
@@ -78,10 +79,7 @@ def outdated_runs(names: Collection[str], new: Collection[str], file_of: Callabl
 
 
 def _is_run_record(path: Path | None) -> bool:
-    try:
-        return path is not None and isinstance(read_json(path).get("arguments"), dict)
-    except ValueError:  # somebody's own file
-        return False
+    return isinstance(read_own_json(path).get("arguments"), dict)
 
 
 def same_adapter(folder: Path, there: Mapping[str, Path | None]) -> bool:
@@ -94,10 +92,8 @@ def same_adapter(folder: Path, there: Mapping[str, Path | None]) -> bool:
     weights, config, base = (there[name] for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG, BASE_RECORD))
     if weights is None or config is None or weights.read_bytes() != (folder / ADAPTER_WEIGHTS).read_bytes():
         return False
-    if base is not None and (folder / BASE_RECORD).is_file():
-        ours, theirs = read_json(folder / BASE_RECORD), read_json(base)
-        # of another dtype, the same weights have another fingerprint
-        if ours.get("dtype") == theirs.get("dtype") and ours.get("fingerprint") != theirs.get("fingerprint"):
-            return False
+    recorded = base is not None and (folder / BASE_RECORD).is_file()
+    if recorded and is_other_base(read_json(folder / BASE_RECORD), read_json(base)):
+        return False
     ours, theirs = read_json(folder / ADAPTER_CONFIG), read_json(config)
     return all((ours.get(name) or None) == (theirs.get(name) or None) for name in _SCALE)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import tempfile
@@ -241,7 +240,7 @@ def _base(api: HfApi, folder: Path, base_model: str | None) -> str:
 def _check_base_weights(api: HfApi, folder: Path, base: str, revision: str | None) -> None:
     """Compare a base on the Hub with what the adapter's folder says of its own, as `load_adapter` does."""
     from ..adaptation import base_dtype, describe_base
-    from ..checkpoints import load_purifier
+    from ..checkpoints import is_other_base, load_purifier
 
     dtype = base_dtype(os.fspath(folder.resolve()))
     if dtype is None:  # PEFT alone saved it, or the base was in several
@@ -252,7 +251,7 @@ def _check_base_weights(api: HfApi, folder: Path, base: str, revision: str | Non
     if not matching((path.name for path in there.iterdir()), MODEL_WEIGHTS):  # in another form
         return
     found = describe_base(load_purifier(there, dtype=dtype))
-    if found["dtype"] == record.get("dtype") and found["fingerprint"] != record.get("fingerprint"):
+    if is_other_base(found, record):
         raise ValueError(
             f"base_model: {base} has other weights than those that the adapter was trained on; push that base to a "
             f"repository of its own and name it with base_model (--base-model OWNER/NAME), or take {BASE_RECORD} out "
@@ -285,15 +284,14 @@ def _folder_of(source: Any, image_processor: Any) -> Iterator[Path]:
 
 
 def _save(source: Any, folder: Path) -> None:
-    from peft import PeftModel
+    from peft import PeftConfig, PeftModel
 
-    from ..adaptation import describe_base, save_adapter
+    from ..adaptation import changes_base, describe_base, save_adapter, write_base_record
 
     if isinstance(source, PeftModel):
         save_adapter(source, folder)
         return
     source.save_pretrained(folder)
     if (folder / ADAPTER_CONFIG).is_file():  # of a purifier with adapters of its own, without a record of the base
-        adapter = read_json(folder / ADAPTER_CONFIG)
-        if adapter.get("bias") == "none" and isinstance(adapter.get("init_lora_weights"), bool):
-            (folder / BASE_RECORD).write_text(json.dumps(describe_base(source), indent=2) + "\n")
+        if not changes_base(PeftConfig.from_pretrained(folder)):
+            write_base_record(folder, describe_base(source))

@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
-from .folders import read_json
+from .folders import read_own_json
 
 # as transformers names them; it takes the single file before the index of the others
 _WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json")
@@ -33,10 +33,7 @@ def files_of_weights(names: Iterable[str]) -> list[str]:
 
 def hides_processor(path: Path | None) -> bool:
     """Whether a `processor_config.json` holds an image processor, which is read before `preprocessor_config.json`."""
-    try:
-        return path is not None and "image_processor" in read_json(path)
-    except ValueError:  # somebody's own file
-        return False
+    return "image_processor" in read_own_json(path)
 
 
 def replaced_shards(names: Iterable[str], new: Collection[str]) -> list[str]:
@@ -53,12 +50,7 @@ def replaced_shards(names: Iterable[str], new: Collection[str]) -> list[str]:
 
 def is_pairs_record(path: Path | None) -> bool:
     """Whether a file is there and is the record that `make_pairs` writes beside its pairs."""
-    if path is None:
-        return False
-    try:
-        arguments = read_json(path).get("arguments")
-    except ValueError:  # somebody's own file
-        return False
+    arguments = read_own_json(path).get("arguments")
     return isinstance(arguments, dict) and {"pairs", "attack"} <= set(arguments)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..attacks import AttackMixture
-from ..checkpoints import check_model, expanded, readable_weights
+from ..checkpoints import expanded, read_model
 from ..classifier import PixelClassifier
 from ..classifier_sources import load_frozen_classifier
 from ..configuration_maep import MAEPConfig
@@ -169,11 +169,8 @@ def load_trainable(name_or_path: str, **chosen: Any) -> MAEPModel:
     Raises:
         maep_hf.checkpoints.CheckpointError: no such model, it is not a purifier, or its weights are cut off.
     """
-    name_or_path = expanded(name_or_path)
-    check_model(name_or_path, model_type="maep", kind="a purifier")
     given = {key: value for key, value in chosen.items() if value is not None}
-    with readable_weights(name_or_path):
-        return MAEPModel.from_pretrained(name_or_path, dtype=torch.float32, **given)
+    return read_model(expanded(name_or_path), dtype=torch.float32, **given)
 
 
 def load_surrogates(names: list[str]) -> list[PixelClassifier]:
