@@ -16,10 +16,10 @@ def short(name: str) -> str:
 
 
 def without_paths(value: Any) -> Any:
-    """JSON values whose absolute paths are cut down to their last part: the rest says nothing elsewhere, and perhaps
-    too much of the machine it was written on."""
+    """JSON values whose absolute paths are cut down to their last part, in names of entries too: the rest says nothing
+    elsewhere, and perhaps too much of the machine it was written on. Names that are then the same are numbered."""
     if isinstance(value, dict):
-        return {name: without_paths(entry) for name, entry in value.items()}
+        return _named_apart([(without_paths(name), without_paths(entry)) for name, entry in value.items()])
     if isinstance(value, list | tuple):
         return [without_paths(entry) for entry in value]
     if not isinstance(value, str):
@@ -27,3 +27,15 @@ def without_paths(value: Any) -> Any:
     if PurePath(value).is_absolute() or re.match(r"~[/\\]|[A-Za-z]:[/\\]", value):
         return short(value)
     return _PATH.sub(lambda found: short(found[0]), value)
+
+
+def _named_apart(entries: list[tuple[str, Any]]) -> dict[str, Any]:
+    """`/a/net` and `/b/net` are both `net`: the second one is `net (2)`."""
+    named: dict[str, Any] = {}
+    for name, entry in entries:
+        number, free = 1, name
+        while free in named:
+            number += 1
+            free = f"{name} ({number})"
+        named[free] = entry
+    return named

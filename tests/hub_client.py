@@ -17,9 +17,11 @@ from local_hub import LocalHub
 
 
 @pytest.fixture(scope="session")
-def hub() -> Iterator[LocalHub]:
+def hub(tmp_path_factory) -> Iterator[LocalHub]:
+    """At the session's end nothing that any test pushed may hold a secret, or a path of this machine."""
     with LocalHub() as hub:
         yield hub
+        assert not hub.leaks(tmp_path_factory.getbasetemp())
 
 
 @pytest.fixture(scope="session")

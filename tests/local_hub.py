@@ -14,10 +14,12 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
+from hub_helpers import OTHER_TOKEN
 
 LFS_SUFFIXES = (".safetensors", ".bin", ".pt", ".png", ".parquet")
 LFS_SIZE = 10 * 2**20
@@ -119,6 +121,15 @@ class LocalHub:
         """Path -> content of a revision."""
         repository = self.repositories[type, repo]
         return {path: blob.data for path, blob in repository.commits[repository.sha(revision)].files.items()}
+
+    def leaks(self, base: Path) -> list[str]:
+        """Where in all that was sent here is a token or a path: of the tests' folder `base`, of the repository."""
+        sent = {f"request {number}": body for number, body in enumerate(self.received)} | {**self.objects}
+        for (_, repo), repository in self.repositories.items():
+            for commit in repository.commits.values():
+                sent |= {f"{path} of {repo}": blob.data for path, blob in commit.files.items()}
+        secrets = [self.token, OTHER_TOKEN, str(base), str(Path(__file__).parent.parent)]
+        return [f"{secret}: {place}" for secret in secrets for place, data in sent.items() if secret.encode() in data]
 
 
 ROUTES: list[tuple[str, re.Pattern, Callable]] = []

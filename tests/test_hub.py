@@ -431,6 +431,8 @@ def test_metadata_of_a_person_outlives_every_card(folder, of_these_weights, exis
         ("at https://huggingface.co:443/a/b", "at https://huggingface.co:443/a/b"),
         ("Linf 8/255 and/or L2", "Linf 8/255 and/or L2"),
         ("runs/pretrain", "runs/pretrain"),
+        ({"surrogates[/home/me/x]": "1f", "start_share": 0.5}, {"surrogates[x]": "1f", "start_share": 0.5}),
+        ({"[/a/b/x]": 1, "[/a/c/x]": 2, "[x] (2)": 3}, {"[x]": 1, "[x] (2)": 2, "[x] (2) (2)": 3}),
         (8.5, 8.5),
     ],
 )
