@@ -145,7 +145,9 @@ class _Loop:
         if args.channels_last:
             model.to(memory_format=torch.channels_last)
         if args.gradient_checkpointing:
-            model.activation_checkpointing_enable()
+            # its name before transformers 5.23, which a PeftModel has for itself too
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable()
         self.state = _LoopState()
         self.partial: dict[str, Tensor] = {}  # losses of the micro-batches since the last step
         self.optimizer = build_optimizer(model, args)
