@@ -301,6 +301,16 @@ def test_fingerprint_follows_content(sources):
     assert fingerprint(streaming=True) == fingerprint(streaming=True) != fingerprint(streaming=True, max_images=3)
 
 
+def test_fingerprint_is_of_the_images_their_labels_and_attacked_images(tmp_path):
+    columns = {"image": [picture(0), picture(1)], "adversarial_image": [picture(2), picture(3)], "label": [0, 1]}
+    others = [{"image": [picture(0), picture(4)]}, {"adversarial_image": [picture(2), picture(4)]}, {"label": [0, 2]}]
+    found = [
+        load_image_dataset(saved(tmp_path / str(number), **columns | other)).fingerprint
+        for number, other in enumerate([{}, *others, {"more": [1, 2]}])
+    ]
+    assert len(set(found[:-1])) == 4 and found[-1] == found[0]  # wherever it lies, with a column that is not used
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 def test_hub_out_of_reach_says_how_to_go_on(streaming):
     with pytest.raises(DataError, match="--dataset FOLDER.*--dataset FILE.parquet.*embedded:cifar10"):
