@@ -560,6 +560,12 @@ def test_grey_of_no_known_scale_is_not_read(array):
         decode_image(Image.fromarray(array))
 
 
+def test_wide_grey_goes_to_the_nearest_level():
+    levels = np.array([[128.4, 128.6, 254.6]])
+    for array in (np.rint(levels * 257).astype(np.uint16), (levels / 255).astype(np.float32)):
+        assert np.asarray(to_rgb(Image.fromarray(array)))[0, :, 1].tolist() == [128, 129, 255]
+
+
 def test_transparent_pixels_show_white():
     image = Image.new("RGBA", (2, 1), (10, 20, 30, 255))
     image.putpixel((1, 0), (10, 20, 30, 0))
@@ -578,6 +584,8 @@ def test_pictures_come_upright():
     exif[0x0112] = 6  # the camera was turned
     turned = encoded(picture(0, width=24, height=20), "JPEG", exif=exif)
     assert decode_image(turned).size == (20, 24)
+    with Image.open(io.BytesIO(turned["bytes"])) as decoded:  # as a row of a column that was decoded
+        assert decode_image(decoded).size == (20, 24)
 
 
 @pytest.mark.parametrize(
