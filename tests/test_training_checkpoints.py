@@ -167,6 +167,14 @@ def test_rotation_keeps_whole_checkpoints(folder):
     assert checkpoints(folder.path) == ["step-0000005"]
 
 
+def test_rotation_counts_no_damaged_checkpoint_and_none_of_later_steps(folder):
+    empty(folder.checkpoints / "step-0000006" / "optimizer.bin")
+    folder.save_checkpoint(8, write_files, lambda: None, True, 2)
+    assert checkpoints(folder.path) == ["step-0000004", "step-0000008"]
+    folder.save_checkpoint(6, write_files, lambda: None, True, 2)  # as after one that was damaged for its processes
+    assert checkpoints(folder.path) == ["step-0000004", "step-0000006"]
+
+
 def test_what_was_just_written_is_never_rotated_away(folder, monkeypatch):
     monkeypatch.setattr(run_folder_module, "damage", lambda path, processes=1: "a disk that lies")
     folder._rotate(6, 1)
