@@ -323,8 +323,31 @@ def test_spread_and_differences_over_seeds():
         and "| 1.5 | 40 |" in text
         and "- lost, seed 0" in text
     )
+    header, _, _, other = (
+        line.removeprefix("| ").removesuffix(" |").split(" | ") for line in text.splitlines() if line.startswith("|")
+    )
+    cells = dict(zip(header, other, strict=True))
+    figures = {name: cells[name].split(" (")[0] for name in ("clean", "fgsm", "pgd", "worst")}
+    assert figures == {"clean": "90.5", "fgsm": "70.0", "pgd": "72.5", "worst": "65.0"}
+    assert cells["worst - reference"].startswith("-13.0") and cells["clean - reference"].startswith("-1.5")
+    assert (cells["million weights"], cells["minutes"], cells["attack, % of them"]) == ("1.50", "1.5", "40")
+    assert cells["seeds"] == "0, 1"
     (single,) = table_module.summarise(records[:1], [])
     assert single["worst"]["sd"] is None and table_module.shown(single["worst"]) == "70.0"
+
+
+def test_the_table_says_every_budget_that_rows_had():
+    records = [made_up("reference", 0, 91, 84, 76), made_up("other", 0, 90, 80, 70) | {"images": 12_800}]
+    assert "trained from scratch on 640 or 12,800 images" in table_module.markdown(
+        table_module.summarise(records, []), records
+    )
+
+
+def test_seeds_that_one_of_two_rows_lacks_are_in_no_difference():
+    records = [made_up("reference", seed, 91, 84, 76) for seed in (0, 2)]
+    records += [made_up("other", 0, 90, 80, 70), made_up("other", 1, 50, 40, 30)]
+    _, other = table_module.summarise(records, [])
+    assert other["clean"]["values"] == [90, 50] and other["clean_against_reference"]["values"] == [-1]
 
 
 def test_the_table_is_written_whole(tmp_path):

@@ -381,6 +381,23 @@ def test_a_purifier_with_adapters_of_its_own_is_neither_saved_nor_merged(adapter
     assert not (tmp_path / "saved").exists()
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_merge_has_one_thread_and_gives_the_others_back(fails):
+    class Adapted(nn.Module):
+        def merge_and_unload(self):
+            if fails:
+                raise ValueError("cannot be merged")
+            return torch.get_num_threads()
+
+    torch.set_num_threads(2)
+    if fails:
+        with pytest.raises(ValueError, match="cannot be merged"):
+            merge_adapter(Adapted())
+    else:
+        assert merge_adapter(Adapted()) == 1
+    assert torch.get_num_threads() == 2
+
+
 @every_loader
 def test_the_base_below_is_known_by_its_weights(adapters, load):
     folder = adapters[0]

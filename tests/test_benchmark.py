@@ -26,7 +26,7 @@ from maep_hf.classifier import PixelClassifier, PurifiedClassifier
 from maep_hf.classifier_sources import load_frozen_classifier
 from maep_hf.configuration_cifar_resnet import CifarResNetConfig
 from maep_hf.data import DataError, load_image_dataset
-from maep_hf.evaluation import EvaluationImages, benchmark, read_images
+from maep_hf.evaluation import EvaluationImages, benchmark, judge, read_images
 from maep_hf.evaluation.fingerprint import Opaque, fingerprint
 from maep_hf.evaluation.gradient_probe import gradient_probe
 from maep_hf.evaluation.judge import judge_batch
@@ -699,6 +699,114 @@ def test_the_row_of_an_image(classifier):
     found = {name: row[name] for name in ("index", "linf_255", "l1", "l2", "changed_percent", "ms_attack")}
     expected = {"index": 9, "linf_255": 4, "l1": quarter * 4.4 / 255, "l2": (quarter * 16.16) ** 0.5 / 255}
     assert found == pytest.approx(expected | {"changed_percent": 25, "ms_attack": 250}, rel=1e-4)
+    just = x + 0.6 / 255  # enough for another level
+    row, *_ = judge_batch(classifier, PurifiedClassifier(None, classifier), x, just, labels, 1, 0, about, 8)
+    assert row["changed_percent"] == 100
+
+
+def test_the_row_of_a_purified_image(monkeypatch):
+    seconds = iter((2.0, 4.0, 6.0))  # of the classifier, of the first pass, and of another one, which is not shown
+    purified, met = [], []
+
+    def timed(function, device):
+        before = len(purified)
+        result = function()
+        met.append(len(purified) - before)  # what was timed: without the purifier, or once through it
+        return result, next(seconds)
+
+    monkeypatch.setattr(judge, "timed", timed)
+
+    class Bright(nn.Module):
+        def forward(self, pixels):
+            return torch.stack([torch.full((len(pixels),), 0.55), pixels.mean((1, 2, 3))], 1)
+
+    clean, about = torch.full((4, 3, SIZE, SIZE), 0.5), {"attack_seconds": 1.0, "memory_bytes_per_image": 7.0}
+    defended = PurifiedClassifier(lambda pixels: purified.append(0.9 * pixels) or purified[-1], Bright())
+    labels = torch.tensor([0, 1, 0, 0])
+    first, second, *_ = judge_batch(defended.classifier, defended, clean, clean + 0.2, labels, 2, 0, about, 0)
+    assert {name: first[f"ms_{name}"] for name in ("attack", "classify", "purify")} == {
+        "attack": 250, "classify": 500, "purify": 1000,
+    }  # fmt: skip
+    errors = {"attacked": 0.2, "purified_attacked": 0.13, "purified_clean": 0.05}
+    found = {name: first[f"psnr_{name}"] for name in errors}
+    assert found == pytest.approx({name: -20 * np.log10(error) for name, error in errors.items()}, rel=1e-4)
+    assert (first["cosine_true_direction"], first["undone"]) == pytest.approx((1, 0.07 / 0.2), rel=1e-4)
+    for row, right in ((first, {"clean", "purified_clean"}), (second, {"attacked", "purified_attacked"})):
+        assert {name for name in ("clean", *errors) if row[f"right_{name}"]} == right
+    assert first["memory_bytes_per_image"] == 7 and met == [0, 1, 1]
+
+
+def test_an_image_is_always_right_where_every_pass_is():
+    class Fading(nn.Module):
+        """Leaves clean and attacked images as they are in the first pass, and darkens them in the second."""
+
+        calls = 0
+
+        def forward(self, pixels):
+            self.calls += 1
+            return pixels * (self.calls <= 2)
+
+    class Bright(nn.Module):
+        def forward(self, pixels):
+            return torch.stack([torch.full((len(pixels),), 0.25), pixels.mean((1, 2, 3))], 1)
+
+    x, about = torch.full((2, 3, SIZE, SIZE), 0.5), {"attack_seconds": 1.0, "memory_bytes_per_image": 1.0}
+    defended, both = PurifiedClassifier(Fading(), Bright()), x * torch.tensor([1.0, 0.0]).view(2, 1, 1, 1)
+    rows = judge_batch(defended.classifier, defended, both, both, torch.tensor([1, 0]), 2, 0, about, 0)
+    for name in ("purified_clean", "purified_attacked"):
+        assert [(row[f"right_{name}"], row[f"always_right_{name}"]) for row in rows] == [(0.5, 0), (1, 1)]
+
+
+def test_a_summary_is_of_the_images_that_it_says():
+    names = ("attacked", "purified_clean", "purified_attacked")
+
+    def row(index, psnr, ssim, rights, attack, **others):
+        figures = {f"psnr_{name}": value for name, value in zip(names, psnr, strict=True)}
+        figures |= {f"ssim_{name}": value for name, value in zip(names, ssim, strict=True)}
+        figures |= dict(zip(["right_clean", *(f"right_{name}" for name in names)], rights, strict=True))
+        figures |= dict(zip(("linf_255", "l2", "l1", "changed_percent", "cosine_true_direction"), attack, strict=True))
+        return {"index": index} | figures | others
+
+    changed = row(
+        1, (30, 40, 34), (0.9, 0.8, 0.7), (1, 0, 1, 0.5), (8, 2, 10, 50, 0.5), undone=0.25, ms_attack=1, ms_purify=2,
+        ms_classify=3, memory_bytes_per_image=3 * 2**20, always_right_purified_attacked=0,
+    )  # fmt: skip
+    left_alone = row(
+        0, (100, 50, 50), (1.0, 0.9, 0.9), (0, 0, 1, 1), (0, 0, 0, 0, 0), undone=0, ms_attack=3, ms_purify=4,
+        ms_classify=5, memory_bytes_per_image=float("nan"), always_right_purified_attacked=1,
+    )  # fmt: skip
+    found = judge.summarise([changed, left_alone], True, 2)
+    percent = {name: share["percent"] for name, share in found["accuracy"].items()}
+    assert percent == {
+        "clean": 50, "attacked": 0, "purified_clean": 100, "purified_attacked": 75, "purified_attacked_every_pass": 50,
+    }  # fmt: skip
+    assert found["psnr_db"] == {"attacked": 30, "purified_clean": 45, "purified_attacked": 42}
+    assert found["ssim"] == pytest.approx({"attacked": 0.9, "purified_clean": 0.85, "purified_attacked": 0.8})
+    assert found["cosine"] == {
+        "true_direction": 0.5, "minus_perturbation": 0.5, "undone_share": 0.25, "images": 1
+    }  # fmt: skip
+    sizes = {"linf_255": {"mean": 8, "max": 8}, "l2": {"mean": 2, "max": 2}, "l1": {"mean": 10, "max": 10}}
+    assert found["perturbation"] == sizes | {"changed_percent": 50, "images": 1, "right_of_the_others": 1}
+    assert found["ms_per_image"] == {"attack": 2, "purify": 3, "classify": 4} and found["memory_mb_per_image"] == 3
+    assert "purified_attacked_every_pass" not in judge.summarise([changed, left_alone], True, 1)["accuracy"]
+
+
+def test_memory_that_cannot_be_told_is_no_figure(monkeypatch):
+    now = judge.psutil.Process().memory_info().rss
+    assert now / 2 < judge._peak_rss() < 2**50  # bytes
+    for peaks, known in (((2 * now, 2 * now), False), ((now, 3 * now, 3 * now), True), ((0, 0), False)):
+        values = iter(peaks)
+        monkeypatch.setattr(judge, "_peak_rss", lambda values=values: next(values))
+        with judge.peak_memory(torch.device("cpu")) as rise:
+            pass
+        assert (now < rise.risen < 3 * now) if known else rise.risen != rise.risen
+
+
+def test_images_are_described_by_height_and_width_and_known_by_their_labels():
+    pixels = torch.zeros(2, 3, 5, 7, dtype=torch.uint8)
+    first, other = (EvaluationImages(pixels, torch.tensor(labels)).describe() for labels in ([0, 1], [1, 0]))
+    assert first["size"] == [5, 7] and (first["n"], first["images"]) == (2, "the first 2")
+    assert first["fingerprint"] != other["fingerprint"]
 
 
 def test_the_final_passes_are_not_of_the_attacks_draws(classifier, images):

@@ -12,10 +12,11 @@ from conftest import save_classifier
 from PIL import Image
 from typer.testing import CliRunner
 
-from maep_hf import MAEPConfig, MAEPModel, checkpoints, cli, imageio
+from maep_hf import MAEPConfig, MAEPModel, checkpoints, cli, figures, hub, imageio
 from maep_hf.checkpoints import CheckpointError, check_model, expanded_path, load_purifier, released_checkpoint
 from maep_hf.classifier import load_classifier
 from maep_hf.configuration_cifar_resnet import CifarResNetConfig
+from maep_hf.hub.push import Pushed
 from maep_hf.modeling_cifar_resnet import CifarResNetForImageClassification
 from maep_hf.training.stages import load_trainable
 
@@ -79,6 +80,23 @@ def test_purify_writes_what_the_purifier_returns(purifier, photos, tmp_path, mon
     before, after = (np.asarray(Image.open(path), float) for path in (photos / "colour.png", tmp_path / "o/colour.png"))
     assert np.abs(before / 2 - after).max() <= 0.5
     assert Image.open(tmp_path / "o" / "colour.png.compare.png").width > 3 * 34
+
+
+def test_a_comparison_shows_image_purified_and_difference_in_the_order_of_their_captions(
+    purifier, photos, tmp_path, monkeypatch
+):
+    grids = []
+    monkeypatch.setattr(MAEPModel, "purify", lambda self, pixel_values, **options: pixel_values / 2)
+    monkeypatch.setattr(figures, "image_grid", lambda *args, **options: grids.append((*args, options["captions"])))
+    code, _, _ = run("purify", photos / "colour.png", "--out", tmp_path / "o", "--model", purifier, "--compare")
+    ((rows, path, captions),) = grids
+    image, half, difference = rows[""]
+    assert code == 0 and path == tmp_path / "o" / "colour.png.compare.png"
+    stored = torch.from_numpy(np.array(Image.open(photos / "colour.png")))
+    torch.testing.assert_close(image, stored.permute(2, 0, 1) / 255)
+    torch.testing.assert_close(half, image / 2)
+    torch.testing.assert_close(difference, (0.5 - 8 * image / 2).clamp(0, 1))
+    assert captions == {"": ["image", "purified", "difference × 8"]}
 
 
 def test_a_purifier_of_one_channel_takes_grey_files(photos, tmp_path):
@@ -245,6 +263,31 @@ def test_an_empty_input_is_not_the_working_directory(purifier, photos, tmp_path,
     code, _, errors = run("purify", "", "--out", tmp_path / "out", "--model", purifier)
     assert code == 1 and "an input is empty" in errors and not (tmp_path / "out").exists()
     assert run("purify", ".", "--out", tmp_path / "out", "--model", purifier)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], {}),
+        (["--private", "--tag", "v1", "--revision", "dev"], {"private": True, "tag": "v1", "revision": "dev"}),
+        (["--public", "--create-pr"], {"private": False, "create_pr": True}),
+        (["--message", "more", "--base-model", "a/b"], {"commit_message": "more", "base_model": "a/b"}),
+        (["--repo-type", "dataset"], {"repo_type": "dataset"}),
+    ],
+)
+def test_every_option_of_push_arrives(words, expected, tmp_path, monkeypatch):
+    calls = []
+
+    def push(*args, **options):
+        calls.append((args, options))
+        return Pushed("a/b", "model", "https://hub/a/b", "0" * 40, "dev", "kept")
+
+    monkeypatch.setattr(hub, "push_to_hub", push)
+    code, output, errors = run("push", tmp_path, "mine", *words)
+    assert code == 0, errors
+    assert output == "pushed: https://hub/a/b (dev, 00000000; README edited by hand: left as it is)\n"
+    left_out = dict.fromkeys(("private", "revision", "tag", "commit_message", "base_model", "repo_type"))
+    assert calls == [((tmp_path, "mine"), left_out | {"create_pr": False} | expected)]
 
 
 def test_missing_release_names_the_folder_and_the_fix():

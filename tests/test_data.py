@@ -301,6 +301,16 @@ def test_fingerprint_follows_content(sources):
     assert fingerprint(streaming=True) == fingerprint(streaming=True) != fingerprint(streaming=True, max_images=3)
 
 
+def test_fingerprint_is_of_the_images_their_labels_and_attacked_images(tmp_path):
+    columns = {"image": [picture(0), picture(1)], "adversarial_image": [picture(2), picture(3)], "label": [0, 1]}
+    others = [{"image": [picture(0), picture(4)]}, {"adversarial_image": [picture(2), picture(4)]}, {"label": [0, 2]}]
+    found = [
+        load_image_dataset(saved(tmp_path / str(number), **columns | other)).fingerprint
+        for number, other in enumerate([{}, *others, {"more": [1, 2]}])
+    ]
+    assert len(set(found[:-1])) == 4 and found[-1] == found[0]  # wherever it lies, with a column that is not used
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 def test_hub_out_of_reach_says_how_to_go_on(streaming):
     with pytest.raises(DataError, match="--dataset FOLDER.*--dataset FILE.parquet.*embedded:cifar10"):
@@ -550,6 +560,12 @@ def test_grey_of_no_known_scale_is_not_read(array):
         decode_image(Image.fromarray(array))
 
 
+def test_wide_grey_goes_to_the_nearest_level():
+    levels = np.array([[128.4, 128.6, 254.6]])
+    for array in (np.rint(levels * 257).astype(np.uint16), (levels / 255).astype(np.float32)):
+        assert np.asarray(to_rgb(Image.fromarray(array)))[0, :, 1].tolist() == [128, 129, 255]
+
+
 def test_transparent_pixels_show_white():
     image = Image.new("RGBA", (2, 1), (10, 20, 30, 255))
     image.putpixel((1, 0), (10, 20, 30, 0))
@@ -568,6 +584,8 @@ def test_pictures_come_upright():
     exif[0x0112] = 6  # the camera was turned
     turned = encoded(picture(0, width=24, height=20), "JPEG", exif=exif)
     assert decode_image(turned).size == (20, 24)
+    with Image.open(io.BytesIO(turned["bytes"])) as decoded:  # as a row of a column that was decoded
+        assert decode_image(decoded).size == (20, 24)
 
 
 @pytest.mark.parametrize(

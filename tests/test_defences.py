@@ -16,7 +16,7 @@ from conftest import ROOT, tiny_purifier
 from PIL import Image
 from torch import nn
 
-from maep_hf import PurifiedClassifier
+from maep_hf import PurifiedClassifier, defences
 from maep_hf.adaptation import add_lora, default_lora_config
 from maep_hf.defences import BPDA, DEFENCES, call_purifier, make_defence
 
@@ -110,6 +110,20 @@ def test_resize_and_pad_draws_a_size_and_a_place_for_every_image():
     drawn = set(zip(side.round().int().tolist(), *first.round().int().T.tolist(), strict=True))
     every = {(s, top, left) for s in (33, 34, 35) for top in range(37 - s) for left in range(37 - s)}
     assert drawn == every  # all 29 patterns, and none outside the canvas
+
+
+def test_a_canvas_is_not_larger_for_an_error_of_rounding(monkeypatch):
+    sizes, resize = [], defences._resize
+    monkeypatch.setattr(
+        defences, "_resize", lambda images, size: sizes.append(tuple(images.shape[2:])) or resize(images, size)
+    )
+    make_defence("resize-and-pad", smallest=1, largest=1.1)(torch.rand(1, 3, 50, 50))
+    assert 50 * 1.1 > 55 and sizes[-1] == (55, 55)
+
+
+def test_a_record_is_the_same_with_cuda_and_without(monkeypatch):
+    monkeypatch.setattr(defences, "version", lambda library: "2.9.1+cu128")
+    assert make_defence("bit-depth").record()["version"] == "2.9.1"
 
 
 def test_resize_and_pad_of_other_sizes():

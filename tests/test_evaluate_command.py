@@ -4,9 +4,11 @@ import subprocess
 import sys
 from pathlib import Path
 from threading import Thread
+from types import SimpleNamespace
 
 import datasets
 import pytest
+import torch
 from conftest import SIZE, image_rows
 from typer.main import get_command
 from typer.testing import CliRunner
@@ -135,6 +137,31 @@ def test_an_argument_may_have_colons_and_a_folder_is_named_by_its_last_part(own_
     assert run._short("python:some.module:load:/some/where/dense-1.5.pth.tar") == "dense-1.5"
 
 
+@pytest.mark.parametrize(
+    ("name", "short"),
+    [("/some/where/gone", "gone"), ("~/mine", "mine"), ("./mine", "mine"), ("checkpoints/gone", "gone"),
+     ("google/vit", "google/vit"), ("timm:resnet18", "resnet18"), ("defence:jpeg", "defence:jpeg")],
+)  # fmt: skip
+def test_a_name_in_a_record_says_nothing_of_the_machine(name, short):
+    assert run._short(name) == short
+
+
+@pytest.mark.parametrize("purified", [True, False])
+def test_a_picture_shows_the_difference_of_the_last_row_to_the_clean_images(tmp_path, monkeypatch, purified):
+    grids = []
+    monkeypatch.setattr(run, "image_grid", lambda rows, path, title: grids.append((rows, path)))
+    shades = {"clean": 0.5, "attacked": 0.52} | ({"purified": 0.49} if purified else {})
+    images = {name: torch.full((3, 3, 4, 4), shade) for name, shade in shades.items()}
+    record = {"key": "k", "protocol": {"purifier": None, "classifier": {"name": "c"}, "threat_model": "gray-box",
+              "attack": {"name": "PGD", "norm": "Linf", "eps": 8.0}}}  # fmt: skip
+    run._picture(SimpleNamespace(images=images, record=record), tmp_path, count=2)
+    ((rows, path),) = grids
+    label, difference = list(rows.items())[-1]
+    assert list(rows)[:-1] == list(shades) and all(len(row) == 2 for row in rows.values())
+    assert label.startswith("purified − clean" if purified else "attacked − clean") and path.name == "k.png"
+    torch.testing.assert_close(difference, torch.full((2, 3, 4, 4), 0.5 + 8 * (-0.01 if purified else 0.02)))
+
+
 def test_random_masks_are_measured_as_random(classifier_folder, purifier_folder, image_folder, tmp_path):
     words = ["evaluate", "--classifier", classifier_folder, "--dataset", image_folder, "--image-size", SIZE]
     words += ["--purifier", purifier_folder, "--random-mask-ratio", 0.5, "--draws", 2, "--threat-model", "white-box"]
@@ -202,6 +229,51 @@ def test_the_purifier_of_a_source_has_the_same_windows(classifier_folder, purifi
     assert sources[0]["fingerprint"] != sources[1]["fingerprint"]
     code, output = invoke(*words, "none", "--threat-model", "transfer", "--overlap", 0.75)  # its source alone has it
     assert code == 0, output
+
+
+def test_every_option_arrives_in_the_evaluation(tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setattr(run, "run_evaluation", given.append)
+    expected = {
+        "purifiers": ["none", "defence:jpeg"], "classifiers": ["a/b", "timm:c"], "dataset": "d", "split": "train[:5]",
+        "dataset_config": "f", "image_column": "g", "label_column": "h", "max_images": 11, "image_size": 12,
+        "threat_models": ["bpda", "transfer"], "attacks": ["pgd", "square:L2"], "norm": "L2", "eps": [0.5, 1.0],
+        "attack_options": {"steps": 13, "pgd.step_size": 0.25}, "seed": 14, "batch_size": 15, "passes": 16,
+        "random_mask_ratio": 0.25, "draws": 17, "eot_samples": 18, "mode": "interpolate", "overlap": 0.75,
+        "strength": 1.25, "scale": 0.5, "source_classifier": "i/j", "source_purifier": "k/l", "checks": False,
+        "check_images": 19, "device": "cpu", "out": tmp_path,
+    }  # fmt: skip
+    words = ["--no-checks", "--attack-option", "steps=13", "--attack-option", "pgd.step_size=0.25"]
+    for name, value in expected.items():
+        if name not in ("checks", "attack_options"):
+            singular = name.removesuffix("s") if isinstance(value, list) and name != "eps" else name
+            for each in value if isinstance(value, list) else [value]:
+                words += [f"--{singular.replace('_', '-')}", each]
+    code, output = invoke("evaluate", *words)
+    assert code == 0 and given == [EvaluationArguments(**expected)], output
+    assert set(expected) == set(vars(given[0]))
+    code, output = invoke("evaluate")
+    assert code == 0 and given[1] == EvaluationArguments(out=given[1].out) and str(given[1].out) == "evaluation"
+
+
+def test_what_an_evaluation_is_asked_for_reaches_the_benchmark(
+    classifier_folder, purifier_folder, image_folder, tmp_path, monkeypatch
+):
+    calls, benchmark = [], run.benchmark
+    monkeypatch.setattr(run, "benchmark", lambda *args, **options: calls.append(options) or benchmark(*args, **options))
+    args = {"seed": 3, "batch_size": 4, "passes": 2, "check_images": 10, "checks": False, "random_mask_ratio": 0.5}
+    (record,) = run.run_evaluation(
+        EvaluationArguments(
+            [str(purifier_folder)], [str(classifier_folder)], str(image_folder), split="train", max_images=5,
+            image_size=SIZE, attacks=["fgsm"], draws=3, device="cpu", out=tmp_path, **args,
+        )
+    )  # fmt: skip
+    given = {name: calls[0][name] for name in ("seed", "batch_size", "passes", "check_images", "checks")}
+    assert given == {name: args[name] for name in given} and len(calls) == 1
+    protocol = record["protocol"]
+    assert (protocol["seed"], protocol["batch_size"], protocol["passes"]) == (3, 4, 2)
+    assert (protocol["dataset"]["split"], protocol["dataset"]["n"]) == ("train", 5)
+    assert protocol["purifier"]["options"]["draws"] == 3
 
 
 def test_columns_and_configuration_of_a_dataset(classifier_folder, tmp_path):

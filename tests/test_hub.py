@@ -18,8 +18,10 @@ from maep_hf.adaptation import add_lora, default_lora_config, save_adapter
 from maep_hf.checkpoints import load_purifier
 from maep_hf.evaluation.fingerprint import fingerprint
 from maep_hf.hub import render_card, render_model_card, write_card
+from maep_hf.hub.contents import LeakError, check_for_leaks
 from maep_hf.hub.names import dataset_id, hub_id
 from maep_hf.hub.recipe import Recipe
+from maep_hf.hub.results import records_of
 from maep_hf.hub.seal import edited, renewed, sealed, without_names
 from maep_hf.paths import without_paths
 
@@ -185,15 +187,42 @@ def test_figures_of_other_adapter_weights_are_not_shown_where_its_base_is_here(f
 
 
 def test_the_runs_of_an_adapter_that_was_trained_further(tmp_path):
-    def adapted(number, **group):
-        loop = RUN["arguments"]["loop"] | {"output_dir": f"runs/adapt{number}"}
+    def adapted(number, runs, **group):
+        loop = RUN["arguments"]["loop"] | {"output_dir": f"{runs}/adapt{number}"}
         return RUN | {"arguments": {"adapt": {"model": "someone/base", **group}, "loop": loop}, "command": ["adapt.py"]}
 
-    (tmp_path / "run.json").write_text(json.dumps(adapted(2, adapter="runs/adapt1/adapter")))
-    (tmp_path / "adapt1_run.json").write_text(json.dumps(adapted(1, adapter=None)))
+    for runs in ("runs", "/home/someone/runs"):
+        (tmp_path / "run.json").write_text(json.dumps(adapted(2, runs, adapter=f"{runs}/adapt1/adapter")))
+        (tmp_path / "adapt1_run.json").write_text(json.dumps(adapted(1, runs, adapter=None)))
+        recipe = Recipe(tmp_path)
+        assert [stage.split()[0] for stage in recipe.stages] == ["`adapt1_run.json`", "`run.json`"]
+        assert recipe.base_model == "someone/base" and recipe.images == 600
+
+
+@pytest.mark.parametrize("pushed", [False, True])
+def test_runs_of_one_name_in_folders_of_their_own_are_all_counted(tmp_path, pushed):
+    for number, name in ((0, "stage0_run.json"), (1, "stage1_run.json"), (2, "run.json")):
+        loop = RUN["arguments"]["loop"] | {"output_dir": f"/mnt/exp{number}/run", "max_steps": 10 + number}
+        made = RUN | {"arguments": {"finetune": {"model": f"/mnt/exp{number - 1}/run"}, "loop": loop}}
+        (tmp_path / name).write_text(json.dumps(without_paths(made) if pushed else made))
+    other = RUN | {"arguments": {"loop": RUN["arguments"]["loop"] | {"output_dir": "/mnt/elsewhere/other"}}}
+    (tmp_path / "other_run.json").write_text(json.dumps(other))
     recipe = Recipe(tmp_path)
-    assert [stage.split()[0] for stage in recipe.stages] == ["`adapt1_run.json`", "`run.json`"]
-    assert recipe.base_model == "someone/base" and recipe.images == 600
+    assert [stage.split()[0] for stage in recipe.stages] == ["`stage0_run.json`", "`stage1_run.json`", "`run.json`"]
+    assert recipe.images == (10 + 11 + 12) * 10 and "/mnt" not in str(vars(recipe))
+
+
+def test_images_of_every_process_and_micro_batch_are_counted(tmp_path):
+    loop = RUN["arguments"]["loop"] | {"gradient_accumulation_steps": 4}
+    run = RUN | {"arguments": RUN["arguments"] | {"loop": loop}, "num_processes": 2}
+    (tmp_path / "run.json").write_text(json.dumps(run))
+    recipe = Recipe(tmp_path)
+    assert recipe.images == 30 * 10 * 4 * 2 and recipe.stages == ["`run.json` (finetune.py): 30 steps, 2,400 images"]
+    assert "max_steps" in recipe.arguments and "output_dir" not in recipe.arguments
+    assert recipe.validation_images == 100
+    few = run | {"data": {"validation": {"fingerprint": "f2", "images": 60}}}
+    (tmp_path / "run.json").write_text(json.dumps(few))
+    assert Recipe(tmp_path).validation_images == 60
 
 
 def test_classifier(classifier_folder, tmp_path):
@@ -211,6 +240,11 @@ def test_classifier(classifier_folder, tmp_path):
     check(card := render_card(folder, "someone/resnet"))
     assert "| no attack | none | 100 | 50.0 (40.4–59.6) % |" in card.text and "| white-box | PGD-10" in card.text
     assert [result.metric_value for result in card.data.eval_results] == [50.0, 3.0]
+    more = RUN | {"arguments": RUN["arguments"] | {"data": RUN["arguments"]["data"] | {"validation_images": 500}}}
+    (folder / "run.json").write_text(json.dumps(more))
+    measured = [result.metric_args["n"] for result in render_card(folder, "someone/resnet").data.eval_results]
+    assert measured == [500, 128]  # the attack is made on the first of them
+    (folder / "run.json").write_text(json.dumps(RUN))
     assert card.data.license == "apache-2.0" and "It was trained as a plain classifier" in card.text
 
 
@@ -255,6 +289,38 @@ def test_the_worst_figure_stands_beside_the_same_images_without_an_attack(folder
     text = render_model_card(folder, results=made).text
     (row,) = (line for line in text.splitlines() if line.startswith("| gray-box"))
     assert re.search(r"\*\*27\.6 .*weak, n = 1000; purified clean 39\.6 \(36\.6–42\.7\) %; worst of 2 measured", row)
+
+
+def test_the_summary_is_of_attacks_and_the_metadata_of_each_figure(folder, of_these_weights):
+    made = [of_these_weights(70.0), of_these_weights(1.0, "gray-box", "JPEG", control=True, norm=None, eps=None)]
+    card = render_model_card(folder, results=made)
+    (row,) = (line for line in card.text.splitlines() if line.startswith("| gray-box"))
+    assert "**70.0 (" in row and "worst of 1 measured" in row
+    values = {result.metric_name.partition(",")[0]: result.metric_value for result in card.data.eval_results}
+    assert len(card.data.eval_results) == 3  # clean images once
+    assert values == {
+        "accuracy (%) of purified clean images": 92.5, "robust accuracy (%)": 70.0,
+        "accuracy (%) under corruption": 1.0,
+    }  # fmt: skip
+    (robust,) = (each for each in card.data.eval_results if each.metric_name.startswith("robust"))
+    wanted = {
+        "threat_model": "gray-box",
+        "attack": "PGD-20",
+        "norm": "Linf",
+        "eps": 8.0,
+        "eps_unit": "1/255",
+        "n": 1000,
+    }
+    assert {name: robust.metric_args[name] for name in wanted} == wanted
+    assert (robust.dataset_type, robust.dataset_split) == ("uoft-cs/cifar10", "test")
+
+
+def test_records_of_two_purifiers_are_of_no_adapter(folder, tmp_path):
+    records = [record(82.3), record(11.1, purifier="other")]
+    records[1]["protocol"]["purifier"]["fingerprint"] = "e" * 16
+    with pytest.raises(ValueError, match="they are of 2 purifiers .maep-tiny, other."):
+        records_of(records, None)
+    assert records_of([records[0], record(purifier=None)], None) == [records[0]]
 
 
 def test_unreliable_results_say_so(folder, of_these_weights):
@@ -438,6 +504,27 @@ def test_metadata_of_a_person_outlives_every_card(folder, of_these_weights, exis
 )
 def test_paths_of_this_machine_are_cut(value, kept):
     assert without_paths(value) == kept
+
+
+@pytest.mark.parametrize("place", ["home", "working directory", "folder", "beside it"])
+def test_no_text_with_a_path_of_this_machine_leaves_it(tmp_path, monkeypatch, place):
+    places = {name: tmp_path / name for name in ("home", "working directory", "runs")}
+    for path in places.values():
+        path.mkdir()
+    monkeypatch.setenv("HOME", str(places["home"]))
+    monkeypatch.chdir(places["working directory"])
+    folder = places["runs"] / "mine"
+    named = places.get(place, folder if place == "folder" else places["runs"])
+    check_for_leaks("notes.md", b"x /elsewhere/x", folder)
+    with pytest.raises(LeakError, match=f"notes.md in .*mine names a path of this machine, {re.escape(str(named))};"):
+        check_for_leaks("notes.md", f"x {named}/x".encode(), folder)
+
+
+def test_no_text_with_a_token_leaves_this_machine(tmp_path):
+    for content in (b"token: hf_" + b"aB3" * 11, b"key=secret"):
+        with pytest.raises(LeakError, match="notes.md in .* holds a Hub token"):
+            check_for_leaks("notes.md", content, tmp_path, "secret")
+    check_for_leaks("notes.md", b"hf_hub_download, key=secret", tmp_path)
 
 
 def test_hub_ids_and_local_names(tmp_path, monkeypatch):

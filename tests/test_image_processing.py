@@ -153,6 +153,35 @@ def test_sixteen_bits_in_either_order_of_bytes(processor, dtype):
     torch.testing.assert_close(pixels, torch.full((1, 3, 4, 4), 4000 / 65535))
 
 
+@pytest.mark.parametrize("dtype", [np.int16, np.int32, np.int64])
+def test_signed_integers_are_eight_bits(processor, dtype):
+    pixels = processor(RGB.astype(dtype), return_tensors="pt").pixel_values
+    assert torch.equal(pixels, processor(RGB, return_tensors="pt").pixel_values)
+
+
+def test_true_is_white(processor):
+    pixels = processor(RGB[..., 0] > 127, return_tensors="pt").pixel_values
+    assert torch.equal(pixels[0, 2], torch.from_numpy(RGB[..., 0] > 127).float())
+
+
+def test_grey_with_alpha_becomes_three_equal_channels(processor):
+    pixels = processor(RGB[..., :2], return_tensors="pt").pixel_values
+    assert torch.equal(pixels[0], torch.from_numpy(RGB[..., 0]).expand(3, -1, -1) / 255)
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 4])
+def test_channels_are_the_first_where_both_ends_could_be(processor, width):
+    narrow = RGB.transpose(2, 0, 1)[:, :, :width]
+    assert np.array_equal(processor(narrow)["pixel_values"][0], narrow / np.float32(255))
+
+
+def test_the_filter_of_a_resize_is_the_one_asked_for(processor):
+    edge = np.repeat([0, 255], 8).astype(np.uint8)[None].repeat(16, 0)
+    options = {"do_resize": True, "size": {"height": 16, "width": 33}}
+    values = [np.unique(processor(edge, **options, resample=resample)["pixel_values"][0]).size for resample in (0, 3)]
+    assert values[0] == 2 < values[1]  # nearest, and bicubic
+
+
 def test_wrong_shapes_are_refused(processor):
     with pytest.raises(ValueError, match="channels"):
         processor(np.zeros((7, 8, 9), np.uint8))
@@ -169,6 +198,13 @@ def test_post_process_modes_and_sizes(processor, mode):
     images = processor.post_process(torch.rand(2, 3, 6, 9), target_sizes=[None, (12, 10)], modes=mode)
     assert [image.mode for image in images] == [mode, mode]
     assert [image.size for image in images] == [(9, 6), (10, 12)]
+
+
+def test_post_process_does_not_wrap_where_a_resize_overshoots(processor):
+    edge = torch.tensor([0.0] * 8 + [1.0] * 8).expand(3, 16, 16)
+    (image,) = processor.post_process(edge, target_sizes=[(16, 40)])
+    row = np.asarray(image)[8, :, 0]
+    assert (row[:18] < 60).all() and (row[22:] > 195).all() and row.min() == 0 and row.max() == 255
 
 
 def test_colours_become_grey_of_16_bits_and_of_floats_by_luma(processor):

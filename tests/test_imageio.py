@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, JpegImagePlugin, features
 
 from maep_hf.imageio import (
     ImagePathError,
@@ -78,6 +78,50 @@ def test_sixteen_bits_are_kept(tmp_path):
     assert torch.equal(pixels[0], pixels[2])
 
 
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA"])
+def test_corrected_pixels_go_to_the_nearest_level(tmp_path, mode):
+    picture(mode).save(tmp_path / "in.png")
+    for level, stored in ((127.4, 127), (127.6, 128), (254.6, 255)):
+        after = round_trip(tmp_path / "in.png", tmp_path / "out.png", torch.full((3, HEIGHT, WIDTH), level / 255))
+        assert set(np.asarray(after)[..., : 3 if mode == "RGBA" else None].flat) == {stored}
+
+
+def test_one_bit_is_white_from_a_half(tmp_path):
+    picture("1").save(tmp_path / "in.png")
+    for value, white in ((0.5, True), (0.499, False)):
+        after = round_trip(tmp_path / "in.png", tmp_path / "out.png", torch.full((3, HEIGHT, WIDTH), value))
+        assert after.mode == "1" and set(np.asarray(after).flat) == {white}
+
+
+def test_jpeg_is_written_at_quality_95_with_all_of_its_colours(tmp_path):
+    picture("RGB").save(tmp_path / "in.jpg", quality=50)
+    picture("RGB").save(tmp_path / "best.jpg", quality=95)
+    after, best = round_trip(tmp_path / "in.jpg", tmp_path / "out.jpg"), Image.open(tmp_path / "best.jpg")
+    assert after.quantization == best.quantization and JpegImagePlugin.get_sampling(after) == 0
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="Pillow without AVIF")
+def test_avif_is_written_at_quality_95(tmp_path):
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8))
+    noise.save(tmp_path / "in.avif", quality=100)
+    noise.save(tmp_path / "best.avif", quality=95)
+    round_trip(tmp_path / "in.avif", tmp_path / "out.avif")
+    assert (tmp_path / "out.avif").stat().st_size > 0.9 * (tmp_path / "best.avif").stat().st_size
+
+
+def test_webp_keeps_the_colours_under_transparent_pixels(tmp_path):
+    picture("RGBA").save(tmp_path / "in.webp", lossless=True, exact=True)
+    after = round_trip(tmp_path / "in.webp", tmp_path / "out.webp")
+    assert (np.asarray(after)[..., 3] == 0).any()
+    np.testing.assert_array_equal(np.asarray(after), np.asarray(picture("RGBA")))
+
+
+def test_a_phones_picture_of_two_is_a_jpeg(tmp_path):
+    picture("RGB").save(tmp_path / "in.jpg", "MPO", save_all=True, append_images=[picture("RGB")])
+    loaded = load_image(tmp_path / "in.jpg")
+    assert Image.open(tmp_path / "in.jpg").format == "MPO" and (loaded.format, loaded.frames) == ("JPEG", 2)
+
+
 @pytest.mark.parametrize("mode", ["LA", "RGBA"])
 def test_alpha_is_carried_over_and_colour_is_replaced(tmp_path, mode):
     picture(mode).save(tmp_path / "in.png")
@@ -130,6 +174,12 @@ def test_transparent_grey_of_sixteen_bits_keeps_its_holes(tmp_path, orientation)
         np.asarray(round_trip(tmp_path / "in.png", tmp_path / "flat.png", pixels)),
         np.where(array == 40_000, 40_000, 40_001),
     )
+    white = np.where(array == 40_000, 65_535, array)  # nothing is above it: what would fill the hole goes below
+    Image.fromarray(white).save(tmp_path / "white.png", transparency=65_535, exif=exif)
+    np.testing.assert_array_equal(
+        np.asarray(round_trip(tmp_path / "white.png", tmp_path / "top.png", torch.ones_like(pixels))),
+        np.where(white == 65_535, 65_535, 65_534),
+    )
     opaque = array - (array == 40_000)
     Image.fromarray(opaque).save(tmp_path / "opaque.png", transparency=40_000)
     np.testing.assert_array_equal(np.asarray(round_trip(tmp_path / "opaque.png", tmp_path / "same.png")), opaque)
@@ -176,6 +226,15 @@ def test_a_tiff_keeps_when_it_was_taken(tmp_path):
     picture("RGB").save(tmp_path / "in.tiff", exif=exif.tobytes())
     after = round_trip(tmp_path / "in.tiff", tmp_path / "out.tiff")
     assert after.getexif().get_ifd(0x8769)[0x9003] == "2020:01:01 00:00:00"
+    np.testing.assert_array_equal(np.asarray(after), np.asarray(picture("RGB")))
+
+
+def test_a_tiff_keeps_where_it_was_taken(tmp_path):
+    exif = Image.Exif()
+    exif[0x8825] = {1: "N", 2: (52.0, 31.0, 12.0)}
+    picture("RGB").save(tmp_path / "in.tiff", exif=exif.tobytes())
+    after = round_trip(tmp_path / "in.tiff", tmp_path / "out.tiff")
+    assert after.getexif().get_ifd(0x8825) == {1: "N", 2: (52.0, 31.0, 12.0)}
     np.testing.assert_array_equal(np.asarray(after), np.asarray(picture("RGB")))
 
 
@@ -258,6 +317,8 @@ def test_folders_are_searched_and_keep_their_structure(tmp_path):
     tree(tmp_path, "a/one.png", "a/b/ONE.PNG", "a/b/two.jpeg", "a/notes.txt", "a/page.pdf", "a/out/old.png")
     found = find_images([tmp_path / "a"], exclude=tmp_path / "a/out")
     assert sorted(relatives(found)) == ["b/ONE.PNG", "b/two.jpeg", "one.png"]
+    found = find_images([f"{tmp_path}/a/**/*.png"], exclude=tmp_path / "a/out")
+    assert relatives(found) == ["one.png"]
 
 
 def test_a_folder_around_the_images_is_a_place_for_results(tmp_path):
@@ -280,6 +341,19 @@ def test_equal_names_do_not_collide_and_repeats_count_once(tmp_path):
     tree(tmp_path, "a/p.png", "b/p.png", "c/q.png")
     files = [tmp_path / "a/p.png", tmp_path / "b/p.png", tmp_path / "c/q.png", tmp_path / "c/../c/q.png"]
     assert relatives(find_images(files)) == ["a/p.png", "b/p.png", "q.png"]
+
+
+def test_names_that_differ_in_case_alone_do_not_collide_either(tmp_path):
+    tree(tmp_path, "a/p.png", "b/P.PNG")
+    assert relatives(find_images([tmp_path / "a/p.png", tmp_path / "b/P.PNG"])) == ["a/p.png", "b/P.PNG"]
+
+
+def test_an_input_named_from_the_working_directory_is_not_overwritten(tmp_path, monkeypatch):
+    tree(tmp_path, "p.png")
+    monkeypatch.chdir(tmp_path)
+    for out in (".", tmp_path):
+        with pytest.raises(ImagePathError, match="overwrite the input"):
+            check_outputs(find_images(["p.png"]), out)
 
 
 def test_paths_that_cannot_be_used_are_named(tmp_path):

@@ -161,6 +161,19 @@ def test_fgsm_pairs_are_the_attack_itself(source, surrogate, tmp_path):
         assert set(distances) <= {0, 8} and (distances == 8).mean() > 0.5  # 0 where the gradient vanishes
 
 
+@pytest.mark.parametrize(("kind", "told"), [("true", True), ("predicted", False)])
+def test_an_attack_is_told_the_labels_only_where_it_starts_from_them(
+    source, surrogate, tmp_path, monkeypatch, kind, told
+):
+    seen, perturb = [], pairs.perturb
+    monkeypatch.setattr(pairs, "perturb", lambda models, x, y, *more: seen.append(y) or perturb(models, x, y, *more))
+    args = arguments(source, surrogate, tmp_path / "pairs", batch_size=IMAGES, shard_images=IMAGES, attack_labels=kind)
+    assert read(make_pairs(args, ATTACK))["label"] == [index % 4 for index in range(IMAGES)]
+    assert [labels.tolist() if told else labels for labels in seen] == [
+        [index % 4 for index in range(IMAGES)] if told else None
+    ]
+
+
 def test_several_surrogates_share_the_images(source, surrogate, tmp_path):
     second = save_classifier(tmp_path / "second", seed=1)
     args = arguments(source, surrogate, tmp_path / "pairs", copies=3)

@@ -5,6 +5,7 @@ import json
 import pytest
 from made_up_records import record
 
+from maep_hf.evaluation.tables import percent
 from train import peers_table
 
 
@@ -38,6 +39,19 @@ def test_the_main_attack_is_on_the_same_images_for_all():
     assert (maep.main.figure["n"], disco.main.figure["n"]) == (1000, 1000) and (maep.gap, disco.gap) == (8.0, 29.0)
 
 
+def test_bars_are_of_purified_clean_images_the_main_attack_and_the_worst(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(peers_table, "save_figure", lambda figure, *args, **options: drawn.append(figure))
+    peers_table.picture(RECORDS, tmp_path / "peers.png")
+    (axis,) = drawn[0].axes
+    bars = [[patch.get_width() for patch in axis.patches[first : first + 3]] for first in (0, 3)]
+    assert bars == [[93.0, 85.0, 78.0], [89.0, 60.0, 30.0]]
+    assert [text.get_text() for text in axis.texts] == [f"{value:.1f}" for line in bars for value in line]
+    labels = [label.get_text() for label in axis.get_yticklabels()]
+    assert labels == ["maep\n6.0 ms an image", "disco\n50.0 ms an image"]
+    assert axis.get_legend_handles_labels()[1] == ["clean images", "AutoAttack", "worst attack"]
+
+
 def test_command_writes_table_and_picture(tmp_path, capsys):
     (tmp_path / "results.jsonl").write_text("".join(json.dumps(each) + "\n" for each in RECORDS))
     peers_table.main([str(tmp_path)])
@@ -46,6 +60,10 @@ def test_command_writes_table_and_picture(tmp_path, capsys):
     bare, maep, disco = text.splitlines()[-3:]
     assert bare.startswith("| none (undefended) | 94.0") and "| 8.0 | 78.0 (" in maep and maep.endswith("| 6.0 |")
     assert "| 29.0 | 30.0 (" in disco and "Square" in disco
+    wilson = (percent(each) for each in (RECORDS[0]["accuracy"]["clean"], RECORDS[0]["accuracy"]["attacked"]))
+    assert bare == "| none (undefended) | {} |  | {} |  |  |  |".format(*wilson)
+    cells = [cell.split(" (")[0] for cell in maep.strip("| ").split(" | ")]
+    assert cells == ["maep", "93.0", "1.0", "85.0", "8.0", "78.0", "6.0"]  # in the order of the header
     assert (tmp_path / "peers.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -54,6 +72,7 @@ def test_command_writes_table_and_picture(tmp_path, capsys):
     [
         (RECORDS[-1:], "no gray-box"),
         (RECORDS[:5], "disco was not measured under Square"),
+        ([*RECORDS, made(50.0, "maep", n=100)], "disco was not measured under AutoAttack"),  # on those images
         ([made(50.0, "maep", "PGD-20")], "AutoAttack.*is missing"),
         ([*RECORDS, made(50.0, "maep", classifier="resnet44")], "one classifier.*resnet44"),
         ([*RECORDS, made(84.0, "maep", seed=1)], "of maep, AutoAttack.*several times on 1000 images.*leave one in"),

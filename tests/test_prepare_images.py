@@ -2,7 +2,7 @@
 
 import pytest
 from conftest import load_script, picture
-from datasets import Image, load_dataset
+from datasets import Dataset, Image, load_dataset
 
 prepare = load_script("prepare_images")
 
@@ -39,6 +39,28 @@ def test_one_a_class_with_what_is_held_out(tmp_path, monkeypatch):
         ("n01000001_a.png", 0), ("n02000002_b.png", 1), ("n03000003_c.png", 2)
     ]  # fmt: skip
     assert stored(tmp_path / "out" / "validation-00000-of-00001.parquet")["label"] == [0]
+
+
+def test_no_file_of_images_is_half_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(prepare, "IMAGENET_CLASSES", 1)
+    monkeypatch.setattr(prepare, "HELD_OUT", range(1, 2))
+    test_nips2017(tmp_path / "nips")
+    save_pictures(tmp_path / "in", ["n01000001_a.png"])
+    whole, write = [], Dataset.to_parquet
+
+    def full(self, path):
+        write(self, path)
+        if whole:  # the second file does not fit
+            path.write_bytes(path.read_bytes()[:10])
+            raise OSError("disk full")
+        whole.append(path)
+
+    monkeypatch.setattr(Dataset, "to_parquet", full)
+    words = ["one-a-class", str(tmp_path / "in"), str(tmp_path / "out")]
+    with pytest.raises(SystemExit):
+        prepare.main([*words, "--validation", str(tmp_path / "nips" / "out")])
+    assert "disk full" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "out").glob("*.parquet")] == ["train-00000-of-00001.parquet"]
 
 
 def test_what_is_held_out_is_looked_at_first(tmp_path, monkeypatch, capsys):

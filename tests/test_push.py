@@ -11,6 +11,8 @@ from pathlib import Path
 from unittest import mock
 
 import local_hub
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hub_helpers import (
     OTHER_TOKEN,
@@ -28,7 +30,7 @@ from huggingface_hub import ModelCard
 from local_hub import Blob, Commit, Refusal
 
 from maep_hf.hub.contents import LeakError, operations_of
-from maep_hf.hub.folders import ADAPTER_CONFIG, PLAIN_CLASSIFIER
+from maep_hf.hub.folders import ADAPTER, ADAPTER_CONFIG, PAIRS, PLAIN_CLASSIFIER
 from maep_hf.hub.seal import edited
 
 pytest_plugins = ["hub_client"]
@@ -657,6 +659,31 @@ def test_fields_of_configurations_that_hold_paths_lose_them(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"backbone": f"{tmp_path}/backbone"}))
     with pytest.raises(LeakError, match="config.json in .* names a path of this machine"):
         operations_of(tmp_path, PLAIN_CLASSIFIER)
+
+
+@pytest.mark.parametrize(
+    ("named", "base", "revision"),
+    [("a/base", "a/base", "v1"), ("a/base", "b/copy", None), ("/home/me/base", "a/base", None)],
+)
+def test_the_revision_of_a_base_is_of_its_own_repository_alone(tmp_path, named, base, revision):
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"weights")
+    config = {"base_model_name_or_path": named, "revision": "v1", "r": 4}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    content = {each.path_in_repo: each.path_or_fileobj for each in operations_of(tmp_path, ADAPTER, base_model=base)}
+    pushed = json.loads(content["adapter_config.json"])
+    assert pushed == {"base_model_name_or_path": base, "revision": revision, "r": 4}
+
+
+def test_pairs_of_several_groups_of_rows_lose_paths_and_no_row(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "make_pairs.json").write_text("{}")
+    table = pa.table({"surrogate": ["a/b", None, "/home/me/net", "/home/me/net"], "index": [0, 1, 2, 3]})
+    table = table.replace_schema_metadata({"huggingface": "features"})
+    pq.write_table(table, tmp_path / "data" / "train-00000-of-00001.parquet", row_group_size=2)
+    content = {each.path_in_repo: each.path_or_fileobj for each in operations_of(tmp_path, PAIRS)}
+    pushed = pq.ParquetFile(io.BytesIO(content["data/train-00000-of-00001.parquet"]))
+    assert pushed.read().to_pydict() == {"surrogate": ["a/b", None, "net", "net"], "index": [0, 1, 2, 3]}
+    assert pushed.num_row_groups == 2 and pushed.schema_arrow.metadata == {b"huggingface": b"features"}
 
 
 def test_classifier_of_transformers(client, hub, tmp_path):

@@ -1,9 +1,12 @@
 """Purification at another scale."""
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from maep_hf import MAEPConfig, MAEPModel
+from maep_hf.defences import make_defence
 from maep_hf.rescaled import RescaledPurifier
 
 SIZES = []
@@ -56,6 +59,25 @@ def test_what_are_no_pixels_is_refused(pixels, error, message):
     with pytest.raises(error, match=message):
         RescaledPurifier(darken, 0.5)(pixels)
     assert RescaledPurifier(darken, 0.5)(torch.rand(0, 3, 8, 8)).shape == (0, 3, 8, 8)
+
+
+@pytest.mark.parametrize("scale", [0.25, 1.5])
+def test_the_purifier_sees_unit_pixels_resized_with_antialiasing(scale):
+    seen = []
+    edges = (torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)) > 0.5).float()
+    RescaledPurifier(lambda pixels: seen.append(pixels) or pixels, scale)(edges)
+    side = round(32 * scale)
+    filtered = [
+        np.asarray(Image.fromarray(plane.numpy()).resize((side, side), Image.Resampling.BICUBIC)) for plane in edges[0]
+    ]
+    assert scale < 1 or np.max(filtered) > 1.05  # bicubic overshoots
+    np.testing.assert_allclose(seen[0][0].numpy(), np.clip(filtered, 0, 1), atol=1e-5)
+
+
+def test_the_record_is_the_purifiers_own_with_the_scale():
+    inner = make_defence("bit-depth", bits=3)
+    assert RescaledPurifier(inner, 0.5).record() == inner.record() | {"scale": 0.5}
+    assert RescaledPurifier(darken, 2).record() == {"scale": 2.0}
 
 
 @pytest.mark.parametrize("scale", [0, -1, float("inf"), float("nan")])

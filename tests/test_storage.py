@@ -53,6 +53,7 @@ def test_counters_of_a_classifier_stay_whole(classifier_folder, tmp_path):
     stored, before = (load_file(place / "model.safetensors") for place in (folder, classifier_folder))
     counters = [name for name in stored if name.endswith("num_batches_tracked")]
     assert counters and all(torch.equal(stored[name], before[name]) for name in counters)
+    assert {stored[name].dtype for name in counters} == {torch.int64}
     assert all(value.dtype == torch.float16 for name, value in stored.items() if name not in counters)
     pixels = torch.rand(4, 3, 32, 32)
     with torch.no_grad():

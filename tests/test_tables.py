@@ -117,6 +117,12 @@ def test_transfer_to_the_bare_classifier_does_not_mix_with_attacks_on_it():
     assert row["undefended"].startswith("0.0 (") and row["undefended (transfer)"].startswith("60.0 (")
 
 
+@pytest.mark.parametrize("threat_model", ["gray-box", "bpda", "white-box"])
+def test_without_a_purifier_all_that_see_the_classifier_are_one_column(threat_model):
+    ((row,),) = tables_of(markdown_table([record(3, threat_model, purifier=None)]))
+    assert list(row) == ["attack", "clean", "undefended"] and row["undefended"].startswith("3.0 (")
+
+
 def test_what_is_the_same_everywhere_is_said_above():
     text = markdown_table([record(), record(attack="FGSM")])
     first = text.splitlines()[0]
@@ -231,6 +237,11 @@ def test_figures_of_a_classifier_without_gradient_are_marked(form):
     for doubtful in (many, bare):
         text = FORMS[form]([doubtful])
         assert said in text and sign in text
+
+
+def test_a_failed_check_and_a_missing_gradient_are_both_named():
+    doubtful = record(60, "bpda", attacked=50, checks=failed("eps sweep"), gradient={"images": 100, "zero": 6})
+    assert "unreliable: failed eps sweep, gradient (zero for 6 of 100 images)" in markdown_table([doubtful])
 
 
 def test_the_undefended_figure_beside_a_marked_one_is_marked():
@@ -364,6 +375,8 @@ def test_worst_of():
     assert names(records) == [("gray-box", "B", 8.0), ("gray-box", "B", 32.0), ("white-box", "A", 8.0)]
     assert names(records, per_budget=False) == [("gray-box", "B", 32.0), ("white-box", "A", 8.0)]
     assert worst_of(records)[0] is records[1]
+    equal = [record(70, attack="B"), record(70, attack="A")]
+    assert worst_of(equal) == equal[:1]
     apart = [
         record(80),
         record(70, classifier="vit"),

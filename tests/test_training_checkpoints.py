@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -77,6 +78,48 @@ def test_all_ranks_must_have_left_their_random_states(folder, caplog):
         folder.last_checkpoint(2)
 
 
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_that_grew_is_not_the_one_that_was_written(folder, name):
+    path = folder.checkpoints / "step-0000006" / name
+    path.write_bytes(path.read_bytes() + bytes(8))
+    assert damage(path.parent).startswith(f"{name} has ") and folder.last_checkpoint().name == "step-0000004"
+
+
+def test_metrics_go_on_after_the_step_of_the_checkpoint(folder):
+    for step in (2, 4, 6, 8):
+        folder.append_metrics({"step": step, "loss": step / 10})
+    with folder.metrics.open("a") as stream:
+        stream.write('{"step": 10, "lo')  # being written when the run was killed
+    folder.truncate_metrics(6)
+    assert [json.loads(line)["step"] for line in folder.metrics.read_text().splitlines()] == [2, 4, 6]
+    folder.append_metrics({"step": 8})
+    assert folder.metrics.read_text().endswith('"loss": 0.6}\n{"step": 8}\n')
+
+
+def test_what_an_interrupted_export_left_is_not_taken_along(folder):
+    (folder.path / "export.tmp").mkdir()
+    (folder.path / "export.tmp" / "old.safetensors").write_text("of another step")
+    (folder.path / "adapter").mkdir()
+    (folder.path / "adapter" / "old.json").write_text("of another step")
+
+    def save(path) -> None:
+        (path / "adapter").mkdir()
+        for name in ("model.safetensors", "adapter/adapter_config.json"):
+            (path / name).write_text("new")
+
+    folder.export(save)
+    found = {path.relative_to(folder.path).as_posix() for path in folder.path.rglob("*") if path.is_file()}
+    assert {name for name in found if "checkpoints" not in name} == {"model.safetensors", "adapter/adapter_config.json"}
+
+
+def test_room_is_needed_for_the_model_and_for_a_checkpoint_beside_the_kept_ones(tmp_path, monkeypatch):
+    folder = RunFolder(tmp_path / "run")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=4 * 2**20))
+    folder.prepare({}, {}, 2**20, 2, False)
+    with pytest.raises(RunFolderError, match="4 MiB free, but 2 checkpoints and the model need about 4 MiB"):
+        folder.prepare({}, {}, 2**20 + 1, 2, False)
+
+
 def test_a_manifest_that_is_no_manifest(folder):
     path = folder.checkpoints / "step-0000006"
     for text in ("", "[]", '{"files": 3}', '{"files": {"model.safetensors": 1}}'):
@@ -122,6 +165,14 @@ def test_rotation_keeps_whole_checkpoints(folder):
     empty(folder.checkpoints / "step-0000006" / "optimizer.bin")
     folder.save_checkpoint(5, write_files, lambda: None, True, 1)
     assert checkpoints(folder.path) == ["step-0000005"]
+
+
+def test_rotation_counts_no_damaged_checkpoint_and_none_of_later_steps(folder):
+    empty(folder.checkpoints / "step-0000006" / "optimizer.bin")
+    folder.save_checkpoint(8, write_files, lambda: None, True, 2)
+    assert checkpoints(folder.path) == ["step-0000004", "step-0000008"]
+    folder.save_checkpoint(6, write_files, lambda: None, True, 2)  # as after one that was damaged for its processes
+    assert checkpoints(folder.path) == ["step-0000004", "step-0000006"]
 
 
 def test_what_was_just_written_is_never_rotated_away(folder, monkeypatch):

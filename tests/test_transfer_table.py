@@ -6,6 +6,7 @@ import pytest
 from made_up_records import record
 from matplotlib.container import ErrorbarContainer
 
+from maep_hf.evaluation.tables import percent
 from train import transfer_table
 
 
@@ -34,6 +35,10 @@ def test_a_domain_has_a_line_for_every_purifier_and_option():
     assert domain == ("nips test, the first 500", "resnet56") and len(lines) == 2 + 4
     header, _, bare, plain, interpolated, adapted = lines
     assert header.count("PSNR") == 2 and bare.startswith("| none (undefended) | 91.0")
+    undefended = percent(RECORDS[0]["accuracy"]["attacked"])
+    assert bare == f"| none (undefended) | {percent(RECORDS[0]['accuracy']['clean'])} |  | {undefended} |  |  |  |"
+    cells = [cell.split(" (")[0] for cell in plain.strip("| ").split(" | ")]
+    assert cells == ["maep", "90.0", "38.1", "40.0", "33.3", "30.0", "2.5"]  # in the order of the header
     assert "40.0 (" in plain and "33.3" in plain and plain.endswith("| 30.0 | 2.5 |")
     assert plain.startswith("| maep |") and interpolated.startswith("| maep, mode interpolate |")
     assert "38.0 (" in interpolated
@@ -72,6 +77,12 @@ def test_two_purifiers_of_one_name_have_lines_of_their_own():
     assert "40.0 (" in lines[-2] and "10.0 (" in lines[-1]
     _, figures = transfer_table.across(transfer_table.domains(records))
     assert figures == {named[0]: [(90.0, 40.0), (90.0, 60.0)]}
+
+
+def test_other_threat_models_are_not_in_a_table_of_gray_box_figures():
+    white_box = made(1.0) | {"key": "white-box"}
+    white_box["protocol"]["threat_model"] = "white-box"
+    assert transfer_table.markdown([white_box, *RECORDS]) == transfer_table.markdown(RECORDS)
 
 
 def test_two_results_for_one_place_are_refused():
@@ -124,6 +135,7 @@ def test_the_picture_has_rows_of_two_panels_with_their_n_and_intervals(tmp_path,
         for bars in figure.axes[0].containers if isinstance(bars, ErrorbarContainer)
         for segment in bars[2][0].get_segments()
     ]  # fmt: skip
+    assert ends[:2] == [pytest.approx(RECORDS[0]["accuracy"][kind]["interval_95"]) for kind in ("clean", "attacked")]
     assert ends[2:4] == [pytest.approx(RECORDS[0]["accuracy"][kind]["interval_95"]) for kind in
                          ("purified_clean", "purified_attacked")]  # fmt: skip
     assert [text.get_text() for text in figure.axes[2].texts][-1] == "– not measured"  # of the strength

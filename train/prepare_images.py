@@ -57,11 +57,16 @@ def save(rows: Rows, classes: int, path: Path) -> None:
     """Write one split; a picture's bytes stay as they are."""
     features = Features({"image": Image(), "label": ClassLabel(names=[str(index) for index in range(classes)])})
     stored = [{"image": {"bytes": path.read_bytes(), "path": path.name}, "label": label} for path, label in rows]
+    write(Dataset.from_list(stored, features=features), path)
+
+
+def write(images: Dataset, path: Path) -> None:
+    """Write a parquet file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
-    Dataset.from_list(stored, features=features).to_parquet(temporary)
+    images.to_parquet(temporary)
     temporary.replace(path)
-    print(f"{path}: {len(rows):,} images")
+    print(f"{path}: {len(images):,} images")
 
 
 def read_held_out(folder: Path) -> Dataset:
@@ -94,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for split, rows in read(args.folder).items():
             save(rows, classes, args.out / f"{split}-00000-of-00001.parquet")
         if held_out is not None:
-            held_out.to_parquet(args.out / "validation-00000-of-00001.parquet")
+            write(held_out, args.out / "validation-00000-of-00001.parquet")
     except (OSError, ValueError, KeyError) as error:
         parser.error(f"{type(error).__name__}: {error}")
 
