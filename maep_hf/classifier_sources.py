@@ -78,6 +78,19 @@ def _channels_last(classifier: PixelClassifier) -> PixelClassifier:
     return classifier.to(memory_format=torch.channels_last)
 
 
+@torch.no_grad()
+def count_classes(classifier: PixelClassifier, height: int, width: int) -> int:
+    """The width of a classifier's logits, measured on a black picture of so many pixels.
+
+    What it says of its classes (`num_labels`) is stale where somebody replaced its head, or takes a part of its logits.
+    All random states stay as they were.
+    """
+    from .randomised import seeded  # which itself needs classifiers
+
+    with seeded(0):
+        return classifier(torch.zeros(1, 3, height, width)).shape[1]
+
+
 def match_classes(classifiers: Sequence[PixelClassifier], names: Sequence[str] | None) -> None:
     """Put the logits of each into the order of a dataset's class names, where it has the same in another order."""
     for classifier in classifiers:

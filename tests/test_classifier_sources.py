@@ -1,8 +1,10 @@
 """Classifiers by name: folders, Python functions, timm, and what is wrong with each."""
 
+import random
 import sys
 import types
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -10,7 +12,7 @@ from transformers import AutoConfig, AutoModelForImageClassification, ViTImagePr
 
 from maep_hf.checkpoints import CheckpointError
 from maep_hf.classifier import PixelClassifier, load_classifier
-from maep_hf.classifier_sources import FOLDED, load_frozen_classifier
+from maep_hf.classifier_sources import FOLDED, count_classes, load_frozen_classifier
 from maep_hf.efficientnet_lite import TINY_IMAGENET
 from maep_hf.evaluation.run import _short
 from maep_hf.folding import fold_batch_norm
@@ -118,6 +120,24 @@ def test_a_python_classifier_keeps_its_memory_format(module):
 def test_classifiers_of_a_folder_are_channels_last(classifier_folder):
     convolution = load_frozen_classifier(classifier_folder).classifier.conv1
     assert convolution.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_classes_are_counted_on_the_logits():
+    """Not asked of a network whose head was replaced; one that draws random numbers leaves those of others alone."""
+
+    class Drawing(nn.Sequential):
+        num_classes = 1000
+
+        def forward(self, pixels):
+            sizes.append(tuple(pixels.shape))
+            noise = float(torch.rand(()) + np.random.rand() + random.random())
+            return super().forward(pixels) + noise
+
+    sizes, classifier = [], PixelClassifier(Drawing(nn.Flatten(), nn.Linear(3 * 8 * 6, 7)))
+    states = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    assert classifier.num_labels == 1000 and count_classes(classifier, 8, 6) == 7 and sizes == [(1, 3, 8, 6)]
+    assert torch.equal(torch.get_rng_state(), states[0]) and random.getstate() == states[2]
+    assert np.array_equal(np.random.get_state()[1], states[1][1]) and np.random.get_state()[2] == states[1][2]
 
 
 def test_weights_of_three_dimensions_keep_their_format(module):
