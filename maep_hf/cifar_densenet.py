@@ -112,4 +112,5 @@ def published(file: str) -> PixelClassifier:
     except RuntimeError as error:
         raise ValueError(f"{file} holds another DenseNet: {' '.join(str(error).split())}") from error
     fold_batch_norm(network.eval())
-    return PixelClassifier(network, image_mean=IMAGE_MEAN, image_std=IMAGE_STD)
+    classifier = PixelClassifier(network, image_mean=IMAGE_MEAN, image_std=IMAGE_STD)
+    return classifier.to(memory_format=torch.channels_last)  # faster on a processor

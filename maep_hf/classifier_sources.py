@@ -36,7 +36,9 @@ def load_frozen_classifier(name: str | os.PathLike) -> PixelClassifier:
         name: folder or Hub id of a transformers image classifier (`checkpoints/NAME` is found from any working
             directory); `timm:NAME` for a pretrained timm model; `python:MODULE:FUNCTION[:ARGUMENT]` for a function, in
             a module on the path or in the working directory, that returns (for the argument, a text) a module from
-            (B, C, H, W) pixels in [0, 1] to logits (B, K), or a [`PixelClassifier`].
+            (B, C, H, W) pixels in [0, 1] to logits (B, K), or a [`PixelClassifier`]. Its memory format is the
+            function's choice: where nothing in it takes a `view` of what convolutions return,
+            `.to(memory_format=torch.channels_last)` makes it faster on a processor.
 
     Raises:
         CheckpointError: there is no such module, function or timm model, or it makes no classifier.
@@ -44,7 +46,8 @@ def load_frozen_classifier(name: str | os.PathLike) -> PixelClassifier:
     """
     name = os.fspath(name)
     loaded = made_classifier(name) if is_made(name) else _from_folder_or_hub(expanded(name))
-    return _channels_last(loaded.requires_grad_(False).eval())
+    loaded = loaded.requires_grad_(False).eval()
+    return loaded if name.startswith(PYTHON) else _channels_last(loaded)  # in which a user's own `view` may fail
 
 
 def is_made(name: str) -> bool:
@@ -73,6 +76,19 @@ def _channels_last(classifier: PixelClassifier) -> PixelClassifier:
     if any(weight.dim() == 5 for weight in (*classifier.parameters(), *classifier.buffers())):
         return classifier
     return classifier.to(memory_format=torch.channels_last)
+
+
+@torch.no_grad()
+def count_classes(classifier: PixelClassifier, height: int, width: int) -> int:
+    """The width of a classifier's logits, measured on a black picture of so many pixels.
+
+    What it says of its classes (`num_labels`) is stale where somebody replaced its head, or takes a part of its logits.
+    All random states stay as they were.
+    """
+    from .randomised import seeded  # which itself needs classifiers
+
+    with seeded(0):
+        return classifier(torch.zeros(1, 3, height, width)).shape[1]
 
 
 def match_classes(classifiers: Sequence[PixelClassifier], names: Sequence[str] | None) -> None:

@@ -109,26 +109,28 @@ def purify(
 ) -> None:
     """Purify image files; results keep name, format, size, mode, alpha channel and orientation.
 
-    Inputs are never overwritten, results of an earlier run are. A broken file is skipped with a warning, and the exit
-    code is then 1. JPEG results are saved at quality 95; PNG, TIFF and WebP without loss. A palette image gets a new
-    palette; of an animation or a multi-page file the first frame is written.
+    Inputs are never overwritten, results of an earlier run are. A broken file, or one whose name is too long, is
+    skipped with a warning, and the exit code is then 1. JPEG results are saved at quality 95; PNG, TIFF and WebP
+    without loss. A palette image gets a new palette; of an animation or a multi-page file the first frame is written.
     """
     with one_line_errors():
         from .imageio import check_outputs, find_images
 
-        found = find_images(images, exclude=out)
-        check_outputs(found, out)
+        found = find_images(images, exclude=out, compare=compare)
+        check_outputs(found, out, compare)
         purifier = _load_purifier(model, device, dtype, revision)
         options = {
             "mode": mode and mode.value, "overlap": overlap, "window_batch_size": window_batch_size,
             "strength": strength,
         }  # fmt: skip
         options = {name: value for name, value in options.items() if value is not None}
-        failed = _purify_files(purifier, found, out, compare, options)
+        failed, uncompared = _purify_files(purifier, found, out, compare, options)
     done = len(found) - failed
     typer.echo(f"{done} of {len(found)} image{'s' * (len(found) != 1)} purified into {out}")
-    if failed:
-        errors.print(f"[yellow]warning:[/yellow] {failed} of {len(found)} files skipped")
+    for count, what in ((failed, "files skipped"), (uncompared, "comparisons not written")):
+        if count:
+            errors.print(f"[yellow]warning:[/yellow] {count} of {len(found)} {what}")
+    if failed or uncompared:
         raise typer.Exit(1)
 
 
@@ -216,34 +218,35 @@ def _load_purifier(model: str | None, device: str, dtype: Precision, revision: s
     return load_purifier(model, device=pick_device(device), dtype=getattr(torch, dtype.value), revision=revision)
 
 
-def _purify_files(purifier: MAEPModel, found: list, out: Path, compare: bool, options: dict) -> int:
-    """Purify one file after the other; returns how many were skipped."""
+def _purify_files(purifier: MAEPModel, found: list, out: Path, compare: bool, options: dict) -> tuple[int, int]:
+    """Purify one file after the other; returns how many were skipped, and how many others have no comparison."""
     from .imageio import ImageReadError, ImageWriteError
 
-    failed = 0
+    failed = uncompared = 0
     device = next(purifier.parameters()).device
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=errors) as progress:
         task = progress.add_task("purifying", total=len(found))
         for item in found:
             try:
-                note = _purify_file(purifier, item.source, out / item.relative, device, compare, options)
+                note, whole = _purify_file(purifier, item.source, out / item.relative, device, compare, options)
+                uncompared += not whole
             except (ImageReadError, ImageWriteError) as error:
                 failed += 1
                 note = f"skipped {error}"
             if note:
                 progress.console.print(f"[yellow]warning:[/yellow] {escape(note)}", soft_wrap=True)
             progress.advance(task)
-    return failed
+    return failed, uncompared
 
 
 def _purify_file(
     purifier: MAEPModel, source: Path, target: Path, device: torch.device, compare: bool, options: dict
-) -> str:
-    """Purify one file; returns what the user should know about it, if anything."""
+) -> tuple[str, bool]:
+    """Purify one file; returns what the user should know about it, if anything, and whether all of it is written."""
     import torch
 
-    from .imageio import ImageReadError, load_image, restore_image, save_image
+    from .imageio import ImageReadError, ImageWriteError, load_image, restore_image, save_image
 
     image = load_image(source)
     pixels = image.pixels
@@ -261,22 +264,25 @@ def _purify_file(
         advice = "use --mode windows, or a smaller --window-batch-size"
         raise MemoryError(f"{source}: out of memory at {tuple(image.pixels.shape[1:])} pixels; {advice}") from error
     save_image(restore_image(purified, image), target, image.format, image.metadata)
+    notes, whole = [f"only the first of {image.frames} frames is purified"] if image.frames > 1 else [], True
     if compare:
-        _write_comparison(image.pixels, purified, target)
-    return f"{source}: only the first of {image.frames} frames is purified" if image.frames > 1 else ""
+        try:
+            _write_comparison(image.pixels, purified, target)
+        except ImageWriteError as error:  # its name is the longer one
+            notes, whole = [*notes, f"purified without a comparison ({error})"], False
+    return f"{source}: {'; '.join(notes)}" if notes else "", whole
 
 
 def _write_comparison(pixels: torch.Tensor, purified: torch.Tensor, path: Path) -> None:
     import torch
 
     from .figures import difference_image, image_grid
+    from .imageio import comparison_path
 
     factor = 8
     panels = torch.stack([pixels, purified, difference_image(purified, pixels, factor)])
     caption = ["image", "purified", f"difference × {factor}"]
-    image_grid(
-        {"": panels}, path.with_name(f"{path.name}.compare.png"), title=path.name, captions={"": caption}, cell=320
-    )
+    image_grid({"": panels}, comparison_path(path), title=path.name, captions={"": caption}, cell=320)
 
 
 if __name__ == "__main__":

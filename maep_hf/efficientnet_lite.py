@@ -115,4 +115,5 @@ def efficientnet_lite(variant: int, size: str | int | None = None) -> PixelClass
         model = network.EfficientNet.from_pretrained(f"efficientnet-lite{variant}", weights_path=path)
     fold_batch_norm(model.eval())
     model.num_classes = model._fc.out_features
-    return PixelClassifier(model, image_mean=MEAN, image_std=STD, size=None if size is None else int(size))
+    classifier = PixelClassifier(model, image_mean=MEAN, image_std=STD, size=None if size is None else int(size))
+    return classifier.to(memory_format=torch.channels_last)  # faster on a processor

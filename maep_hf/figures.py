@@ -52,6 +52,7 @@ def save_figure(figure: Figure, path: str | os.PathLike, tight: Sequence[float] 
 
     Raises:
         OSError: the file cannot be written.
+        maep_hf.imageio.ImageWriteError: its name is too long.
     """
     _take_no_formulas(figure)  # before anything measures a text
     if tight is not None:
@@ -117,7 +118,7 @@ def image_grid(
 
     Raises:
         ValueError: no rows, rows of different shapes, or captions that do not belong to a row or miss an image.
-        OSError: the file cannot be written.
+        OSError, maep_hf.imageio.ImageWriteError: as [`save_figure`].
     """
     captions = captions or {}
     count, height, width = _check(rows, captions, magnify)

@@ -5,12 +5,14 @@ What a purifier never sees is carried over unchanged: the alpha channel, the EXI
 
 from __future__ import annotations
 
+import errno
 import glob
 import os
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from uuid import uuid4
 
 import numpy as np
 import torch
@@ -48,7 +50,7 @@ class ImageReadError(ValueError):
 
 
 class ImageWriteError(ValueError):
-    """A picture that its format does not take; the message names the file."""
+    """A picture that its format does not take, or a name that is too long for a file; the message names the file."""
 
 
 class ImagePathError(ValueError):
@@ -139,11 +141,19 @@ def save_image(picture: Image.Image, path: str | os.PathLike, format: str, metad
 
     Raises:
         OSError: the folder cannot be written or the disk is full; nothing is left behind.
-        ImageWriteError: the format does not take a picture of this mode.
+        ImageWriteError: the format does not take a picture of this mode, or the name is too long.
     """
-    path = Path(path)
+    try:
+        _write_whole(picture, Path(path), format, metadata)
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        raise ImageWriteError(f"{path}: the name is too long to be written there; shorten it") from error
+
+
+def _write_whole(picture: Image.Image, path: Path, format: str, metadata: dict | None) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{os.getpid()}-{uuid4().hex}.tmp")  # with the file's own name it might be too long
     options = {**_SAVE_OPTIONS.get(format, {}), **(metadata or {})}
     if format == "ICO":  # Pillow would write its own sizes that are smaller than the picture
         if max(picture.size) > ICO_SIDE:
@@ -170,7 +180,14 @@ class ImagePath:
     relative: Path
 
 
-def find_images(inputs: Sequence[str | os.PathLike], exclude: str | os.PathLike | None = None) -> list[ImagePath]:
+def comparison_path(path: Path) -> Path:
+    """Where the comparison of the result at `path` goes."""
+    return path.with_name(f"{path.name}.compare.png")
+
+
+def find_images(
+    inputs: Sequence[str | os.PathLike], exclude: str | os.PathLike | None = None, compare: bool = False
+) -> list[ImagePath]:
     """Expand files, folders (searched recursively for image files) and glob patterns.
 
     A file keeps its name, a file found in a folder or by a pattern its path below that folder or the pattern's fixed
@@ -178,9 +195,10 @@ def find_images(inputs: Sequence[str | os.PathLike], exclude: str | os.PathLike 
 
     Args:
         exclude: a folder left out of the search, i.e. the one that results are written to.
+        compare: a comparison is written beside every result, whose name is taken then too.
 
     Raises:
-        ImagePathError: an input does not exist or is empty, or nothing was found.
+        ImagePathError: an input does not exist or is empty, nothing was found, or two files would get one name.
     """
     found: dict[str, ImagePath] = {}
     for entry in map(os.fspath, inputs):
@@ -188,11 +206,11 @@ def find_images(inputs: Sequence[str | os.PathLike], exclude: str | os.PathLike 
             found.setdefault(os.path.abspath(item.source), item)
     if not found:
         raise ImagePathError(f"no image files in {', '.join(map(repr, map(os.fspath, inputs)))}")
-    return _without_collisions(list(found.values()))
+    return _without_collisions(list(found.values()), compare)
 
 
-def check_outputs(images: Sequence[ImagePath], out: str | os.PathLike) -> None:
-    """Refuse an output folder in which a result would overwrite an input.
+def check_outputs(images: Sequence[ImagePath], out: str | os.PathLike, compare: bool = False) -> None:
+    """Refuse an output folder in which a result (or, with `compare`, a comparison) would overwrite an input.
 
     Raises:
         ImagePathError: it would, or `out` is a file.
@@ -200,10 +218,11 @@ def check_outputs(images: Sequence[ImagePath], out: str | os.PathLike) -> None:
     out = Path(out)
     if out.exists() and not out.is_dir():
         raise ImagePathError(f"--out {out} is a file, not a folder")
-    sources = {image.source.resolve() for image in images}
+    sources = {image.source.resolve(): image.source for image in images}
     for image in images:
-        if (out / image.relative).resolve() in sources:
-            raise ImagePathError(f"--out {out} would overwrite the input {image.source}: choose another folder")
+        for written in _written(image, compare):
+            if lost := sources.get((out / written).resolve()):
+                raise ImagePathError(f"--out {out} would overwrite the input {lost}: choose another folder")
 
 
 def _decode(image: Image.Image) -> LoadedImage:
@@ -362,10 +381,16 @@ def _within(root: Path, exclude: Path | None) -> Path | None:
     return None if _inside(root, exclude) else exclude
 
 
-def _without_collisions(images: list[ImagePath]) -> list[ImagePath]:
+def _written(image: ImagePath, compare: bool) -> list[Path]:
+    """What is written of an image, below the output folder."""
+    return [image.relative, *([comparison_path(image.relative)] if compare else [])]
+
+
+def _without_collisions(images: list[ImagePath], compare: bool) -> list[ImagePath]:
     same_name = defaultdict(list)
     for image in images:
-        same_name[str(image.relative).casefold()].append(image)  # some file systems do not tell a.png from A.PNG
+        for path in _written(image, compare):
+            same_name[str(path).casefold()].append(image)  # some file systems do not tell a.png from A.PNG
     renamed = {}
     for group in same_name.values():
         if len(group) > 1:
@@ -376,10 +401,12 @@ def _without_collisions(images: list[ImagePath]) -> list[ImagePath]:
     images = [renamed.get(image, image) for image in images]
     names = defaultdict(list)
     for image in images:
-        names[str(image.relative).casefold()].append(str(image.source))
+        for path, what in zip(_written(image, compare), ("", "the comparison of "), strict=False):
+            names[str(path).casefold()].append(f"{what}{image.source}")
     for name, sources in names.items():
         if len(sources) > 1:
-            raise ImagePathError(f"{' and '.join(sources)} would both be written to {name}: purify them separately")
+            way_out = "purify them separately" + (", or without --compare" if compare else "")
+            raise ImagePathError(f"{' and '.join(sources)} would both be written to {name}: {way_out}")
     return images
 
 

@@ -32,13 +32,13 @@ from transformers.utils import logging as transformers_logging
 
 from .attacks import KINDS, AttackMixture, AttackParameters, perturb
 from .classifier import PixelClassifier
-from .classifier_sources import match_classes
+from .classifier_sources import count_classes, match_classes
 from .data import OTHER_CLASSES, DataError, ImageDataset, decode_image, expect_classes, load_image_dataset
 from .devices import pick_device
 from .records import describe_environment, write_json
 from .tensors import weights_fingerprint
 from .training.run_folder import RunFolder, RunFolderError
-from .training.samples import DECODE_ERRORS, Augmentation, collate
+from .training.samples import DECODE_ERRORS, Augmentation, collate, read_first
 from .training.stages import AttackArguments, load_surrogates
 
 logger = logging.getLogger(__name__)
@@ -198,13 +198,21 @@ class _Attacker:
         if self.true_labels:
             if dataset.label_column is None:
                 raise DataError(f"the dataset has no labels: {dataset.no_labels}, or use attack_labels=predicted")
+            height, width = self._first_size()
+            self.num_classes = [count_classes(model, height, width) for model in self.surrogates]
             self._expect_classes(len(dataset.class_names or []))
             match_classes(self.surrogates, dataset.class_names)
 
     def _expect_classes(self, found: int, named: bool = True) -> None:
-        for name, model in zip(self.args.surrogates, self.surrogates, strict=True):
-            if model.num_labels:
-                expect_classes(found, model.num_labels, f"the surrogate {name}", OTHER_CLASSES, named)
+        for name, classes in zip(self.args.surrogates, self.num_classes, strict=True):
+            expect_classes(found, classes, f"the surrogate {name}", OTHER_CLASSES, named)
+
+    def _first_size(self) -> tuple[int, int]:
+        """Height and width that the first readable picture is attacked at."""
+        if self.args.image_size:
+            return self.args.image_size, self.args.image_size
+        first = read_first(self.dataset, lambda images, rng: [self._pixels(image, rng) for image in images], 1)
+        return tuple(first[0]["pixel_values"].shape[1:])
 
     def __call__(self, batch: list[tuple[int, int, dict]]) -> tuple[list[dict[str, Any]], list[int]]:
         """The batch's (copy, index, row) as rows of pairs in the same order, and the indices of broken images."""

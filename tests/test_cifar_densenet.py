@@ -37,6 +37,8 @@ def test_file_gives_a_classifier_of_pixels(wrapped, tmp_path):
     state = {f"module.{name}": tensor for name, tensor in network.state_dict().items()}
     torch.save({"epoch": 100, "state_dict": state} if wrapped else state, file)
     classifier = load_frozen_classifier(f"python:maep_hf.cifar_densenet:published:{file}")
+    kernels = [weight for weight in classifier.parameters() if weight.dim() == 4]
+    assert kernels and all(weight.is_contiguous(memory_format=torch.channels_last) for weight in kernels)
     pixels = torch.rand(2, 3, 32, 32, requires_grad=True)
     logits = classifier(pixels)
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)))

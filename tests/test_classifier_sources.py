@@ -1,8 +1,10 @@
 """Classifiers by name: folders, Python functions, timm, and what is wrong with each."""
 
+import random
 import sys
 import types
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -10,7 +12,7 @@ from transformers import AutoConfig, AutoModelForImageClassification, ViTImagePr
 
 from maep_hf.checkpoints import CheckpointError
 from maep_hf.classifier import PixelClassifier, load_classifier
-from maep_hf.classifier_sources import FOLDED, load_frozen_classifier
+from maep_hf.classifier_sources import FOLDED, count_classes, load_frozen_classifier
 from maep_hf.efficientnet_lite import TINY_IMAGENET
 from maep_hf.evaluation.run import _short
 from maep_hf.folding import fold_batch_norm
@@ -35,6 +37,12 @@ def purified():
 def wrapped():
     from maep_hf import PixelClassifier
     return PixelClassifier(bare())
+class Viewed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 4, 3), nn.Linear(144, 7)
+    def forward(self, pixels):
+        return self.fc(self.conv(pixels).view(-1, 144))
 class Volume(nn.Module):
     def __init__(self):
         super().__init__()
@@ -102,6 +110,36 @@ def test_load_classifier_takes_the_names_of_the_command_line(module, monkeypatch
         load_classifier("timm:resnet50")
 
 
+def test_a_python_classifier_keeps_its_memory_format(module):
+    """In channels last its own `view` of what a convolution returns would fail, also on the way back."""
+    pixels = torch.rand(2, 3, 8, 8, requires_grad=True)
+    logits = load_frozen_classifier(f"{module}:Viewed")(pixels)
+    assert logits.shape == (2, 7) and torch.autograd.grad(logits.sum(), pixels)[0].abs().max() > 0
+
+
+def test_classifiers_of_a_folder_are_channels_last(classifier_folder):
+    convolution = load_frozen_classifier(classifier_folder).classifier.conv1
+    assert convolution.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_classes_are_counted_on_the_logits():
+    """Not asked of a network whose head was replaced; one that draws random numbers leaves those of others alone."""
+
+    class Drawing(nn.Sequential):
+        num_classes = 1000
+
+        def forward(self, pixels):
+            sizes.append(tuple(pixels.shape))
+            noise = float(torch.rand(()) + np.random.rand() + random.random())
+            return super().forward(pixels) + noise
+
+    sizes, classifier = [], PixelClassifier(Drawing(nn.Flatten(), nn.Linear(3 * 8 * 6, 7)))
+    states = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    assert classifier.num_labels == 1000 and count_classes(classifier, 8, 6) == 7 and sizes == [(1, 3, 8, 6)]
+    assert torch.equal(torch.get_rng_state(), states[0]) and random.getstate() == states[2]
+    assert np.array_equal(np.random.get_state()[1], states[1][1]) and np.random.get_state()[2] == states[1][2]
+
+
 def test_weights_of_three_dimensions_keep_their_format(module):
     """Channels last is a format of 4D weights, and others with it an error."""
     assert load_frozen_classifier(f"{module}:Volume")(torch.rand(2, 3, 8, 8)).shape == (2, 7)
@@ -152,6 +190,7 @@ def lite_packages(monkeypatch):
             super().__init__()
             self._fc = nn.Linear(1, 1000, bias=False)
             self._fc.weight.data = torch.arange(1000.0)[:, None]
+            self._conv_stem = nn.Conv2d(3, 4, 3)
             self.shapes = []
 
         @classmethod
@@ -184,6 +223,14 @@ def test_the_classes_of_tiny_imagenet_are_a_choice_of_imagenets(lite_packages):
     assert classifier.num_labels == 200 and logits.shape == (2, 200)
     torch.testing.assert_close(logits[0], torch.tensor(TINY_IMAGENET, dtype=torch.float32), atol=1e-2, rtol=0)
     assert len(set(TINY_IMAGENET)) == 200 and list(TINY_IMAGENET) == sorted(TINY_IMAGENET)
+
+
+@pytest.mark.parametrize("name", ["efficientnet_lite0", "tiny_imagenet_lite0"])
+def test_efficientnet_lite_is_channels_last(lite_packages, name):
+    classifier = load_frozen_classifier(f"python:maep_hf.efficientnet_lite:{name}")
+    weights = {key: weight for key, weight in classifier.named_parameters() if weight.dim() == 4}
+    assert len(weights) == 1
+    assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights.values())
 
 
 def test_folding_batch_norm_keeps_the_function():

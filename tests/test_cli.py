@@ -1,5 +1,7 @@
 """The command `maep purify`, and one-line errors of every command."""
 
+import errno
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -122,6 +124,48 @@ def test_broken_file_is_skipped_counted_and_fails_the_command(purifier, photos, 
     assert code == 1
     assert "3 of 4 images" in output and "1 of 4 files skipped" in errors and "broken.png" in errors
     assert (tmp_path / "out/more/alpha.png").is_file() and not (tmp_path / "out/broken.png").exists()
+
+
+def test_a_long_name_stops_no_other_file(purifier, tmp_path):
+    """Its comparison's is longer still: the image is purified nevertheless, and the rest of the folder."""
+    (tmp_path / "in").mkdir()
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    names = ["a.png", f"{'m' * 250}.gif", "z.png"]
+    for name in names:
+        frames[0].save(tmp_path / "in" / name, save_all="m" in name, append_images=frames[1:])
+    code, output, errors = run("purify", tmp_path / "in", "--out", tmp_path / "o", "--model", purifier, "--compare")
+    assert code == 1 and "3 of 3 images" in output
+    assert "1 of 3 comparisons not written" in errors and "skipped" not in errors
+    assert "first of 2 frames is purified; purified without a comparison" in errors and "too long" in errors
+    written = sorted(path.name for path in (tmp_path / "o").iterdir())
+    assert written == ["a.png", "a.png.compare.png", names[1], "z.png", "z.png.compare.png"]
+
+
+def test_a_name_that_is_too_long_is_skipped(purifier, photos, tmp_path, monkeypatch):
+    """As where results go to a file system that takes shorter ones than the inputs'."""
+    replace = os.replace
+
+    def shorter(source, target):
+        if Path(target).name == "colour.png":
+            raise OSError(errno.ENAMETOOLONG, "File name too long")
+        replace(source, target)
+
+    monkeypatch.setattr(imageio.os, "replace", shorter)
+    code, output, errors = run("purify", photos, "--out", tmp_path / "o", "--model", purifier, "--compare")
+    assert code == 1 and "2 of 3 images" in output and "1 of 3 files skipped" in errors
+    assert "comparisons not written" not in errors
+    written = sorted(path.name for path in (tmp_path / "o").rglob("*.*"))
+    assert written == ["alpha.png", "alpha.png.compare.png", "grey.png", "grey.png.compare.png"]
+
+
+def test_comparisons_and_results_of_one_name_are_refused(purifier, photos, tmp_path):
+    """As where the inputs are the results of an earlier run."""
+    arguments = ("--model", purifier, "--compare")
+    assert run("purify", photos, "--out", tmp_path / "one", *arguments)[0] == 0
+    code, _, errors = run("purify", tmp_path / "one", "--out", tmp_path / "two", *arguments)
+    assert code == 1 and "would both be written to" in errors and "without --compare" in errors
+    assert not (tmp_path / "two").exists()
+    assert run("purify", tmp_path / "one", "--out", tmp_path / "two", "--model", purifier)[0] == 0
 
 
 def test_animation_says_that_one_frame_is_written(purifier, tmp_path):

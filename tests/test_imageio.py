@@ -9,6 +9,7 @@ import torch
 from PIL import Image, JpegImagePlugin, features
 
 from maep_hf.imageio import (
+    ImagePath,
     ImagePathError,
     ImageReadError,
     ImageWriteError,
@@ -303,6 +304,25 @@ def test_full_disk_is_an_oserror_and_leaves_nothing(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_name_may_be_as_long_as_the_file_system_takes(tmp_path):
+    """The temporary file's own is no longer; one that is too long is that file's error, not the disk's."""
+    save_image(picture("L"), tmp_path / f"{'a' * 251}.png", "PNG")
+    assert [len(path.name) for path in tmp_path.iterdir()] == [255]
+    for longer in (f"{'b' * 252}.png", f"{'b' * 256}/a.png"):
+        with pytest.raises(ImageWriteError, match=r"b/?a?\.png: the name is too long"):
+            save_image(picture("L"), tmp_path / longer, "PNG")
+    assert [path.name[0] for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_file_is_hidden_until_it_is_whole(tmp_path, monkeypatch):
+    """Files of one folder may be written at once: each has a temporary one of its own there."""
+    seen, save = [], Image.Image.save
+    monkeypatch.setattr(Image.Image, "save", lambda self, file, **rest: seen.append(file) or save(self, file, **rest))
+    for name in ("a.png", "b.png"):
+        save_image(picture("L"), tmp_path / name, "PNG")
+    assert len({*seen}) == 2 and all(path.parent == tmp_path and path.name.startswith(".") for path in seen)
+
+
 def tree(root: Path, *names: str) -> None:
     for name in names:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -354,6 +374,25 @@ def test_an_input_named_from_the_working_directory_is_not_overwritten(tmp_path, 
     for out in (".", tmp_path):
         with pytest.raises(ImagePathError, match="overwrite the input"):
             check_outputs(find_images(["p.png"]), out)
+
+
+def test_names_of_comparisons_are_taken_too(tmp_path):
+    tree(tmp_path, "a/p.png", "a/P.PNG.compare.png", "b/p.png", "c/p.png.compare.png", "d/q.png")
+    assert len(find_images([tmp_path / "a"])) == 2
+    for inputs in ([tmp_path / "a"], [f"{tmp_path}/a/*.png"]):
+        message = r"the comparison of .*p\.png .*written to p\.png\.compare\.png: purify them .* without --compare"
+        with pytest.raises(ImagePathError, match=message) as caught:
+            find_images(inputs, compare=True)
+        assert "P.PNG.compare.png and" in str(caught.value)
+    files = [tmp_path / name for name in ("b/p.png", "c/p.png.compare.png", "d/q.png")]
+    assert relatives(find_images(files)) == ["p.png", "p.png.compare.png", "q.png"]
+    apart = ["b/p.png", "c/p.png.compare.png", "q.png"]
+    assert relatives(find_images(files, compare=True)) == apart
+    assert relatives(find_images(files[::-1], compare=True)) == apart[::-1]
+    images = [ImagePath(files[0], Path("p.png")), ImagePath(files[1], Path("elsewhere.png"))]
+    check_outputs(images, tmp_path / "c")
+    with pytest.raises(ImagePathError, match=r"overwrite the input .*c/p\.png\.compare\.png"):
+        check_outputs(images, tmp_path / "c", compare=True)
 
 
 def test_paths_that_cannot_be_used_are_named(tmp_path):

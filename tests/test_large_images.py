@@ -219,6 +219,42 @@ def test_a_bare_network_as_a_surrogate(task_of, classifier_folder, monkeypatch):
         task_of(surrogates=["bare"], attack_labels="true")
 
 
+def test_the_classes_of_a_surrogate_are_those_of_its_logits(task_of, classifier_folder, monkeypatch):
+    """What it says of them is stale where its head was replaced, in a bare network and in one of transformers."""
+    from maep_hf import PixelClassifier, load_classifier
+    from maep_hf.training import stages
+
+    def with_head(classes, says):
+        torch.manual_seed(5)
+        bare, loaded = PixelClassifier(Bare(classes)), load_classifier(classifier_folder)
+        head = loaded.classifier.classifier
+        loaded.classifier.classifier = torch.nn.Linear(head.in_features, classes)
+        bare.classifier.num_classes = loaded.config.num_labels = says
+        return [bare, loaded]
+
+    found = []
+    for says in (3, 50, 0):
+        monkeypatch.setattr(stages, "load_surrogates", lambda names, says=says: with_head(3, says))
+        task = task_of(surrogates=["a", "b"], attack_labels="true", guidance_weight=1, guidance_kl_weight=1)
+        assert [surrogate.num_labels for surrogate in task.surrogates] == [says, says] and task.num_classes == [3, 3]
+        losses = task.loss(task.model, batch_of(task, 4))
+        found.append({name: loss.item() for name, loss in losses.items()})
+    assert found[0] == found[1] == found[2] and found[0]["guidance_loss"] > 0
+    monkeypatch.setattr(stages, "load_surrogates", lambda names: with_head(2, 3))
+    with pytest.raises(ValueError, match="3 classes and a surrogate only 2"):
+        task_of(surrogates=["a", "b"], attack_labels="true")
+
+
+def test_a_size_that_is_not_trained_on_is_said_before_surrogates_run(task_of, monkeypatch):
+    from maep_hf import PixelClassifier
+    from maep_hf.training import stages
+
+    flat = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 16 * 16, 3))
+    monkeypatch.setattr(stages, "load_surrogates", lambda names: [PixelClassifier(flat)])
+    with pytest.raises(ValueError, match=f"image_size={LARGE}"):
+        task_of(model=tiny_purifier(purify_mode="interpolate"))
+
+
 def test_native_size_is_one_pass_as_before(task_of, tmp_path):
     task = task_of(16, surrogates=[save_classifier(tmp_path / "other")])
     calls = []

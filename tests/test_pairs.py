@@ -421,6 +421,33 @@ def test_labels_that_do_not_fit_are_refused(source, surrogate, tmp_path):
     assert "label" not in read(make_pairs(args, ATTACK)).column_names
 
 
+@pytest.mark.parametrize("image_size", [None, 10])
+def test_the_classes_of_a_surrogate_are_those_of_its_logits(source, surrogate, tmp_path, monkeypatch, image_size):
+    """What it says of them is stale where its head was replaced."""
+    load = pairs.load_surrogates
+
+    def saying(classes, kept=4):
+        def loaded(names):
+            for classifier in (models := load(names)):
+                head = classifier.classifier.classifier
+                head.weight.data, head.bias.data = head.weight.data[:kept], head.bias.data[:kept]
+                classifier.config.num_labels = classes
+            return models
+
+        return loaded
+
+    made = []
+    for classes in (4, 1000, 3):
+        monkeypatch.setattr(pairs, "load_surrogates", saying(classes))
+        args = arguments(source, surrogate, tmp_path / str(classes), image_size=image_size)
+        made.append(contents(make_pairs(args, ATTACK)))
+    assert made[0] == made[1] == made[2]
+    monkeypatch.setattr(pairs, "load_surrogates", saying(4, kept=2))
+    with pytest.raises(DataError, match="4 classes.*only 2"):
+        make_pairs(arguments(source, surrogate, tmp_path / "two", image_size=image_size), ATTACK)
+    assert not (tmp_path / "two").exists()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [({"copies": 0}, "copies=0"), ({"batch_size": 0}, "batch_size"), ({"shard_images": -1}, "shard_images"),

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from ..adaptation import describe_base
 from ..attacks import AttackMixture, AttackParameters, perturb, pgd
 from ..classifier import PixelClassifier
-from ..classifier_sources import match_classes
+from ..classifier_sources import count_classes, match_classes
 from ..data import OTHER_CLASSES, DataError, ImageDataset, expect_classes
 from ..evaluation import psnr
 from ..figures import difference_image, image_grid
@@ -184,7 +184,9 @@ class PurificationTask(Task):
         self.surrogates = [surrogate.eval().requires_grad_(False) for surrogate in surrogates]
         self.mixture, self.arguments = mixture, arguments
         self._validation: dict[str, Tensor] | None = None
-        self.num_classes = [self._find_num_classes(surrogate) for surrogate in self.surrogates]
+        self._check_size()  # before surrogates run at that size
+        size = augmentation.image_size
+        self.num_classes = [count_classes(surrogate, size, size) for surrogate in self.surrogates]
         self.guides = [
             Guide(surrogate, classes, arguments.guidance_by)
             for surrogate, classes in zip(self.surrogates, self.num_classes, strict=True)
@@ -204,7 +206,6 @@ class PurificationTask(Task):
         self._check_labels()
         if arguments.attack_labels == "true":
             match_classes(self.surrogates, self.train_data.class_names)
-        self._check_size()
         self._warn_of_guides()
 
     def _check_labels(self) -> None:
@@ -238,14 +239,6 @@ class PurificationTask(Task):
                 "any of the surrogates guides stored images that %s: name the same ones in surrogates, or only one",
                 f"were attacked on {', '.join(unknown)}" if unknown else "no column `surrogate` tells of",
             )
-
-    @torch.no_grad()
-    def _find_num_classes(self, surrogate: PixelClassifier) -> int:
-        """What the surrogate says, or else the width of its logits."""
-        if surrogate.num_labels is not None:
-            return surrogate.num_labels
-        size = self.augmentation.image_size
-        return surrogate(torch.zeros(1, 3, size, size)).shape[1]
 
     def to(self, device: torch.device) -> None:
         super().to(device)
