@@ -260,8 +260,10 @@ def _names(parts: Sequence[Mapping | None], name: Callable[[Any], str]) -> list[
 def with_fields(label: str, fields: Mapping[str, Any], among: Sequence[Mapping[str, Any]]) -> str:
     """`label`, and in brackets those of `fields` that are not the same in all of `among`."""
     differing = [key for key in fields if any(other.get(key, _MISSING) != fields[key] for other in among)]
-    # a fingerprint only where nothing that can be read tells the difference
-    differing = [key for key in differing if not key.endswith("fingerprint")] or differing
+    # a fingerprint only where what can be read does not tell these fields from all others
+    readable = [key for key in differing if not key.endswith("fingerprint")]
+    if all(other == fields or any(other.get(key, _MISSING) != fields[key] for key in readable) for other in among):
+        differing = readable
     if not differing:
         return label
     shown = (f"{key}={_shorten(fields[key])}" for key in differing)
