@@ -177,6 +177,20 @@ def test_undefended_comes_from_gray_box_and_never_from_other_attacks(build):
     assert set(lines_of(axis)) == {COLORS["white-box"]}
 
 
+def test_of_several_figures_beside_those_of_purifiers_the_lowest_is_drawn(build):
+    records = [
+        record(70, eps=4.0, attacked=40), record(60, attacked=30),
+        record(60, eps=4.0, attacked=10, purifier="B", seed=1), record(50, attacked=0, purifier="B", seed=1),
+    ]  # fmt: skip
+    (axis,) = build(accuracy_against_eps, records).axes
+    grey = [line for line in axis.lines if to_hex(line.get_color()) == COLORS["undefended"]]
+    assert [line.get_xydata().tolist() for line in grey] == [[[0, 94], [4, 10], [8, 0]]]
+    bare = build(bars_over_attacks, records).axes[0]
+    assert [width for width, *_ in bars_of(bare)] == [10, 0]
+    alone = [*records, record(20, "white-box", purifier=None)]  # what was measured alone stays
+    assert [width for width, *_ in bars_of(build(bars_over_attacks, alone).axes[0])] == [20, 10]
+
+
 def test_strongest_of_several_seeds_is_drawn(build):
     (axis,) = build(accuracy_against_eps, [record(60), record(50, seed=1), record(55, seed=2)]).axes
     assert lines_of(axis)[COLORS["gray-box"]][-1].tolist() == [8, 50]
