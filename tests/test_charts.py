@@ -9,10 +9,13 @@ from matplotlib.collections import PolyCollection
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.container import BarContainer
 from PIL import Image
+from rich.console import Console
 
 from maep_hf.evaluation import charts
 from maep_hf.evaluation.charts import COLORS, accuracy_against_eps, bars_over_attacks
+from maep_hf.evaluation.report import report
 from maep_hf.evaluation.results import ResultsError
+from maep_hf.records import as_jsonl
 
 pytestmark = pytest.mark.filterwarnings("error")  # matplotlib warns where a layout or a glyph fails
 
@@ -231,6 +234,19 @@ def test_controls_and_unbounded_attacks_have_no_eps(build):
     assert len(figure.axes) == 1 and "CW-L2" not in figure._suptitle.get_text()
     with pytest.raises(ResultsError, match="none is of an attack with an eps"):
         accuracy_against_eps([control, unbounded], "chart.png")
+
+
+def test_a_report_leaves_no_chart_of_an_earlier_one(tmp_path):
+    path = tmp_path / "results.jsonl"
+    drawn = {"attacks.png": record(70, attack="FGSM"), "accuracy_against_eps.png": record(70, eps=4.0)}
+    for name, more in drawn.items():
+        path.write_text(as_jsonl([record(60), more]))
+        report(path, tmp_path, Console(quiet=True))
+        assert {found.name for found in tmp_path.glob("*.png")} == {name}
+    (tmp_path / "resnet56.png").write_bytes(b"")  # not its own
+    path.write_text(as_jsonl([record(60)]))
+    report(path, tmp_path, Console(quiet=True))
+    assert [found.name for found in tmp_path.glob("*.png")] == ["resnet56.png"]
 
 
 # ------------------------------------------------------------------------------------------------------------- bars
