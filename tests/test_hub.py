@@ -243,6 +243,13 @@ def test_figures_of_other_weights_are_not_shown(folder, of_these_weights):
     assert "82.3" in card.text and "11.1" not in str(card)
 
 
+def test_predictions_that_are_kept_are_no_accuracy_of_a_purifier(folder, of_these_weights):
+    kept = of_these_weights(33.3, attack="BIM") | {"counted": "kept: the prediction is its own"}
+    card = str(render_model_card(folder, results=[of_these_weights(82.3), kept]))
+    assert "82.3" in card and "33.3" not in card
+    assert "Nothing was measured" in render_model_card(folder, results=[kept]).text
+
+
 def test_a_name_breaks_no_row_of_the_summary(folder, of_these_weights):
     text = render_model_card(folder, results=[of_these_weights(82.3, classifier="res|net")]).text
     (row,) = (line for line in text.splitlines() if line.startswith("| gray-box"))

@@ -481,6 +481,13 @@ def test_fields_are_checked(field, value, message):
         check_record(changed(field, value), "here")
 
 
+def test_predictions_that_are_kept_are_named_as_no_accuracy():
+    kept = record(80, dataset={"name": "embedded:imagenet", "n": 1000}) | {"counted": "kept: the prediction is its own"}
+    right = record(70) | {"counted": "right: the prediction is the label"}
+    names = labels([kept, right], "dataset")
+    assert names[0] == "embedded:imagenet (share of predictions kept, no accuracy)" and "kept" not in names[1]
+
+
 def test_what_may_be_missing():
     check_record(record(3, "white-box", purifier=None))
     for field in ("environment", "psnr_db", "schema", "protocol.dataset.split", "protocol.attack.eps_unit"):

@@ -8,7 +8,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult
 
-from ..evaluation.results import Result, attack_name, check_record, flatten, results
+from ..evaluation.results import Result, attack_name, check_record, flatten, is_accuracy, results
 from ..evaluation.statistics import wilson_interval
 from ..evaluation.tables import escape, markdown_table, percent
 from ..paths import short
@@ -46,7 +46,8 @@ def records_of(records: Iterable[Mapping[str, Any]], fingerprints: set[str] | No
     """The records that belong to one purifier: a page never shows figures of other weights.
 
     Args:
-        records: of `results.jsonl`, perhaps of several purifiers and of none.
+        records: of `results.jsonl`, perhaps of several purifiers and of none, or of the demo, which may count what is
+            no accuracy: a page shows none of these.
         fingerprints: of the purifier's weights; unknown, the records must all be of one purifier.
 
     Raises:
@@ -55,7 +56,7 @@ def records_of(records: Iterable[Mapping[str, Any]], fingerprints: set[str] | No
     found = []
     for index, record in enumerate(records):
         check_record(record, f"results, record {index + 1}")
-        if record["protocol"]["purifier"] is not None:
+        if record["protocol"]["purifier"] is not None and is_accuracy(record):
             found.append(record)
     made_on = {_fingerprint(record) for record in found if not record["protocol"]["purifier"].get("randomised")}
     if fingerprints is None and len(made_on) > 1:
