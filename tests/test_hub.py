@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -248,6 +249,22 @@ def test_predictions_that_are_kept_are_no_accuracy_of_a_purifier(folder, of_thes
     card = str(render_model_card(folder, results=[of_these_weights(82.3), kept]))
     assert "82.3" in card and "33.3" not in card
     assert "Nothing was measured" in render_model_card(folder, results=[kept]).text
+
+
+@pytest.mark.parametrize("place", ["runs/{}/final", "/scratch/runs/{}/final"])
+@pytest.mark.parametrize("pushed", [False, True])
+def test_stages_whose_folders_have_one_name_are_all_there(tmp_path, place, pushed):
+    before = None
+    names = {"pretrain_run.json": 100, "finetune_run.json": 20, "run.json": 3}
+    for name, steps in names.items():
+        output = place.format(Path(name).stem)
+        loop = {"output_dir": output, "max_steps": steps, "per_device_train_batch_size": 10}
+        run = {"arguments": {"model": {"model": before}, "loop": loop}, "command": ["finetune.py"]}
+        (tmp_path / name).write_text(json.dumps(without_paths(run) if pushed else run))
+        before = output
+    recipe = Recipe(tmp_path)
+    assert [stage.split("`")[1] for stage in recipe.stages] == list(names) and recipe.images == 1230
+    assert "/scratch" not in recipe.arguments
 
 
 def test_a_name_breaks_no_row_of_the_summary(folder, of_these_weights):

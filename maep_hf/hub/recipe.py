@@ -33,7 +33,8 @@ class Recipe:
     """
 
     def __init__(self, folder: Path):
-        run = without_paths(run_record(folder))
+        recorded = run_record(folder)
+        run = without_paths(recorded)
         self.known = bool(run)
         arguments = run.get("arguments", {})
         dataset = arguments.get("data", {}).get("dataset")
@@ -52,8 +53,9 @@ class Recipe:
         starts = [run, run["first_start"]] if run.get("first_start") else [run]
         self.revision = ", first started with ".join(dict.fromkeys(map(_revision, starts)))
         self.versions = "; first started with ".join(dict.fromkeys(_inline(each.get("versions")) for each in starts))
-        self.stages = [_stage(name, record) for name, record in _chain(folder, run)]
-        self.images = sum(_images(record) for _, record in _chain(folder, run))
+        chain = _chain(folder, recorded)  # by whole paths, of which different ones may have the same last part
+        self.stages = [_stage(name, without_paths(record)) for name, record in chain]
+        self.images = sum(_images(record) for _, record in chain)
 
 
 def _revision(start: Mapping[str, Any]) -> str:
@@ -80,13 +82,21 @@ def _chain(folder: Path, run: Mapping[str, Any]) -> list[tuple[str, Mapping[str,
     """Records of this run and of those it went on from, the first stage first; they lie beside it as NAME_run.json."""
     if not run:
         return []
-    earlier = {path.name: without_paths(read_json(path)) for path in sorted(folder.glob("*_run.json"))}
-    made = {record.get("arguments", {}).get("loop", {}).get("output_dir"): name for name, record in earlier.items()}
+    earlier = {path.name: read_json(path) for path in sorted(folder.glob("*_run.json"))}
     chain, current = [("run.json", run)], run
-    while (name := made.pop(_went_on_from(current), None)) is not None:
-        current = earlier[name]
+    while (before := _went_on_from(current)) is not None:
+        found = [name for name, record in earlier.items() if _output_dir(record) == before]
+        if not found:
+            break
+        # several where a push has cut their paths: then the one that was started from nothing was the first of all
+        name = next((name for name in found if _went_on_from(earlier[name]) is not None), found[0])
+        current = earlier.pop(name)
         chain.insert(0, (name, current))
     return chain
+
+
+def _output_dir(run: Mapping[str, Any]) -> str | None:
+    return run.get("arguments", {}).get("loop", {}).get("output_dir")
 
 
 def _stage(name: str, record: Mapping[str, Any]) -> str:
