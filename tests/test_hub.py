@@ -251,6 +251,26 @@ def test_predictions_that_are_kept_are_no_accuracy_of_a_purifier(folder, of_thes
     assert "Nothing was measured" in render_model_card(folder, results=[kept]).text
 
 
+def test_the_worst_figure_says_how_the_purifier_was_used(folder, of_these_weights):
+    made = [of_these_weights(80.0), of_these_weights(3.0, purifier_options={"strength": 0.1, "seed": None})]
+    text = render_model_card(folder, results=made).text
+    (row,) = (line for line in text.splitlines() if line.startswith("| gray-box"))
+    assert "| **3.0 (2.1–4.3) %** | PGD-20, Linf 8/255, resnet56, purifier strength 0.1, n = 1000" in row
+    assert "PGD-20, Linf 8/255, resnet56, n = 1000; purified" in render_model_card(folder, results=made[:1]).text
+
+
+def test_embedded_images_are_a_data_set_of_their_own(folder, of_these_weights):
+    """The Hub puts results of one type and split under the name of the first."""
+    made = [of_these_weights(95.0, n=20), of_these_weights(80.0)]
+    made[0]["protocol"]["dataset"]["name"] = "embedded:cifar10"
+    data = render_model_card(folder, results=made).data.to_dict()
+    found = {
+        (each["dataset"]["name"], each["dataset"]["type"], metric["args"]["n"])
+        for each in data["model-index"][0]["results"] for metric in each["metrics"]
+    }  # fmt: skip
+    assert found == {("embedded:cifar10", "embedded:cifar10", 20), ("cifar10", "uoft-cs/cifar10", 1000)}
+
+
 @pytest.mark.parametrize("place", ["runs/{}/final", "/scratch/runs/{}/final"])
 @pytest.mark.parametrize("pushed", [False, True])
 def test_stages_whose_folders_have_one_name_are_all_there(tmp_path, place, pushed):

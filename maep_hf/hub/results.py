@@ -98,7 +98,7 @@ def _summary(threat_model: str, named: Sequence[Result]) -> dict[str, str]:
         return row | {"worst": "**not measured**", "by": "–"}
     worst = min(found, key=lambda each: each.figure["percent"])
     mark = f" {worst.mark}" if worst.mark else ""
-    by = escape(f"{worst.attack}, {worst.classifier}")
+    by = escape(f"{worst.attack}, {worst.classifier}{_way(worst)}")
     clean = percent(worst.record["accuracy"]["purified_clean"])  # a classifier of few right by itself looks worse
     return row | {
         "worst": f"**{percent(worst.figure)} %**{mark}",
@@ -134,22 +134,29 @@ def _robust(each: Result) -> EvalResult:
 
 def _measured(each: Result, share: Mapping[str, Any]) -> str:
     low, high = share["interval_95"]
+    return f"{each.classifier}{_way(each)}, n = {share['n']}, 95 % interval {low:.1f} to {high:.1f}"
+
+
+def _way(each: Result) -> str:
+    """How the purifier was used, after a comma; nothing where it was used as it is."""
     purifier = each.record["protocol"]["purifier"]
     ways = ["randomised"] if purifier.get("randomised") else []
-    ways += [f"{key} {value}" for key, value in flatten(purifier.get("options") or {}).items()]
-    way = f", purifier {', '.join(ways)}" if ways else ""
-    return f"{each.classifier}{way}, n = {share['n']}, 95 % interval {low:.1f} to {high:.1f}"
+    options = flatten(purifier.get("options") or {})
+    ways += [f"{key} {value}" for key, value in options.items() if key != "randomised" and value is not None]
+    return f", purifier {', '.join(ways)}" if ways else ""
 
 
 def _result(each: Result, share: Mapping[str, Any], name: str, **protocol: Any) -> EvalResult:
     data = each.record["protocol"]["dataset"]
+    # The Hub takes all results of one type and split for one data set: the few embedded images are none of the Hub's.
+    published = None if data["name"].startswith("embedded:") else dataset_id(data["name"])
     args = {"classifier": each.classifier, "n": share["n"], "interval_95": [round(x, 2) for x in share["interval_95"]]}
     protocol |= {"purifier_options": each.record["protocol"]["purifier"].get("options") or None}
     args |= {key: value for key, value in protocol.items() if value is not None}
     return EvalResult(
         task_type="image-classification",
         task_name="Image classification behind the purifier",
-        dataset_type=dataset_id(data["name"]) or data["name"],
+        dataset_type=published or data["name"],
         dataset_name=data["name"],
         dataset_split=data.get("split"),
         metric_type="accuracy",
