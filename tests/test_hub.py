@@ -23,6 +23,8 @@ from maep_hf.hub.names import dataset_id, hub_id
 from maep_hf.hub.recipe import Recipe
 from maep_hf.hub.seal import edited, renewed, sealed, without_names
 from maep_hf.paths import without_paths
+from maep_hf.randomised import RandomisedPurifier
+from maep_hf.rescaled import RescaledPurifier
 
 THREATS = ("gray-box", "bpda", "white-box", "black-box", "transfer", "no attack")
 UNRENDERED = (
@@ -242,6 +244,42 @@ def test_figures_of_other_weights_are_not_shown(folder, of_these_weights):
         render_model_card(folder, results=[record(82.3)])
     card = render_model_card(folder, results=[record(11.1), of_these_weights(82.3)])
     assert "82.3" in card.text and "11.1" not in str(card)
+
+
+@pytest.mark.parametrize("options", [{"scale": 0.5}, {"mask_ratio": 0.5, "draws": 2}, {"mask_ratio": 0.5, "scale": 2}])
+def test_figures_of_a_purifier_used_otherwise_are_known_by_its_weights(folder, options):
+    """A rescaled or randomised purifier has a fingerprint of its own."""
+
+    def used(seed: int, figure: float) -> dict:
+        torch.manual_seed(seed)
+        varied = tiny_purifier().eval() if not seed else MAEPModel(tiny_purifier().config).eval()
+        if "mask_ratio" in options:
+            varied = RandomisedPurifier(varied, options["mask_ratio"], options.get("draws", 1))
+        if "scale" in options:
+            varied = RescaledPurifier(varied, options["scale"])
+        made = record(figure, "white-box", purifier_options={"overlap": 0} | varied.record())
+        randomised = {"randomised": "mask_ratio" in options, "fingerprint": fingerprint(varied)}
+        made["protocol"]["purifier"] = made["protocol"]["purifier"] | randomised
+        return made | {"key": f"{seed} {made['key']}"}
+
+    own, other = used(0, 71.7), used(1, 22.2)
+    assert own["protocol"]["purifier"]["fingerprint"] != other["protocol"]["purifier"]["fingerprint"]
+    check(card := render_model_card(folder, results=[own]))
+    assert "71.7" in card.text
+    plain = record(82.3)
+    plain["protocol"]["purifier"] = plain["protocol"]["purifier"] | {"fingerprint": fingerprint(tiny_purifier().eval())}
+    text = str(render_model_card(folder, results=[plain, own, other]))
+    assert "82.3" in text and "71.7" in text and "22.2" not in text
+    with pytest.raises(ValueError, match=f"other weights .fingerprint {other['protocol']['purifier']['fingerprint']};"):
+        render_model_card(folder, results=[other])
+
+
+def test_an_adapter_measured_in_two_ways_is_one(tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "someone/base", "r": 2}')
+    scaled = record(71.7, purifier_options={"scale": 0.5})
+    scaled["protocol"]["purifier"] = scaled["protocol"]["purifier"] | {"fingerprint": "e" * 16}
+    text = render_card(tmp_path, results=[record(82.3), scaled]).text
+    assert "82.3" in text and "71.7" in text
 
 
 def test_predictions_that_are_kept_are_no_accuracy_of_a_purifier(folder, of_these_weights):

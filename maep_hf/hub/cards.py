@@ -32,7 +32,14 @@ from .folders import (
 )
 from .names import hub_id
 from .recipe import Recipe
-from .results import ATTACKERS, CardResults, fingerprints_of, records_of, validation_results
+from .results import (
+    ATTACKERS,
+    CardResults,
+    fingerprints_as_measured,
+    fingerprints_of,
+    records_of,
+    validation_results,
+)
 from .seal import LICENCE, licence_sentence, renewed, sealed
 
 logger = logging.getLogger(__name__)
@@ -155,29 +162,30 @@ def own_records(folder: Path, records: Sequence[Mapping[str, Any]]) -> list[Mapp
     Raises:
         ValueError: there are records, and all of them are of other weights.
     """
-    return records_of(records, _fingerprints(folder)) if records else []
+    return records_of(records, _fingerprints(folder, records)) if records else []
 
 
-def _fingerprints(folder: Path) -> set[str]:
-    """Of the purifier in a folder, and of what it was before a push."""
+def _fingerprints(folder: Path, records: Sequence[Mapping[str, Any]]) -> set[str]:
+    """Of the purifier in a folder, also as records say that it was used, and of what it was before a push."""
     from ..checkpoints import load_purifier
-    from ..evaluation.fingerprint import fingerprint
 
+    for index, record in enumerate(records):
+        check_record(record, f"results, record {index + 1}")
     purifier = load_purifier(folder.resolve())
-    fingerprints = {fingerprint(purifier)}
+    fingerprints = fingerprints_as_measured(purifier, records)
     if vars(purifier.config).pop("custom_pipelines", None):  # a push adds it, and changes no output
-        fingerprints.add(fingerprint(purifier))
+        fingerprints |= fingerprints_as_measured(purifier, records)
     return fingerprints
 
 
-def _adapted_fingerprints(folder: Path, base: str | None) -> set[str] | None:
+def _adapted_fingerprints(folder: Path, base: str | None, records: Sequence[Mapping[str, Any]]) -> set[str] | None:
     """Of an adapter merged into its base; unknown without a folder of that base."""
     from ..checkpoints import base_folder
 
     if not base or base_folder(folder, base) is None:
         return None
     try:
-        return _fingerprints(folder)
+        return _fingerprints(folder, records)
     except (ValueError, OSError) as error:
         logger.warning("%s: whether its records are of these weights is not known: %s", folder, error)
         return None
@@ -188,7 +196,8 @@ def _adapter(folder: Path, repo_id: str, base_model: str | None, records: list) 
     base = base_of_adapter(adapter, base_model)
     records = records_of(records, None)
     if fingerprints_of(records):  # a rescaled or randomised purifier's is another one
-        records = records_of(records, _adapted_fingerprints(folder, adapter.get("base_model_name_or_path")))
+        stored = adapter.get("base_model_name_or_path")
+        records = records_of(records, _adapted_fingerprints(folder, stored, records))
     context = _trained(folder, records)
     card_data = _model_data(
         repo_id,

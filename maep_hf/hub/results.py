@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,8 @@ ATTACKERS = {
     "white-box": "purifier and classifier together",
     "black-box": "nothing: it only asks for outputs",
 }
+
+_RANDOMISED = ("mask_ratio", "draws", "seed", "purify_kwargs")  # options that a `RandomisedPurifier` records
 
 
 class CardResults:
@@ -58,7 +62,7 @@ def records_of(records: Iterable[Mapping[str, Any]], fingerprints: set[str] | No
         check_record(record, f"results, record {index + 1}")
         if record["protocol"]["purifier"] is not None and is_accuracy(record):
             found.append(record)
-    made_on = {_fingerprint(record) for record in found if not record["protocol"]["purifier"].get("randomised")}
+    made_on = fingerprints_of(found)
     if fingerprints is None and len(made_on) > 1:
         names = sorted({record["protocol"]["purifier"]["name"] for record in found})
         raise ValueError(
@@ -67,17 +71,13 @@ def records_of(records: Iterable[Mapping[str, Any]], fingerprints: set[str] | No
     if fingerprints is None or not found:
         return found
     own = [record for record in found if _fingerprint(record) in fingerprints]
-    names = {record["protocol"]["purifier"]["name"] for record in own}
-    own_random = [
-        record for record in found
-        if record["protocol"]["purifier"].get("randomised") and record["protocol"]["purifier"]["name"] in names
-    ]  # fmt: skip
     if not own:
+        others = sorted({_fingerprint(record) for record in found})
         raise ValueError(
-            f"results: they were measured on other weights (fingerprint {', '.join(sorted(map(str, made_on)))}; these "
+            f"results: they were measured on other weights (fingerprint {', '.join(others)}; these "
             f"are {', '.join(sorted(fingerprints))}): evaluate again, or take results.jsonl out of the folder"
         )
-    return [record for record in found if record in own or record in own_random]
+    return own
 
 
 def fingerprints_of(records: Iterable[Mapping[str, Any]]) -> set[str]:
@@ -85,6 +85,29 @@ def fingerprints_of(records: Iterable[Mapping[str, Any]]) -> set[str]:
     purifiers = [record["protocol"]["purifier"] or {"randomised": True} for record in records]
     plain = [each for each in purifiers if not each.get("randomised") and "scale" not in (each.get("options") or {})]
     return {each.get("fingerprint") or "not recorded" for each in plain}
+
+
+def fingerprints_as_measured(purifier: Any, records: Iterable[Mapping[str, Any]]) -> set[str]:
+    """Fingerprints of a purifier, and of it randomised and rescaled in the ways that records say."""
+    from ..evaluation.fingerprint import fingerprint
+    from ..randomised import RandomisedPurifier
+    from ..rescaled import RescaledPurifier
+
+    ways: dict[str, Mapping[str, Any]] = {}
+    for record in records:
+        options = (record["protocol"]["purifier"] or {}).get("options") or {}
+        way = {name: options[name] for name in (*_RANDOMISED, "scale") if name in options}
+        ways[json.dumps(way, sort_keys=True, default=str)] = way
+    found = {fingerprint(purifier)}
+    for way in ways.values():
+        with suppress(TypeError, ValueError):  # nothing of ours was made in such a way
+            varied = purifier
+            if "mask_ratio" in way:
+                varied = RandomisedPurifier(varied, **{name: way[name] for name in _RANDOMISED if name in way})
+            if "scale" in way:
+                varied = RescaledPurifier(varied, way["scale"])
+            found.add(fingerprint(varied))
+    return found
 
 
 def _fingerprint(record: Mapping[str, Any]) -> str:
