@@ -21,9 +21,11 @@ from maep_hf.evaluation.fingerprint import fingerprint
 from maep_hf.hub import render_card, render_model_card, write_card
 from maep_hf.hub.names import dataset_id, hub_id
 from maep_hf.hub.recipe import Recipe
+from maep_hf.hub.records import merge_records, write_report
 from maep_hf.hub.seal import edited, renewed, sealed, without_names
 from maep_hf.paths import without_paths
 from maep_hf.randomised import RandomisedPurifier
+from maep_hf.records import as_jsonl, read_jsonl
 from maep_hf.rescaled import RescaledPurifier
 
 THREATS = ("gray-box", "bpda", "white-box", "black-box", "transfer", "no attack")
@@ -246,6 +248,30 @@ def test_figures_of_other_weights_are_not_shown(folder, of_these_weights):
     assert "82.3" in card.text and "11.1" not in str(card)
 
 
+def test_charts_of_other_records_are_not_shown(folder, of_these_weights):
+    """Trained anew, or an evaluation that was interrupted: the charts are those of the report before."""
+    fresh = [of_these_weights(82.3), of_these_weights(70.1, attack="BIM")]
+
+    def shown(*records) -> bool:
+        (folder / "results.jsonl").write_text(as_jsonl(records))
+        return "(attacks.png)" in render_model_card(folder).text
+
+    write_results(folder, *fresh)
+    write_report(folder)
+    assert shown(*fresh) and shown(*fresh, fresh[0])
+    assert not shown(fresh[0]) and not shown(*fresh, of_these_weights(55.5, attack="FGSM"))
+    with_others = [*fresh, record(11.1, attack="FGSM")]  # of other weights, under the same name
+    write_results(folder, *with_others)
+    write_report(folder)
+    assert not shown(*with_others)
+    with_others[-1] = record(11.1, attack="FGSM", purifier="defence:jpeg")  # which its name tells apart
+    write_results(folder, *with_others)
+    write_report(folder)
+    assert shown(*with_others)
+    (folder / "results.csv").write_text("a person's, own\n")
+    assert shown(*with_others)
+
+
 @pytest.mark.parametrize("options", [{"scale": 0.5}, {"mask_ratio": 0.5, "draws": 2}, {"mask_ratio": 0.5, "scale": 2}])
 def test_figures_of_a_purifier_used_otherwise_are_known_by_its_weights(folder, options):
     """A rescaled or randomised purifier has a fingerprint of its own."""
@@ -394,6 +420,19 @@ def test_evaluation_names_what_was_not_measured(tmp_path):
     write_results(tmp_path, {"a": 1})
     with pytest.raises(ValueError, match="record 1: there is no key, protocol.threat_model"):
         render_card(tmp_path)
+
+
+def test_a_record_without_checks_takes_no_failed_one_away(tmp_path):
+    doubtful, unchecked = record(60, "white-box", checks=failed("gradient")), record(61, "white-box")
+    passed = record(62, "white-box", checks=PASSED)
+    for known, new, stays in (
+        (doubtful, unchecked, doubtful),
+        (doubtful, passed, passed),
+        (unchecked, record(60, "white-box"), record(60, "white-box")),
+    ):
+        (tmp_path / "results.jsonl").write_text(as_jsonl([known]))
+        merge_records(tmp_path / "results.jsonl", [new])
+        assert read_jsonl(tmp_path / "results.jsonl") == [stays]
 
 
 def test_what_has_no_card_is_refused(tmp_path):

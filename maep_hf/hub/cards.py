@@ -13,7 +13,7 @@ from typing import Any
 from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard, ModelCardData
 from huggingface_hub.repocard import RepoCard
 
-from ..evaluation.results import ATTACKS_CHART, EPS_CHART, check_record
+from ..evaluation.results import ATTACKS_CHART, CHARTS, EPS_CHART, check_record
 from ..paths import short, without_paths
 from ..records import read_jsonl
 from .folders import (
@@ -37,8 +37,10 @@ from .results import (
     CardResults,
     fingerprints_as_measured,
     fingerprints_of,
+    is_outdated_report,
     records_of,
     validation_results,
+    without_other_weights,
 )
 from .seal import LICENCE, licence_sentence, renewed, sealed
 
@@ -91,7 +93,15 @@ def render_card(
     describe, file_name = _CARDS[kind]
     context = describe(folder, repo_id, base_model, records)
     if "pictures" in context:
-        beside = {path.name for path in folder.iterdir()} | set(pictures)
+        beside = {path.name for path in folder.iterdir()}
+        if (charts := beside & {*CHARTS} - {*pictures}) and _other_charts(folder, records, context):
+            beside -= charts
+            logger.warning(
+                "%s: %s not shown, since the charts there are of other records than the card's: run `maep report` on "
+                "%s, without records of other weights",
+                folder, ", ".join(sorted(charts)), RESULTS,
+            )  # fmt: skip
+        beside |= {*pictures}
         context["pictures"] = [(name, caption) for name, caption in context["pictures"].items() if name in beside]
     path = Path(template) if template else _template(file_name)
     data = context["card_data"]
@@ -99,6 +109,14 @@ def render_card(
     content = _rendered(path, context | names | {"card_data": data.to_yaml(), "licence": licence_sentence(data)})
     card = DatasetCard(content) if isinstance(data, DatasetCardData) else ModelCard(content)
     return sealed(card)
+
+
+def _other_charts(folder: Path, records: Sequence[Mapping[str, Any]], context: Mapping[str, Any]) -> bool:
+    """Whether the charts in a folder are of other records than a card's, or of some of other weights too."""
+    if not records:
+        return False
+    own = context["results"].records if "results" in context else records
+    return len(without_other_weights(records, own)) < len(records) or is_outdated_report(folder, records)
 
 
 def write_card(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -12,7 +14,7 @@ from huggingface_hub import EvalResult
 
 from ..evaluation.results import Result, attack_name, check_record, flatten, is_accuracy, results
 from ..evaluation.statistics import wilson_interval
-from ..evaluation.tables import escape, markdown_table, percent
+from ..evaluation.tables import csv_table, escape, markdown_table, percent
 from ..paths import short
 from ..records import read_jsonl
 from .names import dataset_id
@@ -27,6 +29,8 @@ ATTACKERS = {
     "black-box": "nothing: it only asks for outputs",
 }
 
+TABLE = "results.csv"
+_FIGURES = ("clean", "purified_clean", "attacked", "purified_attacked")
 _RANDOMISED = ("mask_ratio", "draws", "seed", "purify_kwargs")  # options that a `RandomisedPurifier` records
 
 
@@ -37,9 +41,11 @@ class CardResults:
         table: Markdown tables, every threat model in a column of its own; empty without records.
         summary: one row a threat model, the worst attack of those measured or that there is none.
         metadata: `EvalResult`s, whose names say threat model, attack, classifier and number of images.
+        records: the records.
     """
 
     def __init__(self, records: Sequence[Mapping[str, Any]]):
+        self.records = list(records)
         named = results(records)
         self.table = markdown_table(records).rstrip() if records else ""
         self.summary = [_summary(name, named) for name in ATTACKERS]
@@ -78,6 +84,41 @@ def records_of(records: Iterable[Mapping[str, Any]], fingerprints: set[str] | No
             f"are {', '.join(sorted(fingerprints))}): evaluate again, or take results.jsonl out of the folder"
         )
     return own
+
+
+def without_other_weights(records: Iterable[dict[str, Any]], own: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """All records but those of other weights under the name of a purifier's own ones: as it was before a training.
+
+    Records of other purifiers and of none, which their names tell apart, stay.
+    """
+    own = list(own)
+    keys = {record["key"] for record in own}
+    names = {record["protocol"]["purifier"]["name"] for record in own}
+    return [
+        record for record in records
+        if record["key"] in keys or not is_accuracy(record)
+        or (record["protocol"]["purifier"] or {}).get("name") not in names
+    ]  # fmt: skip
+
+
+def is_outdated_report(folder: Path, records: Iterable[Mapping[str, Any]]) -> bool:
+    """Whether the tables in a folder, and so the charts that were made with them, are of other records than these.
+
+    As after an evaluation that was interrupted, or where somebody took records away.
+    """
+    path = folder / TABLE
+    if not path.is_file():
+        return False
+    there = _figures_in(path.read_text(encoding="utf-8", errors="replace"))
+    return there is not None and there != _figures_in(csv_table(records))
+
+
+def _figures_in(table: str) -> set[tuple] | None:
+    """Keys and figures of a CSV table; `None` where it is not of our form."""
+    lines = csv.DictReader(io.StringIO(table))
+    if "key" not in (lines.fieldnames or ()):
+        return None
+    return {(line["key"], *(line.get(f"accuracy.{name}.percent") for name in _FIGURES)) for line in lines}
 
 
 def fingerprints_of(records: Iterable[Mapping[str, Any]]) -> set[str]:
