@@ -9,10 +9,13 @@ from matplotlib.collections import PolyCollection
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.container import BarContainer
 from PIL import Image
+from rich.console import Console
 
 from maep_hf.evaluation import charts
 from maep_hf.evaluation.charts import COLORS, accuracy_against_eps, bars_over_attacks
+from maep_hf.evaluation.report import report
 from maep_hf.evaluation.results import ResultsError
+from maep_hf.records import as_jsonl
 
 pytestmark = pytest.mark.filterwarnings("error")  # matplotlib warns where a layout or a glyph fails
 
@@ -177,6 +180,20 @@ def test_undefended_comes_from_gray_box_and_never_from_other_attacks(build):
     assert set(lines_of(axis)) == {COLORS["white-box"]}
 
 
+def test_of_several_figures_beside_those_of_purifiers_the_lowest_is_drawn(build):
+    records = [
+        record(70, eps=4.0, attacked=40), record(60, attacked=30),
+        record(60, eps=4.0, attacked=10, purifier="B", seed=1), record(50, attacked=0, purifier="B", seed=1),
+    ]  # fmt: skip
+    (axis,) = build(accuracy_against_eps, records).axes
+    grey = [line for line in axis.lines if to_hex(line.get_color()) == COLORS["undefended"]]
+    assert [line.get_xydata().tolist() for line in grey] == [[[0, 94], [4, 10], [8, 0]]]
+    bare = build(bars_over_attacks, records).axes[0]
+    assert [width for width, *_ in bars_of(bare)] == [10, 0]
+    alone = [*records, record(20, "white-box", purifier=None)]  # what was measured alone stays
+    assert [width for width, *_ in bars_of(build(bars_over_attacks, alone).axes[0])] == [20, 10]
+
+
 def test_strongest_of_several_seeds_is_drawn(build):
     (axis,) = build(accuracy_against_eps, [record(60), record(50, seed=1), record(55, seed=2)]).axes
     assert lines_of(axis)[COLORS["gray-box"]][-1].tolist() == [8, 50]
@@ -217,6 +234,19 @@ def test_controls_and_unbounded_attacks_have_no_eps(build):
     assert len(figure.axes) == 1 and "CW-L2" not in figure._suptitle.get_text()
     with pytest.raises(ResultsError, match="none is of an attack with an eps"):
         accuracy_against_eps([control, unbounded], "chart.png")
+
+
+def test_a_report_leaves_no_chart_of_an_earlier_one(tmp_path):
+    path = tmp_path / "results.jsonl"
+    drawn = {"attacks.png": record(70, attack="FGSM"), "accuracy_against_eps.png": record(70, eps=4.0)}
+    for name, more in drawn.items():
+        path.write_text(as_jsonl([record(60), more]))
+        report(path, tmp_path, Console(quiet=True))
+        assert {found.name for found in tmp_path.glob("*.png")} == {name}
+    (tmp_path / "resnet56.png").write_bytes(b"")  # not its own
+    path.write_text(as_jsonl([record(60)]))
+    report(path, tmp_path, Console(quiet=True))
+    assert [found.name for found in tmp_path.glob("*.png")] == ["resnet56.png"]
 
 
 # ------------------------------------------------------------------------------------------------------------- bars

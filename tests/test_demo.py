@@ -17,6 +17,7 @@ from maep_hf.classifier import PixelClassifier
 from maep_hf.configuration_cifar_resnet import CifarResNetConfig
 from maep_hf.demo import DemoError, embedded_images, fully_convolutional, run_demo
 from maep_hf.evaluation import psnr, wilson_interval
+from maep_hf.evaluation.results import is_accuracy
 from maep_hf.modeling_cifar_resnet import CifarResNetForImageClassification
 from maep_hf.records import read_jsonl
 
@@ -109,6 +110,7 @@ def test_run_writes_table_pictures_and_protocol(classifier, purifier, tmp_path):
     assert cifar["protocol"]["dataset"]["n"] == 20 and imagenet["protocol"]["dataset"]["n"] == 6
     assert imagenet["protocol"]["dataset"]["size"] == [224, 224]
     assert imagenet["accuracy"]["clean"]["percent"] == 100 and "not an accuracy" in imagenet["counted"]
+    assert is_accuracy(cifar) and not is_accuracy(imagenet)  # so do tables and cards know
     text = console.file.getvalue()
     assert "gray-box" in text and "attacked, purified" in text and "ms per image" in text
     assert f"{cifar['accuracy']['attacked']['correct']}/20" in text

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,9 +22,13 @@ from maep_hf.hub import render_card, render_model_card, write_card
 from maep_hf.hub.contents import LeakError, check_for_leaks
 from maep_hf.hub.names import dataset_id, hub_id
 from maep_hf.hub.recipe import Recipe
+from maep_hf.hub.records import merge_records, write_report
 from maep_hf.hub.results import records_of
 from maep_hf.hub.seal import edited, renewed, sealed, without_names
 from maep_hf.paths import without_paths
+from maep_hf.randomised import RandomisedPurifier
+from maep_hf.records import as_jsonl, read_jsonl
+from maep_hf.rescaled import RescaledPurifier
 
 THREATS = ("gray-box", "bpda", "white-box", "black-box", "transfer", "no attack")
 UNRENDERED = (
@@ -212,6 +217,22 @@ def test_runs_of_one_name_in_folders_of_their_own_are_all_counted(tmp_path, push
     assert recipe.images == (10 + 11 + 12) * 10 and "/mnt" not in str(vars(recipe))
 
 
+@pytest.mark.parametrize(
+    ("made", "model", "counted"),
+    [
+        ("runs/pre", "runs/pre/", True), ("runs/pre/", "./runs/pre", True), ("/home/me/p/runs/pre", "runs/pre", True),
+        ("runs/pre", "/home/me/p/runs/pre", True), ("runs/pre", "other/pre", False), ("runs/pre", "someone/pre", False),
+        ("runs/pre", "/home/me/runs/pre2", False), ("/a/runs/pre", "/b/runs/old/pre2", False),
+    ],
+)  # fmt: skip
+def test_a_stage_is_found_however_its_folder_was_typed(tmp_path, made, model, counted):
+    first = RUN | {"arguments": {"loop": RUN["arguments"]["loop"] | {"output_dir": made}}}
+    then = RUN["arguments"]["loop"] | {"output_dir": "runs/then"}
+    (tmp_path / "first_run.json").write_text(json.dumps(first))
+    (tmp_path / "run.json").write_text(json.dumps(RUN | {"arguments": {"finetune": {"model": model}, "loop": then}}))
+    assert Recipe(tmp_path).images == (600 if counted else 300)
+
+
 def test_images_of_every_process_and_micro_batch_are_counted(tmp_path):
     loop = RUN["arguments"]["loop"] | {"gradient_accumulation_steps": 4}
     run = RUN | {"arguments": RUN["arguments"] | {"loop": loop}, "num_processes": 2}
@@ -275,6 +296,109 @@ def test_figures_of_other_weights_are_not_shown(folder, of_these_weights):
         render_model_card(folder, results=[record(82.3)])
     card = render_model_card(folder, results=[record(11.1), of_these_weights(82.3)])
     assert "82.3" in card.text and "11.1" not in str(card)
+
+
+def test_charts_of_other_records_are_not_shown(folder, of_these_weights):
+    """Trained anew, or an evaluation that was interrupted: the charts are those of the report before."""
+    fresh = [of_these_weights(82.3), of_these_weights(70.1, attack="BIM")]
+
+    def shown(*records) -> bool:
+        (folder / "results.jsonl").write_text(as_jsonl(records))
+        return "(attacks.png)" in render_model_card(folder).text
+
+    write_results(folder, *fresh)
+    write_report(folder)
+    assert shown(*fresh) and shown(*fresh, fresh[0])
+    assert not shown(fresh[0]) and not shown(*fresh, of_these_weights(55.5, attack="FGSM"))
+    with_others = [*fresh, record(11.1, attack="FGSM")]  # of other weights, under the same name
+    write_results(folder, *with_others)
+    write_report(folder)
+    assert not shown(*with_others)
+    with_others[-1] = record(11.1, attack="FGSM", purifier="defence:jpeg")  # which its name tells apart
+    write_results(folder, *with_others)
+    write_report(folder)
+    assert shown(*with_others)
+    (folder / "results.csv").write_text("a person's, own\n")
+    assert shown(*with_others)
+
+
+@pytest.mark.parametrize("options", [{"scale": 0.5}, {"mask_ratio": 0.5, "draws": 2}, {"mask_ratio": 0.5, "scale": 2}])
+def test_figures_of_a_purifier_used_otherwise_are_known_by_its_weights(folder, options):
+    """A rescaled or randomised purifier has a fingerprint of its own."""
+
+    def used(seed: int, figure: float) -> dict:
+        torch.manual_seed(seed)
+        varied = tiny_purifier().eval() if not seed else MAEPModel(tiny_purifier().config).eval()
+        if "mask_ratio" in options:
+            varied = RandomisedPurifier(varied, options["mask_ratio"], options.get("draws", 1))
+        if "scale" in options:
+            varied = RescaledPurifier(varied, options["scale"])
+        made = record(figure, "white-box", purifier_options={"overlap": 0} | varied.record())
+        randomised = {"randomised": "mask_ratio" in options, "fingerprint": fingerprint(varied)}
+        made["protocol"]["purifier"] = made["protocol"]["purifier"] | randomised
+        return made | {"key": f"{seed} {made['key']}"}
+
+    own, other = used(0, 71.7), used(1, 22.2)
+    assert own["protocol"]["purifier"]["fingerprint"] != other["protocol"]["purifier"]["fingerprint"]
+    check(card := render_model_card(folder, results=[own]))
+    assert "71.7" in card.text
+    plain = record(82.3)
+    plain["protocol"]["purifier"] = plain["protocol"]["purifier"] | {"fingerprint": fingerprint(tiny_purifier().eval())}
+    text = str(render_model_card(folder, results=[plain, own, other]))
+    assert "82.3" in text and "71.7" in text and "22.2" not in text
+    with pytest.raises(ValueError, match=f"other weights .fingerprint {other['protocol']['purifier']['fingerprint']};"):
+        render_model_card(folder, results=[other])
+
+
+def test_an_adapter_measured_in_two_ways_is_one(tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "someone/base", "r": 2}')
+    scaled = record(71.7, purifier_options={"scale": 0.5})
+    scaled["protocol"]["purifier"] = scaled["protocol"]["purifier"] | {"fingerprint": "e" * 16}
+    text = render_card(tmp_path, results=[record(82.3), scaled]).text
+    assert "82.3" in text and "71.7" in text
+
+
+def test_predictions_that_are_kept_are_no_accuracy_of_a_purifier(folder, of_these_weights):
+    kept = of_these_weights(33.3, attack="BIM") | {"counted": "kept: the prediction is its own"}
+    card = str(render_model_card(folder, results=[of_these_weights(82.3), kept]))
+    assert "82.3" in card and "33.3" not in card
+    assert "Nothing was measured" in render_model_card(folder, results=[kept]).text
+
+
+def test_the_worst_figure_says_how_the_purifier_was_used(folder, of_these_weights):
+    made = [of_these_weights(80.0), of_these_weights(3.0, purifier_options={"strength": 0.1, "seed": None})]
+    text = render_model_card(folder, results=made).text
+    (row,) = (line for line in text.splitlines() if line.startswith("| gray-box"))
+    assert "| **3.0 (2.1–4.3) %** | PGD-20, Linf 8/255, resnet56, purifier strength 0.1, n = 1000" in row
+    assert "PGD-20, Linf 8/255, resnet56, n = 1000; purified" in render_model_card(folder, results=made[:1]).text
+
+
+def test_embedded_images_are_a_data_set_of_their_own(folder, of_these_weights):
+    """The Hub puts results of one type and split under the name of the first."""
+    made = [of_these_weights(95.0, n=20), of_these_weights(80.0)]
+    made[0]["protocol"]["dataset"]["name"] = "embedded:cifar10"
+    data = render_model_card(folder, results=made).data.to_dict()
+    found = {
+        (each["dataset"]["name"], each["dataset"]["type"], metric["args"]["n"])
+        for each in data["model-index"][0]["results"] for metric in each["metrics"]
+    }  # fmt: skip
+    assert found == {("embedded:cifar10", "embedded:cifar10", 20), ("cifar10", "uoft-cs/cifar10", 1000)}
+
+
+@pytest.mark.parametrize("place", ["runs/{}/final", "/scratch/runs/{}/final"])
+@pytest.mark.parametrize("pushed", [False, True])
+def test_stages_whose_folders_have_one_name_are_all_there(tmp_path, place, pushed):
+    before = None
+    names = {"pretrain_run.json": 100, "finetune_run.json": 20, "run.json": 3}
+    for name, steps in names.items():
+        output = place.format(Path(name).stem)
+        loop = {"output_dir": output, "max_steps": steps, "per_device_train_batch_size": 10}
+        run = {"arguments": {"model": {"model": before}, "loop": loop}, "command": ["finetune.py"]}
+        (tmp_path / name).write_text(json.dumps(without_paths(run) if pushed else run))
+        before = output
+    recipe = Recipe(tmp_path)
+    assert [stage.split("`")[1] for stage in recipe.stages] == list(names) and recipe.images == 1230
+    assert "/scratch" not in recipe.arguments
 
 
 def test_a_name_breaks_no_row_of_the_summary(folder, of_these_weights):
@@ -378,6 +502,19 @@ def test_evaluation_names_what_was_not_measured(tmp_path):
     write_results(tmp_path, {"a": 1})
     with pytest.raises(ValueError, match="record 1: there is no key, protocol.threat_model"):
         render_card(tmp_path)
+
+
+def test_a_record_without_checks_takes_no_failed_one_away(tmp_path):
+    doubtful, unchecked = record(60, "white-box", checks=failed("gradient")), record(61, "white-box")
+    passed = record(62, "white-box", checks=PASSED)
+    for known, new, stays in (
+        (doubtful, unchecked, doubtful),
+        (doubtful, passed, passed),
+        (unchecked, record(60, "white-box"), record(60, "white-box")),
+    ):
+        (tmp_path / "results.jsonl").write_text(as_jsonl([known]))
+        merge_records(tmp_path / "results.jsonl", [new])
+        assert read_jsonl(tmp_path / "results.jsonl") == [stays]
 
 
 def test_what_has_no_card_is_refused(tmp_path):

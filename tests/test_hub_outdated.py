@@ -15,7 +15,7 @@ from hub_helpers import (
     write_records,
 )
 from local_hub import Blob, Commit
-from made_up_records import record
+from made_up_records import failed, record
 
 from maep_hf.hub.outdated import outdated_operations, outdated_records, same_adapter
 
@@ -102,6 +102,52 @@ def push_more_records(folder: Path, repo: str, seed: int, *results) -> None:
 def push_adapter_with_records(folder: Path, repo: str, fingerprint: str, *results) -> dict:
     write_records(folder, fingerprint, results)
     return push(folder, repo, base_model=f"{repo}-base")
+
+
+def push_with_report_of(
+    folder: Path, repo: str, reported: list, measured: list, apart: Path | None = None
+) -> list[str]:
+    """Push weights with records of them ("new") and of others ("old"), and tables and charts of a part of them.
+
+    Records are (weights, figure, attack), in a folder of their own where one is given; returns the warnings.
+    """
+    from maep_hf.evaluation.fingerprint import fingerprint
+    from maep_hf.hub.records import write_report
+    from maep_hf.records import as_jsonl
+
+    model = purifier(1)
+    model.save_pretrained(folder)
+    marks = {"old": fingerprint(purifier(0)), "new": fingerprint(model)}
+    if apart is not None:
+        push(folder, repo)
+        apart.mkdir()
+        folder = apart
+    for part in (reported, measured):
+        records = []
+        for weights, figure, attack in part:
+            made = record(figure, attack=attack)
+            made["protocol"]["purifier"] = made["protocol"]["purifier"] | {"fingerprint": marks[weights]}
+            records.append(made | {"key": f"{weights} {made['key']}"})
+        (folder / "results.jsonl").write_text(as_jsonl(records))
+        if part is reported:
+            write_report(folder)
+    with warnings_of("maep_hf.hub.push") as found:
+        push(folder, repo)
+    return found
+
+
+def push_unchecked(folder: Path, repo: str) -> None:
+    """Push a figure that failed its checks, and the same without checks."""
+    from maep_hf.evaluation.fingerprint import fingerprint
+    from maep_hf.records import as_jsonl
+
+    model = purifier()
+    model.save_pretrained(folder)
+    for checks in (failed("gradient"), None):
+        made = record(60, "white-box", checks=checks)
+        made["protocol"]["purifier"] = made["protocol"]["purifier"] | {"fingerprint": fingerprint(model)}
+        (folder / "results.jsonl").write_text(as_jsonl([made]))
+        push(folder, repo)
 
 
 def push_dataset(folder: Path, repo: str, *results) -> dict:
@@ -247,6 +293,46 @@ def test_records_of_a_folder_leave_none_of_other_weights(client, hub, tmp_path):
     client(push_with_records, tmp_path / "new", repo, 1, ("gray-box", 55.5))
     assert figures(hub, repo) == {"results.jsonl": {55.5}, "README.md": {55.5}}
     assert not {"attacks.png", "resnet56.png"} & set(hub.files(repo))
+
+
+OLD = [("old", 82.3, "PGD-20"), ("old", 70.1, "BIM")]
+NEW = [("new", 55.5, "PGD-20"), ("new", 11.7, "BIM")]
+
+
+@pytest.mark.parametrize(
+    ("case", "reported", "measured", "shown", "chart"),
+    [
+        ("whole", NEW, NEW, {55.5, 11.7}, "own"),
+        ("interrupted", NEW[:1], NEW, {55.5, 11.7}, "made"),
+        ("taken out", NEW, NEW[:1], {55.5}, None),
+        ("trained anew", [*OLD, *NEW], [*OLD, *NEW], {55.5, 11.7}, "made"),
+        ("trained anew and interrupted", OLD, [*OLD, NEW[0]], {55.5}, None),
+    ],
+)
+def test_tables_and_charts_are_of_the_records_that_the_page_is_of(
+    client, hub, tmp_path, case, reported, measured, shown, chart
+):
+    repo = f"someone/report-{case.replace(' ', '-')}"
+    warned = client(push_with_report_of, tmp_path / "model", repo, reported, measured)
+    assert figures(hub, repo) == dict.fromkeys(("results.jsonl", "results.md", "results.csv", "README.md"), shown)
+    files = hub.files(repo)
+    assert (b"(attacks.png)" in files["README.md"]) == ("attacks.png" in files) == (chart is not None)
+    if chart:
+        there = tmp_path / "model" / "attacks.png"
+        assert (there.is_file() and files["attacks.png"] == there.read_bytes()) == (chart == "own")
+    assert any("records in the folder are of other weights" in line for line in warned) == ("anew" in case)
+
+
+def test_records_of_other_weights_are_left_out_of_an_evaluation_too(client, hub, tmp_path):
+    client(push_with_report_of, tmp_path / "model", "someone/evaluation-of-both", OLD, [*OLD, *NEW], tmp_path / "mine")
+    found = figures(hub, "someone/evaluation-of-both")
+    assert found == dict.fromkeys(("results.jsonl", "results.md", "results.csv", "README.md"), {55.5, 11.7})
+
+
+def test_a_figure_without_checks_does_not_take_a_failed_check_off_the_page(client, hub, tmp_path):
+    client(push_unchecked, tmp_path / "model", "someone/unchecked")
+    files = hub.files("someone/unchecked")
+    assert "⚠ unreliable" in files["README.md"].decode() and b"gradient" in files["results.jsonl"]
 
 
 def test_records_of_an_adapters_folder_go_beside_those_of_the_same_fingerprint(client, hub, tmp_path):

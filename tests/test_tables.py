@@ -185,6 +185,29 @@ def test_fingerprint_tells_apart_what_nothing_else_does():
     ]
 
 
+def of_weights(mark, figure, **options):
+    made = record(figure, **options)
+    made["protocol"]["purifier"] = made["protocol"]["purifier"] | {"fingerprint": mark * 16}
+    return made | {"key": f"{mark} {made['key']}"}
+
+
+def test_an_option_does_not_hide_that_weights_differ():
+    """Two trainings of one name, each used in two ways."""
+    strong = {"purifier_options": {"strength": 1.3}}
+    records = [
+        of_weights("a", 60), of_weights("a", 70, **strong), of_weights("b", 40), of_weights("b", 50, **strong),
+    ]  # fmt: skip
+    names = ("[fingerprint=aaaaaaaa…", "[fingerprint=bbbbbbbb…")
+    expected = [f"maep-tiny {name}{more}]" for name in names for more in ("", ", options.strength=1.3")]
+    assert labels(records, "purifier") == expected
+    assert worst_of(records) == records
+    apart = [records[0], records[1], of_weights("b", 5, threat_model="white-box", **strong)]
+    assert [row["gray-box"][:4] for row in tables_of(markdown_table(apart))[0]] == ["60.0", "70.0", "–"]
+    # where what can be read singles them out, it does
+    assert labels(records[:2], "purifier") == ["maep-tiny", "maep-tiny [options.strength=1.3]"]
+    assert labels([records[0], records[3]], "purifier")[1] == "maep-tiny [options.strength=1.3]"
+
+
 def test_sources_of_transfer_are_named():
     records = [record(60 + index, "transfer", source={"name": f"surrogate {index}"}) for index in range(2)]
     text = markdown_table(records)
@@ -469,6 +492,13 @@ def changed(field, value=None, purifier="maep-tiny"):
 def test_fields_are_checked(field, value, message):
     with pytest.raises(ResultsError, match=rf"^here: {message}"):
         check_record(changed(field, value), "here")
+
+
+def test_predictions_that_are_kept_are_named_as_no_accuracy():
+    kept = record(80, dataset={"name": "embedded:imagenet", "n": 1000}) | {"counted": "kept: the prediction is its own"}
+    right = record(70) | {"counted": "right: the prediction is the label"}
+    names = labels([kept, right], "dataset")
+    assert names[0] == "embedded:imagenet (share of predictions kept, no accuracy)" and "kept" not in names[1]
 
 
 def test_what_may_be_missing():

@@ -111,10 +111,11 @@ def _of_several_radii(found: list[Result]) -> list[Result]:
 def bars_over_attacks(records: Iterable[Mapping], path: str | os.PathLike) -> Path:
     """Accuracy under each attack: a panel for each threat model, bars with their intervals.
 
-    The bare classifier is grey, and a dashed line is the accuracy without an attack. Data sets and classifiers stand
-    under each other; corruptions, which are controls and no attacks, come last, under a line. A threat model has no
-    panel where nothing was measured under it. Arguments, return value and errors as of [`accuracy_against_eps`], but
-    that an eps is not needed.
+    The bare classifier is grey, and a dashed line is the accuracy without an attack. Where it was not measured alone
+    and several figures of it stand beside those of purifiers (seeds, parameters), the lowest is drawn. Data sets and
+    classifiers stand under each other; corruptions, which are controls and no attacks, come last, under a line. A
+    threat model has no panel where nothing was measured under it. Arguments, return value and errors as of
+    [`accuracy_against_eps`], but that an eps is not needed.
     """
     found = results(records)
     if not found:
@@ -212,7 +213,8 @@ def _lines(found: Sequence[Result]) -> list[_Line]:
     for result in found:  # beside a gray-box figure stands that of the bare classifier under the same attack
         if result.undefended is not None and result.purifier != NO_PURIFIER:
             bare = line(UNDEFENDED, NO_PURIFIER, _attack(result)["name"])
-            bare.add(_eps(result), result.undefended, None, replace=False)
+            if bare.points.get(_eps(result), (None, None))[1] is None:  # what was measured alone stays
+                bare.add(_eps(result), result.undefended, None)
     for result in found:
         accuracy = result.record["accuracy"]
         own = lines[result.column, result.purifier, _attack(result)["name"]]
@@ -284,9 +286,9 @@ class _Panels:
             if result := row.cells.get(column):
                 bars[row.names["attack"], row.names["purifier"]] = (result.figure, result.mark)
         if column == UNDEFENDED:
-            for row in self.rows:
-                if row.beside is not None:
-                    bars.setdefault((row.names["attack"], NO_PURIFIER), (row.beside.undefended, row.beside.mark))
+            beside = [row for row in self.rows if row.beside is not None]
+            for row in sorted(beside, key=lambda row: row.undefended["percent"]):
+                bars.setdefault((row.names["attack"], NO_PURIFIER), (row.undefended, row.beside.mark))
         return [(*names, *bar) for names, bar in bars.items()]
 
     def before(self, column: str) -> list[tuple[str, float]]:

@@ -8,12 +8,14 @@ from rich.console import Console
 
 from ..records import write_text
 from .charts import accuracy_against_eps, bars_over_attacks
-from .results import ATTACKS_CHART, EPS_CHART
+from .results import ATTACKS_CHART, CHARTS, EPS_CHART
 from .tables import csv_table, markdown_table, read_results, rich_table
 
 
 def report(results: Path, out: Path, console: Console | None = None) -> list[Path]:
     """Print the tables; write `results.md`, `results.csv` and, where there is something to draw, the charts.
+
+    A chart of an earlier report that there is nothing to draw in goes: it would show figures of other records.
 
     Args:
         results: `results.jsonl` of an evaluation.
@@ -36,6 +38,9 @@ def report(results: Path, out: Path, console: Console | None = None) -> list[Pat
         written.append(accuracy_against_eps(attacks, out / EPS_CHART))
     if len({record["protocol"]["attack"]["name"] for record in attacks}) > 1:
         written.append(bars_over_attacks(records, out / ATTACKS_CHART))
+    for path in (out / name for name in CHARTS):
+        if path not in written:
+            path.unlink(missing_ok=True)
     for path in written:
         console.print(f"written: {path}", highlight=False, soft_wrap=True)
     return written

@@ -23,6 +23,7 @@ ATTACKS_CHART, EPS_CHART = CHARTS = ("attacks.png", "accuracy_against_eps.png")
 WITHOUT_GRADIENT = 0.05
 """Share of the images from which an attack that finds no gradient there makes a figure unreliable."""
 
+_KEPT = "kept"
 _MISSING = object()
 _SEEING_THE_CLASSIFIER = ("gray-box", "bpda", "white-box")  # one and the same without a purifier
 
@@ -165,6 +166,10 @@ def results(records: Iterable[Mapping]) -> list[Result]:
     kept = list(by_key.values())
     protocols = [record["protocol"] for record in kept]
     datasets = _names([protocol["dataset"] for protocol in protocols], _dataset_name)
+    datasets = [
+        name if is_accuracy(record) else f"{name} (share of predictions kept, no accuracy)"
+        for name, record in zip(datasets, kept, strict=True)
+    ]
     classifiers = _names([protocol["classifier"] for protocol in protocols], lambda part: part["name"])
     purifiers = _names([protocol["purifier"] for protocol in protocols], _purifier_name)
     attacks = _names([protocol["attack"] for protocol in protocols], attack_name)
@@ -174,6 +179,11 @@ def results(records: Iterable[Mapping]) -> list[Result]:
             kept, datasets, classifiers, purifiers, attacks, strict=True
         )
     ]
+
+
+def is_accuracy(record: Mapping) -> bool:
+    """Whether a record counts labels: the demo may count the predictions that stay as they are on the clean images."""
+    return not str(record.get("counted", "")).startswith(_KEPT)
 
 
 def _figures(record: Mapping) -> dict[str, Any]:
@@ -260,8 +270,10 @@ def _names(parts: Sequence[Mapping | None], name: Callable[[Any], str]) -> list[
 def with_fields(label: str, fields: Mapping[str, Any], among: Sequence[Mapping[str, Any]]) -> str:
     """`label`, and in brackets those of `fields` that are not the same in all of `among`."""
     differing = [key for key in fields if any(other.get(key, _MISSING) != fields[key] for other in among)]
-    # a fingerprint only where nothing that can be read tells the difference
-    differing = [key for key in differing if not key.endswith("fingerprint")] or differing
+    # a fingerprint only where what can be read does not tell these fields from all others
+    readable = [key for key in differing if not key.endswith("fingerprint")]
+    if all(other == fields or any(other.get(key, _MISSING) != fields[key] for key in readable) for other in among):
+        differing = readable
     if not differing:
         return label
     shown = (f"{key}={_shorten(fields[key])}" for key in differing)

@@ -13,7 +13,7 @@ from typing import Any
 from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard, ModelCardData
 from huggingface_hub.repocard import RepoCard
 
-from ..evaluation.results import ATTACKS_CHART, EPS_CHART, check_record
+from ..evaluation.results import ATTACKS_CHART, CHARTS, EPS_CHART, check_record
 from ..paths import short, without_paths
 from ..records import read_jsonl
 from .folders import (
@@ -32,7 +32,16 @@ from .folders import (
 )
 from .names import hub_id
 from .recipe import Recipe
-from .results import ATTACKERS, CardResults, fingerprints_of, records_of, validation_results
+from .results import (
+    ATTACKERS,
+    CardResults,
+    fingerprints_as_measured,
+    fingerprints_of,
+    is_outdated_report,
+    records_of,
+    validation_results,
+    without_other_weights,
+)
 from .seal import LICENCE, licence_sentence, renewed, sealed
 
 logger = logging.getLogger(__name__)
@@ -84,7 +93,15 @@ def render_card(
     describe, file_name = _CARDS[kind]
     context = describe(folder, repo_id, base_model, records)
     if "pictures" in context:
-        beside = {path.name for path in folder.iterdir()} | set(pictures)
+        beside = {path.name for path in folder.iterdir()}
+        if (charts := beside & {*CHARTS} - {*pictures}) and _other_charts(folder, records, context):
+            beside -= charts
+            logger.warning(
+                "%s: %s not shown, since the charts there are of other records than the card's: run `maep report` on "
+                "%s, without records of other weights",
+                folder, ", ".join(sorted(charts)), RESULTS,
+            )  # fmt: skip
+        beside |= {*pictures}
         context["pictures"] = [(name, caption) for name, caption in context["pictures"].items() if name in beside]
     path = Path(template) if template else _template(file_name)
     data = context["card_data"]
@@ -92,6 +109,14 @@ def render_card(
     content = _rendered(path, context | names | {"card_data": data.to_yaml(), "licence": licence_sentence(data)})
     card = DatasetCard(content) if isinstance(data, DatasetCardData) else ModelCard(content)
     return sealed(card)
+
+
+def _other_charts(folder: Path, records: Sequence[Mapping[str, Any]], context: Mapping[str, Any]) -> bool:
+    """Whether the charts in a folder are of other records than a card's, or of some of other weights too."""
+    if not records:
+        return False
+    own = context["results"].records if "results" in context else records
+    return len(without_other_weights(records, own)) < len(records) or is_outdated_report(folder, records)
 
 
 def write_card(
@@ -155,29 +180,30 @@ def own_records(folder: Path, records: Sequence[Mapping[str, Any]]) -> list[Mapp
     Raises:
         ValueError: there are records, and all of them are of other weights.
     """
-    return records_of(records, _fingerprints(folder)) if records else []
+    return records_of(records, _fingerprints(folder, records)) if records else []
 
 
-def _fingerprints(folder: Path) -> set[str]:
-    """Of the purifier in a folder, and of what it was before a push."""
+def _fingerprints(folder: Path, records: Sequence[Mapping[str, Any]]) -> set[str]:
+    """Of the purifier in a folder, also as records say that it was used, and of what it was before a push."""
     from ..checkpoints import load_purifier
-    from ..evaluation.fingerprint import fingerprint
 
+    for index, record in enumerate(records):
+        check_record(record, f"results, record {index + 1}")
     purifier = load_purifier(folder.resolve())
-    fingerprints = {fingerprint(purifier)}
+    fingerprints = fingerprints_as_measured(purifier, records)
     if vars(purifier.config).pop("custom_pipelines", None):  # a push adds it, and changes no output
-        fingerprints.add(fingerprint(purifier))
+        fingerprints |= fingerprints_as_measured(purifier, records)
     return fingerprints
 
 
-def _adapted_fingerprints(folder: Path, base: str | None) -> set[str] | None:
+def _adapted_fingerprints(folder: Path, base: str | None, records: Sequence[Mapping[str, Any]]) -> set[str] | None:
     """Of an adapter merged into its base; unknown without a folder of that base."""
     from ..checkpoints import base_folder
 
     if not base or base_folder(folder, base) is None:
         return None
     try:
-        return _fingerprints(folder)
+        return _fingerprints(folder, records)
     except (ValueError, OSError) as error:
         logger.warning("%s: whether its records are of these weights is not known: %s", folder, error)
         return None
@@ -188,7 +214,8 @@ def _adapter(folder: Path, repo_id: str, base_model: str | None, records: list) 
     base = base_of_adapter(adapter, base_model)
     records = records_of(records, None)
     if fingerprints_of(records):  # a rescaled or randomised purifier's is another one
-        records = records_of(records, _adapted_fingerprints(folder, adapter.get("base_model_name_or_path")))
+        stored = adapter.get("base_model_name_or_path")
+        records = records_of(records, _adapted_fingerprints(folder, stored, records))
     context = _trained(folder, records)
     card_data = _model_data(
         repo_id,

@@ -14,8 +14,9 @@ from ..evaluation.results import read_results
 from .cards import own_records, picture_captions
 from .folders import ADAPTER, EVALUATION, PURIFIER, RESULT_TEXTS, RESULTS, Kind, kind_of
 from .outdated import outdated_records
-from .records import drop_outdated, merge_records, merged_folder, write_report
+from .records import drop_outdated, loses_checks, merge_records, merged_folder, write_report
 from .repository import Repository
+from .results import is_outdated_report, without_other_weights
 
 
 @dataclass
@@ -27,7 +28,7 @@ class Page:
         kind: what the folder holds.
         records: all that the page shows of a model; `None` where those in `folder` say all.
         merged: folder with those records and their tables, which replace those of `folder`.
-        pictures: files on the Hub that the page may show.
+        pictures: files on the Hub, or in `merged`, that the page may show.
         cleared: operations that take figures of other weights off the Hub.
     """
 
@@ -82,12 +83,26 @@ def _of_model(
     page.records, page.cleared = push.records_of(folder, kind, at)
     page.pictures = names if page.records else ()
     if page.has_own_records:
-        page.records, dropped = _beside_own(folder, kind, page.records, page.pictures)
-        if page.records is not None:
+        mine = read_results(folder / RESULTS)
+        kept = _of_these_weights(folder, kind, mine)
+        if len(kept) < len(mine):
+            push.going.append(f"{len(mine) - len(kept)} records in the folder are of other weights and stay there")
+        known = _of_these_weights(folder, kind, page.records)
+        there, dropped = _beside_own(folder, kind, kept, known, page.pictures)
+        if there is None and (len(kept) < len(mine) or is_outdated_report(folder, mine)):
+            there = []
+        page.records = there
+        if there is not None:
             page.merged = _temporary(stack)
-            page.records = merged_folder(page.merged, folder / RESULTS, page.records)
+            page.records = merged_folder(page.merged, kept, there)
+            page.pictures = {*page.pictures, *(path.name for path in page.merged.iterdir())}
         page.cleared = _without(push, dropped) or page.cleared
     return page
+
+
+def _of_these_weights(folder: Path, kind: Kind, records: list[dict]) -> list[dict]:
+    """Records without those of what a purifier was before a training; those of other weights alone are refused."""
+    return without_other_weights(records, own_records(folder, records)) if kind is PURIFIER else records
 
 
 def _temporary(stack: ExitStack) -> Path:
@@ -107,12 +122,11 @@ def _with_records(folder: Path, records: Path, repo_id: str) -> tuple[Kind, list
     kind = kind_of(folder) if any(folder.iterdir()) else EVALUATION
     if kind not in (PURIFIER, ADAPTER, EVALUATION):
         raise ValueError(f"{repo_id} is the repository of a {kind.name}, not of what these records measured")
-    if kind is PURIFIER:
-        own_records(folder, read_results(records / RESULTS))  # of other weights, they are refused
+    new = _of_these_weights(folder, kind, read_results(records / RESULTS))
     dropped = drop_outdated(folder / RESULTS, records / RESULTS) if kind is ADAPTER else []
     for name in picture_captions(dropped) if dropped else ():
         (folder / name).unlink(missing_ok=True)
-    merge_records(folder / RESULTS, records / RESULTS)
+    merge_records(folder / RESULTS, new)
     for picture in records.glob("*.png"):
         shutil.copy(picture, folder / picture.name)
     write_report(folder)
@@ -120,18 +134,15 @@ def _with_records(folder: Path, records: Path, repo_id: str) -> tuple[Kind, list
 
 
 def _beside_own(
-    folder: Path, kind: Kind, there: list[dict], names: Collection[str]
+    folder: Path, kind: Kind, mine: list[dict], there: list[dict], names: Collection[str]
 ) -> tuple[list[dict] | None, list[Mapping[str, Any]]]:
     """Records on the Hub that go on beside those of a model's folder, and those of an adapter that give way to them.
 
     `None` in place of the former where what is in the folder says all, its tables included.
     """
-    mine = read_results(folder / RESULTS)
-    if kind is PURIFIER:
-        own_records(folder, mine)  # of other weights, they are refused
     dropped = outdated_records(there, mine) if kind is ADAPTER else []
     left = [record for record in there if record not in dropped]
-    known = {record["key"] for record in mine}
-    more = any(record["key"] not in known for record in left)
+    known = {record["key"]: record for record in mine}
+    more = any(record["key"] not in known or loses_checks(known[record["key"]], record) for record in left)
     stale = any(name in names and not (folder / name).is_file() for name in RESULT_TEXTS)
     return (left if more or (left and stale) else None), dropped

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 
 import yaml
@@ -92,13 +93,30 @@ def _chain(folder: Path, run: Mapping[str, Any]) -> list[tuple[str, Mapping[str,
 
 def _made(records: Mapping[str, Mapping[str, Any]], folder: str | None) -> str | None:
     """The record of the run that wrote a folder: by its whole path, for many runs have one name in folders of their
-    own, or else by what a push left of it."""
-    outputs = {name: record.get("arguments", {}).get("loop", {}).get("output_dir") for name, record in records.items()}
-    for form in (str, without_paths):
-        found = [name for name, output in outputs.items() if folder and output and form(output) == form(folder)]
-        if found:
-            return found[-1]
+    own; where one was typed from another folder, by the end of it; or else by what a push left of it."""
+    if not folder:
+        return None
+    outputs = {name: output for name, record in records.items() if (output := _output_dir(record))}
+    for alike in (_same_path, _same_end, lambda one, other: without_paths(one) == without_paths(other)):
+        if found := [name for name, output in outputs.items() if alike(output, folder)]:
+            # several where a push has cut their paths: then the one that was started from nothing was the first of all
+            return next((name for name in found[::-1] if _went_on_from(records[name]) is not None), found[-1])
     return None
+
+
+def _same_path(one: str, other: str) -> bool:
+    return os.path.normpath(one) == os.path.normpath(other)  # runs/x, runs/x/ and ./runs/x
+
+
+def _same_end(one: str, other: str) -> bool:
+    """Whether an absolute path ends with a relative one, of a folder of its own and a name at least."""
+    short, long = sorted((PurePath(os.path.normpath(path)) for path in (one, other)), key=PurePath.is_absolute)
+    count = len(short.parts)
+    return count > 1 and not short.is_absolute() and long.is_absolute() and long.parts[-count:] == short.parts
+
+
+def _output_dir(run: Mapping[str, Any]) -> str | None:
+    return run.get("arguments", {}).get("loop", {}).get("output_dir")
 
 
 def _stage(name: str, record: Mapping[str, Any]) -> str:

@@ -50,14 +50,26 @@ def drop_outdated(into: Path, new: Path) -> list[Mapping[str, Any]]:
     return dropped
 
 
-def merge_records(into: Path, new: Path) -> None:
-    """Add the records of `new` to those of `into`, each in place of an older one of the same protocol."""
-    for record in read_results(new):
-        append_jsonl(into, record)
+def merge_records(into: Path, new: Iterable[Mapping[str, Any]]) -> None:
+    """Add the records of `new` to those of a file, each in place of an older one of the same protocol.
+
+    An older one stays where it was checked and the new one was not: what failed there holds for both.
+    """
+    there = {record["key"]: record for record in read_results(into)} if into.is_file() else {}
+    for record in new:
+        if not loses_checks(record, there.get(record["key"])):
+            append_jsonl(into, dict(record))
 
 
-def merged_folder(folder: Path, records: Path, before: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Write `before` and the records of a file into a new folder, with the tables and charts of both; returns both."""
+def loses_checks(record: Mapping[str, Any], known: Mapping[str, Any] | None) -> bool:
+    """Whether a record is one without checks of a protocol that a known one has the checks of."""
+    return known is not None and record["checks"] is None and known["checks"] is not None
+
+
+def merged_folder(
+    folder: Path, records: Iterable[Mapping[str, Any]], before: Iterable[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """Write `before` and `records` into a new folder, with the tables and charts of both; returns both."""
     (folder / RESULTS).write_text(as_jsonl(before))
     merge_records(folder / RESULTS, records)
     write_report(folder)

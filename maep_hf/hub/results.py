@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import csv
+import io
+import json
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult
 
-from ..evaluation.results import Result, attack_name, check_record, flatten, results
+from ..evaluation.results import Result, attack_name, check_record, flatten, is_accuracy, results
 from ..evaluation.statistics import wilson_interval
-from ..evaluation.tables import escape, markdown_table, percent
+from ..evaluation.tables import csv_table, escape, markdown_table, percent
 from ..paths import short
 from ..records import read_jsonl
 from .names import dataset_id
@@ -25,6 +29,10 @@ ATTACKERS = {
     "black-box": "nothing: it only asks for outputs",
 }
 
+TABLE = "results.csv"
+_FIGURES = ("clean", "purified_clean", "attacked", "purified_attacked")
+_RANDOMISED = ("mask_ratio", "draws", "seed", "purify_kwargs")  # options that a `RandomisedPurifier` records
+
 
 class CardResults:
     """Records of one purifier as a card shows them.
@@ -33,9 +41,11 @@ class CardResults:
         table: Markdown tables, every threat model in a column of its own; empty without records.
         summary: one row a threat model, the worst attack of those measured or that there is none.
         metadata: `EvalResult`s, whose names say threat model, attack, classifier and number of images.
+        records: the records.
     """
 
     def __init__(self, records: Sequence[Mapping[str, Any]]):
+        self.records = list(records)
         named = results(records)
         self.table = markdown_table(records).rstrip() if records else ""
         self.summary = [_summary(name, named) for name in ATTACKERS]
@@ -46,7 +56,8 @@ def records_of(records: Iterable[Mapping[str, Any]], fingerprints: set[str] | No
     """The records that belong to one purifier: a page never shows figures of other weights.
 
     Args:
-        records: of `results.jsonl`, perhaps of several purifiers and of none.
+        records: of `results.jsonl`, perhaps of several purifiers and of none, or of the demo, which may count what is
+            no accuracy: a page shows none of these.
         fingerprints: of the purifier's weights; unknown, the records must all be of one purifier.
 
     Raises:
@@ -55,9 +66,9 @@ def records_of(records: Iterable[Mapping[str, Any]], fingerprints: set[str] | No
     found = []
     for index, record in enumerate(records):
         check_record(record, f"results, record {index + 1}")
-        if record["protocol"]["purifier"] is not None:
+        if record["protocol"]["purifier"] is not None and is_accuracy(record):
             found.append(record)
-    made_on = {_fingerprint(record) for record in found if not record["protocol"]["purifier"].get("randomised")}
+    made_on = fingerprints_of(found)
     if fingerprints is None and len(made_on) > 1:
         names = sorted({record["protocol"]["purifier"]["name"] for record in found})
         raise ValueError(
@@ -66,17 +77,48 @@ def records_of(records: Iterable[Mapping[str, Any]], fingerprints: set[str] | No
     if fingerprints is None or not found:
         return found
     own = [record for record in found if _fingerprint(record) in fingerprints]
-    names = {record["protocol"]["purifier"]["name"] for record in own}
-    own_random = [
-        record for record in found
-        if record["protocol"]["purifier"].get("randomised") and record["protocol"]["purifier"]["name"] in names
-    ]  # fmt: skip
     if not own:
+        others = sorted({_fingerprint(record) for record in found})
         raise ValueError(
-            f"results: they were measured on other weights (fingerprint {', '.join(sorted(map(str, made_on)))}; these "
+            f"results: they were measured on other weights (fingerprint {', '.join(others)}; these "
             f"are {', '.join(sorted(fingerprints))}): evaluate again, or take results.jsonl out of the folder"
         )
-    return [record for record in found if record in own or record in own_random]
+    return own
+
+
+def without_other_weights(records: Iterable[dict[str, Any]], own: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """All records but those of other weights under the name of a purifier's own ones: as it was before a training.
+
+    Records of other purifiers and of none, which their names tell apart, stay.
+    """
+    own = list(own)
+    keys = {record["key"] for record in own}
+    names = {record["protocol"]["purifier"]["name"] for record in own}
+    return [
+        record for record in records
+        if record["key"] in keys or not is_accuracy(record)
+        or (record["protocol"]["purifier"] or {}).get("name") not in names
+    ]  # fmt: skip
+
+
+def is_outdated_report(folder: Path, records: Iterable[Mapping[str, Any]]) -> bool:
+    """Whether the tables in a folder, and so the charts that were made with them, are of other records than these.
+
+    As after an evaluation that was interrupted, or where somebody took records away.
+    """
+    path = folder / TABLE
+    if not path.is_file():
+        return False
+    there = _figures_in(path.read_text(encoding="utf-8", errors="replace"))
+    return there is not None and there != _figures_in(csv_table(records))
+
+
+def _figures_in(table: str) -> set[tuple] | None:
+    """Keys and figures of a CSV table; `None` where it is not of our form."""
+    lines = csv.DictReader(io.StringIO(table))
+    if "key" not in (lines.fieldnames or ()):
+        return None
+    return {(line["key"], *(line.get(f"accuracy.{name}.percent") for name in _FIGURES)) for line in lines}
 
 
 def fingerprints_of(records: Iterable[Mapping[str, Any]]) -> set[str]:
@@ -84,6 +126,29 @@ def fingerprints_of(records: Iterable[Mapping[str, Any]]) -> set[str]:
     purifiers = [record["protocol"]["purifier"] or {"randomised": True} for record in records]
     plain = [each for each in purifiers if not each.get("randomised") and "scale" not in (each.get("options") or {})]
     return {each.get("fingerprint") or "not recorded" for each in plain}
+
+
+def fingerprints_as_measured(purifier: Any, records: Iterable[Mapping[str, Any]]) -> set[str]:
+    """Fingerprints of a purifier, and of it randomised and rescaled in the ways that records say."""
+    from ..evaluation.fingerprint import fingerprint
+    from ..randomised import RandomisedPurifier
+    from ..rescaled import RescaledPurifier
+
+    ways: dict[str, Mapping[str, Any]] = {}
+    for record in records:
+        options = (record["protocol"]["purifier"] or {}).get("options") or {}
+        way = {name: options[name] for name in (*_RANDOMISED, "scale") if name in options}
+        ways[json.dumps(way, sort_keys=True, default=str)] = way
+    found = {fingerprint(purifier)}
+    for way in ways.values():
+        with suppress(TypeError, ValueError):  # nothing of ours was made in such a way
+            varied = purifier
+            if "mask_ratio" in way:
+                varied = RandomisedPurifier(varied, **{name: way[name] for name in _RANDOMISED if name in way})
+            if "scale" in way:
+                varied = RescaledPurifier(varied, way["scale"])
+            found.add(fingerprint(varied))
+    return found
 
 
 def _fingerprint(record: Mapping[str, Any]) -> str:
@@ -97,7 +162,7 @@ def _summary(threat_model: str, named: Sequence[Result]) -> dict[str, str]:
         return row | {"worst": "**not measured**", "by": "–"}
     worst = min(found, key=lambda each: each.figure["percent"])
     mark = f" {worst.mark}" if worst.mark else ""
-    by = escape(f"{worst.attack}, {worst.classifier}")
+    by = escape(f"{worst.attack}, {worst.classifier}{_way(worst)}")
     clean = percent(worst.record["accuracy"]["purified_clean"])  # a classifier of few right by itself looks worse
     return row | {
         "worst": f"**{percent(worst.figure)} %**{mark}",
@@ -133,22 +198,29 @@ def _robust(each: Result) -> EvalResult:
 
 def _measured(each: Result, share: Mapping[str, Any]) -> str:
     low, high = share["interval_95"]
+    return f"{each.classifier}{_way(each)}, n = {share['n']}, 95 % interval {low:.1f} to {high:.1f}"
+
+
+def _way(each: Result) -> str:
+    """How the purifier was used, after a comma; nothing where it was used as it is."""
     purifier = each.record["protocol"]["purifier"]
     ways = ["randomised"] if purifier.get("randomised") else []
-    ways += [f"{key} {value}" for key, value in flatten(purifier.get("options") or {}).items()]
-    way = f", purifier {', '.join(ways)}" if ways else ""
-    return f"{each.classifier}{way}, n = {share['n']}, 95 % interval {low:.1f} to {high:.1f}"
+    options = flatten(purifier.get("options") or {})
+    ways += [f"{key} {value}" for key, value in options.items() if key != "randomised" and value is not None]
+    return f", purifier {', '.join(ways)}" if ways else ""
 
 
 def _result(each: Result, share: Mapping[str, Any], name: str, **protocol: Any) -> EvalResult:
     data = each.record["protocol"]["dataset"]
+    # The Hub takes all results of one type and split for one data set: the few embedded images are none of the Hub's.
+    published = None if data["name"].startswith("embedded:") else dataset_id(data["name"])
     args = {"classifier": each.classifier, "n": share["n"], "interval_95": [round(x, 2) for x in share["interval_95"]]}
     protocol |= {"purifier_options": each.record["protocol"]["purifier"].get("options") or None}
     args |= {key: value for key, value in protocol.items() if value is not None}
     return EvalResult(
         task_type="image-classification",
         task_name="Image classification behind the purifier",
-        dataset_type=dataset_id(data["name"]) or data["name"],
+        dataset_type=published or data["name"],
         dataset_name=data["name"],
         dataset_split=data.get("split"),
         metric_type="accuracy",
