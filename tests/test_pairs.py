@@ -24,6 +24,7 @@ from maep_hf.modeling_cifar_resnet import CifarResNetForImageClassification
 from maep_hf.pairs import PairsArguments, make_pairs, quantise
 from maep_hf.training import Augmentation, DataArguments, RunFolderError
 from maep_hf.training.purification import PurificationArguments
+from maep_hf.training.run_folder import LOCK
 from maep_hf.training.samples import PositionedImages, collate
 from maep_hf.training.stages import AttackArguments, purification_task
 
@@ -345,6 +346,25 @@ def test_folder_with_other_files_is_never_touched(source, surrogate, tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(RunFolderError, match="cannot be written"):
         make_pairs(arguments(source, surrogate, tmp_path / "file" / "pairs"), ATTACK)
+
+
+def test_second_start_leaves_pairs_that_are_being_made_alone(source, surrogate, tmp_path, monkeypatch):
+    whole = contents(make_pairs(arguments(source, surrogate, tmp_path / "whole"), ATTACK))
+    perturb, refused = pairs.perturb, []
+
+    def start_another(*args):
+        monkeypatch.setattr(pairs, "perturb", perturb)
+        for overwrite in (False, True):
+            with pytest.raises(RunFolderError, match="output_dir='.*pairs': a run is still going on in this folder"):
+                make_pairs(arguments(source, surrogate, tmp_path / "pairs", overwrite_output_dir=overwrite), ATTACK)
+            refused.append(overwrite)
+        return perturb(*args)
+
+    (tmp_path / "pairs").mkdir()
+    (tmp_path / "pairs" / LOCK).touch()  # of a process that was killed before it had a record
+    monkeypatch.setattr(pairs, "perturb", start_another)
+    assert contents(make_pairs(arguments(source, surrogate, tmp_path / "pairs"), ATTACK)) == whole
+    assert refused == [False, True] and not (tmp_path / "pairs" / LOCK).exists()
 
 
 def test_full_disk_says_so_and_can_go_on(source, surrogate, tmp_path, monkeypatch):

@@ -43,7 +43,7 @@ from maep_hf.training import purification as purification_module
 from maep_hf.training import stages as stages_module
 from maep_hf.training.guidance import Guide
 from maep_hf.training.purification import PurificationArguments
-from maep_hf.training.run_folder import RunFolder
+from maep_hf.training.run_folder import LOCK, RunFolder
 from maep_hf.training.samples import Augmentation, collate
 from maep_hf.training.stages import AttackArguments, purification_task
 
@@ -567,6 +567,30 @@ def test_logs_and_notes_beside_a_run_are_kept_and_its_own_files_are_not(tmp_path
     assert sorted(path.name for path in tmp_path.iterdir()) == ["logs", "notes.txt"]
     RunFolder(tmp_path).prepare({}, {}, 0, 1, overwrite=True)  # what was interrupted here may go on
     RunFolder(tmp_path).prepare({}, {}, 0, 1, overwrite=False)
+
+
+def test_a_second_start_leaves_a_run_that_is_going_on_alone(options, tmp_path, monkeypatch):
+    argv, log, refused = options(tmp_path / "run", max_steps=3, save_steps=1), loop_module._Loop._log, []
+
+    def start_another(self):
+        step = self.state.step
+        if step > 1:
+            before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+            for more in ([], ["--overwrite_output_dir", "true"]):
+                with pytest.raises(RunFolderError, match="a run is still going on in this folder"):
+                    load_script("finetune").main([*argv, *more])
+                refused.append(step)
+            assert {path: path.read_bytes() for path in before} == before
+        if step == 2 and len(refused) == 2:
+            raise KeyboardInterrupt
+        return log(self)
+
+    monkeypatch.setattr(loop_module._Loop, "_log", start_another)
+    with pytest.raises(KeyboardInterrupt):
+        run("finetune", argv)
+    assert run("finetune", argv) == tmp_path / "run"  # the lock went with the run
+    assert refused == [2, 2, 2, 2, 3, 3] and checkpoints(tmp_path / "run") == ["step-0000002", "step-0000003"]
+    assert not (tmp_path / "run" / LOCK).exists()
 
 
 def test_a_folder_that_cannot_be_written(options, tmp_path):

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, SoftFileLock, Timeout
 from safetensors import SafetensorError
 
 from ..adaptation import ADAPTER_FOLDER
@@ -23,6 +24,7 @@ from .checkpoint_files import CHECKPOINT_PREFIX, damage, numbered, seal, step_of
 
 logger = logging.getLogger(__name__)
 
+LOCK = ".lock"  # hidden, and there only while a run is going on or where one was killed
 # What Accelerate, torch and safetensors raise over a file that is not what it was.
 _LOAD_ERRORS = (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError, SafetensorError)
 
@@ -41,6 +43,57 @@ class RunFolder:
         self.previews = self.path / "previews"
         self.checkpoints = self.path / "checkpoints"
 
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep any other run out of the folder meanwhile, in this process or another; the lock goes with the process.
+
+        What this makes of the folder is gone afterwards, where nothing else was put there. Where the file system has no
+        locks, a warning says so.
+
+        Raises:
+            RunFolderError: another run holds the folder, or it cannot be made.
+        """
+        try:
+            made = [path for path in (self.path, *self.path.absolute().parents) if not path.exists()]
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise self._unwritable(error) from error
+        try:
+            with self._locked():
+                yield
+        finally:
+            for path in made:
+                try:
+                    path.rmdir()
+                except OSError:  # it holds a run now
+                    break
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        path, own = self.path / LOCK, None
+        lock = FileLock(path)
+        try:
+            own = _acquired(lock)
+        except Timeout as error:
+            raise RunFolderError(
+                f"output_dir={str(self.path)!r}: a run is still going on in this folder; wait for it, stop it, or give "
+                "another folder"
+            ) from error
+        except (OSError, NotImplementedError) as error:
+            logger.warning(
+                "output_dir=%r: nothing keeps a second run out of this folder, for it takes no lock (%s): start none",
+                str(self.path), error,
+            )  # fmt: skip
+        try:
+            yield
+        finally:
+            try:  # while it is held: who has opened this file then finds that it is gone, and looks again
+                if own is not None and os.path.samestat(own, path.stat()):  # and no later folder's of this name
+                    path.unlink()
+            except OSError:  # the folder is gone; or this is Windows, where the release removes it
+                pass
+            lock.release()
+
     def prepare(
         self,
         arguments: dict[str, Any],
@@ -54,6 +107,8 @@ class RunFolder:
         checked: Callable[[], None] | None = None,
     ) -> None:
         """Check that the run can be written here and is the same run as the one already here, and make the folder.
+
+        To be called while it is `held`.
 
         Args:
             arguments: the run's arguments by group, as recorded in `run.json`.
@@ -366,6 +421,24 @@ class RunFolder:
 
     def _whole_checkpoints(self) -> list[Path]:
         return [path for path in numbered(self.checkpoints) if damage(path) is None]
+
+
+def _acquired(lock: FileLock) -> os.stat_result:
+    """Which file it is that holds the lock now.
+
+    Raises:
+        Timeout: somebody else has it.
+        OSError, NotImplementedError: the file system has none.
+    """
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        if not isinstance(lock, SoftFileLock):
+            raise
+    if isinstance(lock, SoftFileLock):  # filelock puts it in the place of one without flock: it would outlive a kill
+        lock.release()
+        raise NotImplementedError("no flock")
+    return Path(lock.lock_file).stat()
 
 
 def _as_stored(value: Any) -> Any:
