@@ -313,6 +313,15 @@ def test_complete_folder_is_left_alone(source, surrogate, tmp_path, monkeypatch,
     assert "nothing is left to do" in caplog.text
 
 
+def test_pairs_in_the_home_of_the_user_are_found_there(source, surrogate, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    args = arguments(source, surrogate, "~/pairs")
+    assert make_pairs(args, ATTACK) == make_pairs(args, ATTACK) == tmp_path / "home" / "pairs"
+    assert len(contents(tmp_path / "home" / "pairs")) == 3 and not (tmp_path / "~").exists()
+    assert load_image_dataset("~/pairs").rows.num_rows == IMAGES  # by the name that it was made by
+
+
 def test_other_arguments_are_refused_and_overwrite_starts_over(source, surrogate, tmp_path):
     first = contents(make_pairs(arguments(source, surrogate, tmp_path / "pairs"), ATTACK))
     with pytest.raises(RunFolderError, match="pairs.seed: 0 there, 1 now.*--overwrite_output_dir"):

@@ -758,6 +758,25 @@ def test_a_tracker_gets_the_figures(options, tmp_path):
     assert {"train/loss", "validation/psnr_purified"} <= set(events.Tags()["scalars"])
 
 
+def test_a_run_in_the_home_of_the_user_is_not_in_a_folder_named_tilde(options, tmp_path, monkeypatch, caplog):
+    place = tmp_path / "elsewhere"
+    place.mkdir()
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    kept, projects = loop_module.Accelerator, []
+    monkeypatch.setattr(
+        loop_module, "Accelerator", lambda *args, **options: projects.append(options["project_dir"]) or kept(**options)
+    )
+    argv = options("~/runs/t", max_steps=1)
+    for _ in range(2):
+        with caplog.at_level(logging.INFO):
+            assert run("finetune", argv) == tmp_path / "home" / "runs" / "t"
+    assert "this run is finished" in caplog.text and projects == [str(tmp_path / "home" / "runs" / "t")] * 2
+    assert not list(place.iterdir())  # nor do trackers log there
+    record = json.loads((tmp_path / "home" / "runs" / "t" / "run.json").read_text())
+    assert record["arguments"]["loop"]["output_dir"] == "~/runs/t"  # as typed: a later stage names its model so
+
+
 # --- the other scripts ---------------------------------------------------------------------------------------------
 
 

@@ -96,7 +96,7 @@ class _Loop:
             # the steps alone would give way to a variable of the environment
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=args.gradient_accumulation_steps),
             log_with=None if args.report_to == "none" else args.report_to,
-            project_dir=args.output_dir,
+            project_dir=str(self.folder.path),
             dataloader_config=DataLoaderConfiguration(dispatch_batches=False),
             step_scheduler_with_optimizer=False,
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=task.leaves_weights_unused)],

@@ -18,6 +18,7 @@ from filelock import FileLock, SoftFileLock, Timeout
 from safetensors import SafetensorError
 
 from ..adaptation import ADAPTER_FOLDER
+from ..checkpoints import expanded
 from ..records import describe_environment, write_json
 from .arguments import ADDED_LATER, FREE_ARGUMENTS, KEPT_ARGUMENTS, SOURCE_ARGUMENTS
 from .checkpoint_files import CHECKPOINT_PREFIX, damage, numbered, seal, step_of, sync_folder, unreadable
@@ -37,7 +38,7 @@ class RunFolder:
     """Layout: `run.json`, `metrics.jsonl`, `previews/`, `checkpoints/step-N/`, and the model's own files on top."""
 
     def __init__(self, path: str | Path):
-        self.path = Path(path)
+        self.path = Path(expanded(path))
         self.record = self.path / "run.json"
         self.metrics = self.path / "metrics.jsonl"
         self.previews = self.path / "previews"
