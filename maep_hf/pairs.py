@@ -37,7 +37,7 @@ from .data import OTHER_CLASSES, DataError, ImageDataset, decode_image, expect_c
 from .devices import pick_device
 from .records import describe_environment, write_json
 from .tensors import weights_fingerprint
-from .training.run_folder import LOCK, RunFolder, RunFolderError
+from .training.run_folder import LOCK, RunFolder, RunFolderError, preprocessing_of
 from .training.samples import DECODE_ERRORS, Augmentation, collate
 from .training.stages import AttackArguments, load_surrogates
 
@@ -152,15 +152,16 @@ def _make(folder: RunFolder, args: PairsArguments, attack: AttackArguments) -> N
     attacker = _Attacker(args, dataset, surrogates, mixture)
     arguments = {"pairs": asdict(args), "attack": asdict(attack)}
     data = {"dataset": dataset.fingerprint, "surrogates": [weights_fingerprint(model) for model in surrogates]}
+    start = preprocessing_of(args.surrogates, surrogates)
     if args.overwrite_output_dir:
         doomed = [path for path in (folder.path / "data", folder.path / UNFINISHED) if path.exists()]
         folder.refuse_overwriting(arguments, doomed)
         for stale in doomed:
             shutil.rmtree(stale, ignore_errors=True)
         folder.record.unlink(missing_ok=True)
-    folder.prepare(arguments, data, checkpoint_bytes=0, kept=0, overwrite=False)
+    folder.prepare(arguments, data, checkpoint_bytes=0, kept=0, overwrite=False, start=start)
     if not folder.record.is_file():
-        write_json(folder.record, {"arguments": arguments, "data": data, **describe_environment()})
+        write_json(folder.record, {"arguments": arguments, "data": data, "start": start, **describe_environment()})
     shards = _Shards(folder.path, args, dataset)
     if shards.finished:
         logger.info("%s is complete; nothing is left to do", folder.path)

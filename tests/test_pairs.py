@@ -345,6 +345,23 @@ def test_changed_surrogate_or_data_is_refused(tmp_path):
         make_pairs(args, ATTACK)
 
 
+def test_changed_preprocessing_of_a_surrogate_is_refused(source, tmp_path):
+    surrogate = save_classifier(tmp_path / "surrogate")
+    args = arguments(source, surrogate, tmp_path / "pairs")
+    whole = contents(make_pairs(args, ATTACK))
+    make_pairs(args, ATTACK)
+    ViTImageProcessor(size={"height": 8, "width": 8}, image_mean=[0.4] * 3, image_std=[0.25] * 3).save_pretrained(
+        surrogate
+    )
+    with pytest.raises(RunFolderError, match=r"preprocessing\[\S*surrogate\]: .*0.5.* there, .*mean=.0.4.* now"):
+        make_pairs(args, ATTACK)
+    record = tmp_path / "pairs" / "make_pairs.json"
+    record.write_text(
+        json.dumps({key: value for key, value in json.loads(record.read_text()).items() if key != "start"})
+    )
+    assert contents(make_pairs(args, ATTACK)) == whole  # of an older version: what it was is not known
+
+
 def test_folder_with_other_files_is_never_touched(source, surrogate, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("x")

@@ -35,7 +35,9 @@ from maep_hf import MAEPConfig, MAEPImageProcessor, MAEPModel, PixelClassifier, 
 from maep_hf.adaptation import add_lora, default_lora_config
 from maep_hf.data import DataError, load_image_dataset
 from maep_hf.devices import available_cores, pick_precision
+from maep_hf.preprocessing import PreprocessingSpec
 from maep_hf.records import describe_environment
+from maep_hf.tensors import preprocessing_text
 from maep_hf.training import DataArguments, LoopArguments, NonFiniteLossError, RunFolderError, train
 from maep_hf.training import classification as classification_module
 from maep_hf.training import loop as loop_module
@@ -43,7 +45,7 @@ from maep_hf.training import purification as purification_module
 from maep_hf.training import stages as stages_module
 from maep_hf.training.guidance import Guide
 from maep_hf.training.purification import PurificationArguments
-from maep_hf.training.run_folder import LOCK, RunFolder
+from maep_hf.training.run_folder import LOCK, RunFolder, preprocessing_of
 from maep_hf.training.samples import Augmentation, collate
 from maep_hf.training.stages import AttackArguments, purification_task
 
@@ -321,6 +323,35 @@ def test_a_surrogate_that_changed_under_its_name_is_no_part_of_the_same_run(opti
     record.write_text(json.dumps(older))
     run(script, [*argv, "--save_total_limit", "1"])  # of an older version: they are not known, and stay so
     assert json.loads(record.read_text())["start"] == older["start"]
+
+
+def test_a_surrogate_whose_preprocessing_changed_is_no_part_of_the_same_run(options, tmp_path):
+    folder = save_classifier(tmp_path / "net")
+    argv = options(tmp_path / "run", surrogates=[folder], max_steps=2, save_steps=1)
+    run("finetune", argv, stop=("log", 2))
+    record, processor = tmp_path / "run" / "run.json", folder / "preprocessor_config.json"
+    older, said = json.loads(record.read_text()), processor.read_text()
+    for change in ({"image_mean": [0.1, 0.2, 0.3]}, {"size": {"height": 12, "width": 12}}):
+        processor.write_text(json.dumps(json.loads(said) | change))
+        told = "mean=.0.1, 0.2, 0.3" if "image_mean" in change else r"size=.12, 12"
+        with pytest.raises(
+            RunFolderError, match=rf"\(preprocessing\[\S*net\]: it is not the one.* there, .*{told}.* now"
+        ):
+            run("finetune", argv)
+    assert older["start"].pop(f"preprocessing[{folder}]").startswith("PreprocessingSpec(")
+    record.write_text(json.dumps(older))
+    run("finetune", argv)  # of an older version: what it was is not known, and stays so
+    assert json.loads(record.read_text())["start"] == older["start"]
+
+
+def test_what_is_done_to_pixels_is_told_of_all_that_say_it(classifier_folder):
+    told = preprocessing_text(load_classifier(classifier_folder))
+    inner = PixelClassifier(torch.nn.Flatten(), size=8, image_mean=0.5, image_std=1.0, always_resize=True)
+    assert "size=(8, 8)" in preprocessing_text(inner) and preprocessing_text(inner).endswith(", always resized")
+    outer = PixelClassifier(torch.nn.Sequential(inner))
+    assert preprocessing_text(outer) == f"{preprocessing_text(inner)}; {PreprocessingSpec()!r}"
+    assert told == preprocessing_text(load_classifier(classifier_folder)) != preprocessing_text(outer)
+    assert preprocessing_of(["a", "b"], [torch.nn.Identity(), inner]) == {"preprocessing[b]": preprocessing_text(inner)}
 
 
 def test_a_purifier_stored_in_16_bits_is_trained_in_32(options, tmp_path):

@@ -8,7 +8,7 @@ import os
 import pickle
 import shutil
 import tempfile
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,16 +16,19 @@ from typing import Any
 import torch
 from filelock import FileLock, SoftFileLock, Timeout
 from safetensors import SafetensorError
+from torch import nn
 
 from ..adaptation import ADAPTER_FOLDER
 from ..checkpoints import expanded
 from ..records import describe_environment, write_json
+from ..tensors import preprocessing_text
 from .arguments import ADDED_LATER, FREE_ARGUMENTS, KEPT_ARGUMENTS, SOURCE_ARGUMENTS
 from .checkpoint_files import CHECKPOINT_PREFIX, damage, numbered, seal, step_of, sync_folder, unreadable
 
 logger = logging.getLogger(__name__)
 
 LOCK = ".lock"  # hidden, and there only while a run is going on or where one was killed
+_PREPROCESSING = "preprocessing"
 # What Accelerate, torch and safetensors raise over a file that is not what it was.
 _LOAD_ERRORS = (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError, SafetensorError)
 
@@ -120,7 +123,8 @@ class RunFolder:
             num_processes: processes of the run, where their number is a part of what is computed.
             precision: what `mixed_precision` means on this machine, likewise.
             start: fingerprints of the weights that the run starts from and is trained against, by the argument that
-                names them; a record of an older version lacks them.
+                names them, and what surrogates do to pixels (`preprocessing_of`); a record of an older version lacks
+                them.
             checked: called between the checks and the first change; if it raises, everything is as it was.
 
         Raises:
@@ -442,22 +446,37 @@ def _acquired(lock: FileLock) -> os.stat_result:
     return Path(lock.lock_file).stat()
 
 
+def preprocessing_of(names: Iterable[str], surrogates: Iterable[nn.Module]) -> dict[str, str]:
+    """What each surrogate does to its pixels first, for `run.json`: its weights' fingerprint does not tell.
+
+    Args:
+        names: what the surrogates are called, in their order.
+        surrogates: one that says nothing has no entry.
+    """
+    told = ((name, preprocessing_text(surrogate)) for name, surrogate in zip(names, surrogates, strict=True))
+    return {f"{_PREPROCESSING}[{name}]": text for name, text in told if text is not None}
+
+
 def _as_stored(value: Any) -> Any:
     """As it comes back from a record."""
     return json.loads(json.dumps(value, default=str))
 
 
 def _other_start(before: Mapping[str, str], now: Mapping[str, str], changed: Collection[str]) -> list[str]:
-    """Arguments of the same value whose weights are others than those that a run started from, in words.
+    """Arguments of the same value whose weights, or preprocessing, are others than a run started from, in words.
 
     The checkpoint would bring back the old ones: an adapter would be saved as one of the new base, and a share of the
     new ones be mixed into what was trained from the old.
     """
-    return [
-        f"{name}: its weights are not those that the run started from (fingerprint {before[name]} there, {found} now)"
-        for name, found in now.items()
-        if name not in changed and before.get(name, found) != found
-    ]
+    different = []
+    for name, found in now.items():
+        if name not in changed and before.get(name, found) != found:
+            if name.startswith(_PREPROCESSING):
+                what, there = "it is not the one that the run started with", before[name]
+            else:
+                what, there = "its weights are not those that the run started from", f"fingerprint {before[name]}"
+            different.append(f"{name}: {what} ({there} there, {found} now)")
+    return different
 
 
 def _changes(stored: dict[str, Any], current: dict[str, Any]) -> list[tuple[str, str, Any, Any]]:
