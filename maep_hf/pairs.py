@@ -37,7 +37,7 @@ from .data import OTHER_CLASSES, DataError, ImageDataset, decode_image, expect_c
 from .devices import pick_device
 from .records import describe_environment, write_json
 from .tensors import weights_fingerprint
-from .training.run_folder import RunFolder, RunFolderError
+from .training.run_folder import LOCK, RunFolder, RunFolderError, preprocessing_of
 from .training.samples import DECODE_ERRORS, Augmentation, collate, read_first
 from .training.stages import AttackArguments, load_surrogates
 
@@ -116,7 +116,8 @@ def make_pairs(args: PairsArguments, attack: AttackArguments) -> Path:
 
     Raises:
         maep_hf.data.DataError: the dataset cannot be read, has no usable labels, or none of its images can be decoded.
-        RunFolderError: the folder cannot be written, holds something else, or pairs made with other arguments.
+        RunFolderError: the folder cannot be written, holds something else or pairs made with other arguments, or
+            another start is still at it.
         OSError, ValueError: a surrogate that cannot be loaded, or whose logits or gradients are not finite, or shares
             and ranges that make no mixture.
     """
@@ -130,6 +131,12 @@ def make_pairs(args: PairsArguments, attack: AttackArguments) -> Path:
     folder = RunFolder(args.output_dir)
     folder.record = folder.path / RECORD
     _refuse_other_content(folder.path)
+    with folder.held():
+        _make(folder, args, attack)
+    return folder.path
+
+
+def _make(folder: RunFolder, args: PairsArguments, attack: AttackArguments) -> None:
     dataset = load_image_dataset(
         args.dataset,
         args.train_split,
@@ -145,22 +152,22 @@ def make_pairs(args: PairsArguments, attack: AttackArguments) -> Path:
     attacker = _Attacker(args, dataset, surrogates, mixture)
     arguments = {"pairs": asdict(args), "attack": asdict(attack)}
     data = {"dataset": dataset.fingerprint, "surrogates": [weights_fingerprint(model) for model in surrogates]}
+    start = preprocessing_of(args.surrogates, surrogates)
     if args.overwrite_output_dir:
         doomed = [path for path in (folder.path / "data", folder.path / UNFINISHED) if path.exists()]
         folder.refuse_overwriting(arguments, doomed)
         for stale in doomed:
             shutil.rmtree(stale, ignore_errors=True)
         folder.record.unlink(missing_ok=True)
-    folder.prepare(arguments, data, checkpoint_bytes=0, kept=0, overwrite=False)
+    folder.prepare(arguments, data, checkpoint_bytes=0, kept=0, overwrite=False, start=start)
     if not folder.record.is_file():
-        write_json(folder.record, {"arguments": arguments, "data": data, **describe_environment()})
+        write_json(folder.record, {"arguments": arguments, "data": data, "start": start, **describe_environment()})
     shards = _Shards(folder.path, args, dataset)
     if shards.finished:
         logger.info("%s is complete; nothing is left to do", folder.path)
     else:
         _attack_all(args, dataset, attacker, shards)
         shards.finish(folder.record)
-    return folder.path
 
 
 def quantise(adversarial: Tensor, clean: Tensor, eps: Tensor) -> Tensor:
@@ -409,7 +416,7 @@ def _rows(dataset: ImageDataset, copies: int, start: int) -> Iterator[tuple[int,
 
 def _refuse_other_content(folder: Path) -> None:
     """An overwrite must never remove files that are not pairs."""
-    leftovers = {RECORD + ".tmp", ".writable"}  # of a run that was killed before it had a record
+    leftovers = {RECORD + ".tmp", ".writable", LOCK}  # of a run that was killed before it had a record
     content = {path.name for path in folder.iterdir()} - leftovers if folder.is_dir() else set()
     if content and RECORD not in content:
         raise RunFolderError(

@@ -24,6 +24,7 @@ from maep_hf.modeling_cifar_resnet import CifarResNetForImageClassification
 from maep_hf.pairs import PairsArguments, make_pairs, quantise
 from maep_hf.training import Augmentation, DataArguments, RunFolderError
 from maep_hf.training.purification import PurificationArguments
+from maep_hf.training.run_folder import LOCK
 from maep_hf.training.samples import PositionedImages, collate
 from maep_hf.training.stages import AttackArguments, purification_task
 
@@ -325,6 +326,15 @@ def test_complete_folder_is_left_alone(source, surrogate, tmp_path, monkeypatch,
     assert "nothing is left to do" in caplog.text
 
 
+def test_pairs_in_the_home_of_the_user_are_found_there(source, surrogate, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    args = arguments(source, surrogate, "~/pairs")
+    assert make_pairs(args, ATTACK) == make_pairs(args, ATTACK) == tmp_path / "home" / "pairs"
+    assert len(contents(tmp_path / "home" / "pairs")) == 3 and not (tmp_path / "~").exists()
+    assert load_image_dataset("~/pairs").rows.num_rows == IMAGES  # by the name that it was made by
+
+
 def test_other_arguments_are_refused_and_overwrite_starts_over(source, surrogate, tmp_path):
     first = contents(make_pairs(arguments(source, surrogate, tmp_path / "pairs"), ATTACK))
     with pytest.raises(RunFolderError, match="pairs.seed: 0 there, 1 now.*--overwrite_output_dir"):
@@ -348,6 +358,23 @@ def test_changed_surrogate_or_data_is_refused(tmp_path):
         make_pairs(args, ATTACK)
 
 
+def test_changed_preprocessing_of_a_surrogate_is_refused(source, tmp_path):
+    surrogate = save_classifier(tmp_path / "surrogate")
+    args = arguments(source, surrogate, tmp_path / "pairs")
+    whole = contents(make_pairs(args, ATTACK))
+    make_pairs(args, ATTACK)
+    ViTImageProcessor(size={"height": 8, "width": 8}, image_mean=[0.4] * 3, image_std=[0.25] * 3).save_pretrained(
+        surrogate
+    )
+    with pytest.raises(RunFolderError, match=r"preprocessing\[\S*surrogate\]: .*0.5.* there, .*mean=.0.4.* now"):
+        make_pairs(args, ATTACK)
+    record = tmp_path / "pairs" / "make_pairs.json"
+    record.write_text(
+        json.dumps({key: value for key, value in json.loads(record.read_text()).items() if key != "start"})
+    )
+    assert contents(make_pairs(args, ATTACK)) == whole  # of an older version: what it was is not known
+
+
 def test_folder_with_other_files_is_never_touched(source, surrogate, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("x")
@@ -358,6 +385,25 @@ def test_folder_with_other_files_is_never_touched(source, surrogate, tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(RunFolderError, match="cannot be written"):
         make_pairs(arguments(source, surrogate, tmp_path / "file" / "pairs"), ATTACK)
+
+
+def test_second_start_leaves_pairs_that_are_being_made_alone(source, surrogate, tmp_path, monkeypatch):
+    whole = contents(make_pairs(arguments(source, surrogate, tmp_path / "whole"), ATTACK))
+    perturb, refused = pairs.perturb, []
+
+    def start_another(*args):
+        monkeypatch.setattr(pairs, "perturb", perturb)
+        for overwrite in (False, True):
+            with pytest.raises(RunFolderError, match="output_dir='.*pairs': a run is still going on in this folder"):
+                make_pairs(arguments(source, surrogate, tmp_path / "pairs", overwrite_output_dir=overwrite), ATTACK)
+            refused.append(overwrite)
+        return perturb(*args)
+
+    (tmp_path / "pairs").mkdir()
+    (tmp_path / "pairs" / LOCK).touch()  # of a process that was killed before it had a record
+    monkeypatch.setattr(pairs, "perturb", start_another)
+    assert contents(make_pairs(arguments(source, surrogate, tmp_path / "pairs"), ATTACK)) == whole
+    assert refused == [False, True] and not (tmp_path / "pairs" / LOCK).exists()
 
 
 def test_full_disk_says_so_and_can_go_on(source, surrogate, tmp_path, monkeypatch):

@@ -35,7 +35,9 @@ from maep_hf import MAEPConfig, MAEPImageProcessor, MAEPModel, PixelClassifier, 
 from maep_hf.adaptation import add_lora, default_lora_config
 from maep_hf.data import DataError, load_image_dataset
 from maep_hf.devices import available_cores, pick_precision
+from maep_hf.preprocessing import PreprocessingSpec
 from maep_hf.records import describe_environment
+from maep_hf.tensors import preprocessing_text
 from maep_hf.training import DataArguments, LoopArguments, NonFiniteLossError, RunFolderError, train
 from maep_hf.training import classification as classification_module
 from maep_hf.training import loop as loop_module
@@ -43,7 +45,7 @@ from maep_hf.training import purification as purification_module
 from maep_hf.training import stages as stages_module
 from maep_hf.training.guidance import Guide
 from maep_hf.training.purification import PurificationArguments
-from maep_hf.training.run_folder import RunFolder
+from maep_hf.training.run_folder import LOCK, RunFolder, preprocessing_of
 from maep_hf.training.samples import Augmentation, collate
 from maep_hf.training.stages import AttackArguments, purification_task
 
@@ -323,6 +325,35 @@ def test_a_surrogate_that_changed_under_its_name_is_no_part_of_the_same_run(opti
     assert json.loads(record.read_text())["start"] == older["start"]
 
 
+def test_a_surrogate_whose_preprocessing_changed_is_no_part_of_the_same_run(options, tmp_path):
+    folder = save_classifier(tmp_path / "net")
+    argv = options(tmp_path / "run", surrogates=[folder], max_steps=2, save_steps=1)
+    run("finetune", argv, stop=("log", 2))
+    record, processor = tmp_path / "run" / "run.json", folder / "preprocessor_config.json"
+    older, said = json.loads(record.read_text()), processor.read_text()
+    for change in ({"image_mean": [0.1, 0.2, 0.3]}, {"size": {"height": 12, "width": 12}}):
+        processor.write_text(json.dumps(json.loads(said) | change))
+        told = "mean=.0.1, 0.2, 0.3" if "image_mean" in change else r"size=.12, 12"
+        with pytest.raises(
+            RunFolderError, match=rf"\(preprocessing\[\S*net\]: it is not the one.* there, .*{told}.* now"
+        ):
+            run("finetune", argv)
+    assert older["start"].pop(f"preprocessing[{folder}]").startswith("PreprocessingSpec(")
+    record.write_text(json.dumps(older))
+    run("finetune", argv)  # of an older version: what it was is not known, and stays so
+    assert json.loads(record.read_text())["start"] == older["start"]
+
+
+def test_what_is_done_to_pixels_is_told_of_all_that_say_it(classifier_folder):
+    told = preprocessing_text(load_classifier(classifier_folder))
+    inner = PixelClassifier(torch.nn.Flatten(), size=8, image_mean=0.5, image_std=1.0, always_resize=True)
+    assert "size=(8, 8)" in preprocessing_text(inner) and preprocessing_text(inner).endswith(", always resized")
+    outer = PixelClassifier(torch.nn.Sequential(inner))
+    assert preprocessing_text(outer) == f"{preprocessing_text(inner)}; {PreprocessingSpec()!r}"
+    assert told == preprocessing_text(load_classifier(classifier_folder)) != preprocessing_text(outer)
+    assert preprocessing_of(["a", "b"], [torch.nn.Identity(), inner]) == {"preprocessing[b]": preprocessing_text(inner)}
+
+
 def test_a_purifier_stored_in_16_bits_is_trained_in_32(options, tmp_path):
     tiny_purifier().to(torch.bfloat16).save_pretrained(tmp_path / "stored")
     before = load_file(tmp_path / "stored" / "model.safetensors")
@@ -569,6 +600,30 @@ def test_logs_and_notes_beside_a_run_are_kept_and_its_own_files_are_not(tmp_path
     RunFolder(tmp_path).prepare({}, {}, 0, 1, overwrite=False)
 
 
+def test_a_second_start_leaves_a_run_that_is_going_on_alone(options, tmp_path, monkeypatch):
+    argv, log, refused = options(tmp_path / "run", max_steps=3, save_steps=1), loop_module._Loop._log, []
+
+    def start_another(self):
+        step = self.state.step
+        if step > 1:
+            before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+            for more in ([], ["--overwrite_output_dir", "true"]):
+                with pytest.raises(RunFolderError, match="a run is still going on in this folder"):
+                    load_script("finetune").main([*argv, *more])
+                refused.append(step)
+            assert {path: path.read_bytes() for path in before} == before
+        if step == 2 and len(refused) == 2:
+            raise KeyboardInterrupt
+        return log(self)
+
+    monkeypatch.setattr(loop_module._Loop, "_log", start_another)
+    with pytest.raises(KeyboardInterrupt):
+        run("finetune", argv)
+    assert run("finetune", argv) == tmp_path / "run"  # the lock went with the run
+    assert refused == [2, 2, 2, 2, 3, 3] and checkpoints(tmp_path / "run") == ["step-0000002", "step-0000003"]
+    assert not (tmp_path / "run" / LOCK).exists()
+
+
 def test_a_folder_that_cannot_be_written(options, tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(RunFolderError, match="output_dir=.*cannot be written"):
@@ -732,6 +787,25 @@ def test_a_tracker_gets_the_figures(options, tmp_path):
     folder = run("finetune", options(tmp_path / "run", max_steps=2, report_to="tensorboard"))
     events = EventAccumulator(str(next(folder.rglob("events.out*")).parent)).Reload()
     assert {"train/loss", "validation/psnr_purified"} <= set(events.Tags()["scalars"])
+
+
+def test_a_run_in_the_home_of_the_user_is_not_in_a_folder_named_tilde(options, tmp_path, monkeypatch, caplog):
+    place = tmp_path / "elsewhere"
+    place.mkdir()
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    kept, projects = loop_module.Accelerator, []
+    monkeypatch.setattr(
+        loop_module, "Accelerator", lambda *args, **options: projects.append(options["project_dir"]) or kept(**options)
+    )
+    argv = options("~/runs/t", max_steps=1)
+    for _ in range(2):
+        with caplog.at_level(logging.INFO):
+            assert run("finetune", argv) == tmp_path / "home" / "runs" / "t"
+    assert "this run is finished" in caplog.text and projects == [str(tmp_path / "home" / "runs" / "t")] * 2
+    assert not list(place.iterdir())  # nor do trackers log there
+    record = json.loads((tmp_path / "home" / "runs" / "t" / "run.json").read_text())
+    assert record["arguments"]["loop"]["output_dir"] == "~/runs/t"  # as typed: a later stage names its model so
 
 
 # --- the other scripts ---------------------------------------------------------------------------------------------

@@ -1,8 +1,11 @@
 """Checkpoints that a power cut or a crash damaged: the one before is taken, and what was done is said."""
 
+import errno
 import json
 import os
 import shutil
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -18,6 +21,7 @@ from maep_hf.training import RunFolder, RunFolderError
 from maep_hf.training import checkpoint_files as checkpoint_files_module
 from maep_hf.training import run_folder as run_folder_module
 from maep_hf.training.checkpoint_files import MANIFEST, damage, numbered
+from maep_hf.training.run_folder import LOCK
 
 FILES = ("model.safetensors", "optimizer.bin", "random_states_0.pkl", "custom_checkpoint_0.pkl")
 
@@ -37,6 +41,56 @@ def folder(tmp_path):
     for step in (2, 4, 6):
         found.save_checkpoint(step, write_files, lambda: None, True, 3)
     return found
+
+
+def test_a_run_that_is_going_on_keeps_others_out_and_a_killed_one_does_not(tmp_path):
+    held = RunFolder(tmp_path / "a" / "run")
+    with (
+        held.held(),
+        pytest.raises(RunFolderError, match="output_dir='.*run': a run is still going on.*another folder"),
+    ):
+        with RunFolder(held.path).held():
+            pytest.fail("two runs in one folder")
+    assert not (tmp_path / "a").exists()  # as it was before
+    (tmp_path / "a" / "run").mkdir(parents=True)
+    code = "import sys, time; from filelock import FileLock; lock = FileLock(sys.argv[1]); lock.acquire(); "
+    code += "print(1, flush=True); time.sleep(99)"
+    with subprocess.Popen([sys.executable, "-c", code, held.path / LOCK], stdout=subprocess.PIPE) as other:
+        try:
+            other.stdout.readline()
+            with pytest.raises(RunFolderError, match="a run is still going on"), held.held():
+                pytest.fail("two runs in one folder")
+        finally:
+            other.kill()
+    assert (held.path / LOCK).exists()
+    with held.held():
+        held.record.write_text("{}")
+    assert [path.name for path in held.path.iterdir()] == ["run.json"]
+
+
+def test_the_lock_of_a_later_folder_of_the_name_is_not_taken_away(tmp_path):
+    first, second = RunFolder(tmp_path / "run"), RunFolder(tmp_path / "run")
+    with first.held():
+        first.path.rename(tmp_path / "moved")
+        later = second.held()
+        later.__enter__()
+    assert (second.path / LOCK).exists()
+    with pytest.raises(RunFolderError, match="a run is still going on"), first.held():
+        pytest.fail("two runs in one folder")
+    later.__exit__(None, None, None)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EACCES])
+def test_where_no_folder_can_be_locked_runs_go_on_and_are_warned(tmp_path, monkeypatch, caplog, recwarn, number):
+    def locks(*args) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("os.open" if number == errno.EACCES else "fcntl.flock", locks)
+    (tmp_path / LOCK).write_text("1\nanother-host\n")  # as filelock leaves one that only its owner may remove
+    with RunFolder(tmp_path).held():
+        monkeypatch.undo()
+        assert "nothing keeps a second run out of this folder" in caplog.text and str(tmp_path) in caplog.text
+        (tmp_path / "run.json").write_text("{}")
 
 
 def half(path) -> None:

@@ -30,7 +30,7 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 
 from maep_hf.attacks import Attack, make_attack
-from maep_hf.checkpoints import load_purifier
+from maep_hf.checkpoints import expanded, load_purifier
 from maep_hf.classifier_sources import load_frozen_classifier
 from maep_hf.data import load_image_dataset
 from maep_hf.devices import pick_device
@@ -74,6 +74,7 @@ class AblationArguments:
     tabulate: bool = field(default=False, metadata={"help": "only write table and picture anew, from the records"})
 
     def __post_init__(self) -> None:
+        self.output_dir = expanded(self.output_dir)
         for name in ("max_steps", "images", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")

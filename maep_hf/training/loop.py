@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -54,13 +54,15 @@ def train(task: Task, args: LoopArguments, arguments: dict[str, dict[str, Any]])
         The run's folder, which loads with the model's `from_pretrained`.
 
     Raises:
-        RunFolderError: the folder cannot be written, is too full, holds another run, or only damaged checkpoints.
+        RunFolderError: the folder cannot be written, is too full, holds another run, one that is still going on, or
+            only damaged checkpoints.
         ValueError: an argument that this model or machine does not have; nothing is written then.
         NonFiniteLossError: training diverged.
     """
     logging.getLogger("accelerate").setLevel(logging.WARNING)  # a line for every file of every checkpoint
     transformers_logging.disable_progress_bar()
-    return _Loop(task, args, arguments).run()
+    with ExitStack() as until_the_end:
+        return _Loop(task, args, arguments, until_the_end).run()
 
 
 class _LoopState:
@@ -80,7 +82,7 @@ class _LoopState:
 
 
 class _Loop:
-    def __init__(self, task: Task, args: LoopArguments, arguments: dict[str, dict[str, Any]]):
+    def __init__(self, task: Task, args: LoopArguments, arguments: dict[str, dict[str, Any]], until_the_end: ExitStack):
         self.task, self.args = task, args
         if args.gradient_checkpointing and not getattr(task.model, "supports_gradient_checkpointing", False):
             raise ValueError(
@@ -94,7 +96,7 @@ class _Loop:
             # the steps alone would give way to a variable of the environment
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=args.gradient_accumulation_steps),
             log_with=None if args.report_to == "none" else args.report_to,
-            project_dir=args.output_dir,
+            project_dir=str(self.folder.path),
             dataloader_config=DataLoaderConfiguration(dispatch_batches=False),
             step_scheduler_with_optimizer=False,
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=task.leaves_weights_unused)],
@@ -106,6 +108,7 @@ class _Loop:
         parameter_bytes = sum(p.numel() * p.element_size() for p in task.model.parameters())
         self.push, self.resume_from = None, None
         if self.main:
+            until_the_end.enter_context(self.folder.held())
             data = task.describe_data()
             from_weights = any(isinstance(group.get("model"), str) for group in arguments.values())  # or from a seed
             start = (task.describe_start() if from_weights else {}) | task.describe_frozen()

@@ -23,6 +23,7 @@ from ..figures import difference_image, image_grid
 from ..modeling_maep import MAEPOutput, MAEPWindows
 from ..tensors import weights_fingerprint
 from .guidance import GUIDED_BY, Guide, divergence
+from .run_folder import preprocessing_of
 from .samples import Augmentation, Draw
 from .task import Task
 
@@ -263,7 +264,8 @@ class PurificationTask(Task):
 
     def describe_frozen(self) -> dict[str, str]:
         named = zip(self._names, self.surrogates, strict=True)
-        return {f"surrogates[{name}]": weights_fingerprint(surrogate) for name, surrogate in named}
+        weights = {f"surrogates[{name}]": weights_fingerprint(surrogate) for name, surrogate in named}
+        return weights | preprocessing_of(self._names, self.surrogates)
 
     def draw(self) -> Draw:
         data, size = self.train_data, self.augmentation.image_size

@@ -8,21 +8,27 @@ import os
 import pickle
 import shutil
 import tempfile
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, SoftFileLock, Timeout
 from safetensors import SafetensorError
+from torch import nn
 
 from ..adaptation import ADAPTER_FOLDER
+from ..checkpoints import expanded
 from ..records import describe_environment, write_json
+from ..tensors import preprocessing_text
 from .arguments import ADDED_LATER, FREE_ARGUMENTS, KEPT_ARGUMENTS, SOURCE_ARGUMENTS
 from .checkpoint_files import CHECKPOINT_PREFIX, damage, numbered, seal, step_of, sync_folder, unreadable
 
 logger = logging.getLogger(__name__)
 
+LOCK = ".lock"  # hidden, and there only while a run is going on or where one was killed
+_PREPROCESSING = "preprocessing"
 # What Accelerate, torch and safetensors raise over a file that is not what it was.
 _LOAD_ERRORS = (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError, SafetensorError)
 
@@ -35,11 +41,62 @@ class RunFolder:
     """Layout: `run.json`, `metrics.jsonl`, `previews/`, `checkpoints/step-N/`, and the model's own files on top."""
 
     def __init__(self, path: str | Path):
-        self.path = Path(path)
+        self.path = Path(expanded(path))
         self.record = self.path / "run.json"
         self.metrics = self.path / "metrics.jsonl"
         self.previews = self.path / "previews"
         self.checkpoints = self.path / "checkpoints"
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep any other run out of the folder meanwhile, in this process or another; the lock goes with the process.
+
+        What this makes of the folder is gone afterwards, where nothing else was put there. Where the file system has no
+        locks, a warning says so.
+
+        Raises:
+            RunFolderError: another run holds the folder, or it cannot be made.
+        """
+        try:
+            made = [path for path in (self.path, *self.path.absolute().parents) if not path.exists()]
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise self._unwritable(error) from error
+        try:
+            with self._locked():
+                yield
+        finally:
+            for path in made:
+                try:
+                    path.rmdir()
+                except OSError:  # it holds a run now
+                    break
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        path, own = self.path / LOCK, None
+        lock = FileLock(path)
+        try:
+            own = _acquired(lock)
+        except Timeout as error:
+            raise RunFolderError(
+                f"output_dir={str(self.path)!r}: a run is still going on in this folder; wait for it, stop it, or give "
+                "another folder"
+            ) from error
+        except (OSError, NotImplementedError) as error:
+            logger.warning(
+                "output_dir=%r: nothing keeps a second run out of this folder, for it takes no lock (%s): start none",
+                str(self.path), error,
+            )  # fmt: skip
+        try:
+            yield
+        finally:
+            try:  # while it is held: who has opened this file then finds that it is gone, and looks again
+                if own is not None and os.path.samestat(own, path.stat()):  # and no later folder's of this name
+                    path.unlink()
+            except OSError:  # the folder is gone; or this is Windows, where the release removes it
+                pass
+            lock.release()
 
     def prepare(
         self,
@@ -55,6 +112,8 @@ class RunFolder:
     ) -> None:
         """Check that the run can be written here and is the same run as the one already here, and make the folder.
 
+        To be called while it is `held`.
+
         Args:
             arguments: the run's arguments by group, as recorded in `run.json`.
             data: the data's description, likewise.
@@ -64,7 +123,8 @@ class RunFolder:
             num_processes: processes of the run, where their number is a part of what is computed.
             precision: what `mixed_precision` means on this machine, likewise.
             start: fingerprints of the weights that the run starts from and is trained against, by the argument that
-                names them; a record of an older version lacks them.
+                names them, and what surrogates do to pixels (`preprocessing_of`); a record of an older version lacks
+                them.
             checked: called between the checks and the first change; if it raises, everything is as it was.
 
         Raises:
@@ -368,22 +428,55 @@ class RunFolder:
         return [path for path in numbered(self.checkpoints) if damage(path) is None]
 
 
+def _acquired(lock: FileLock) -> os.stat_result:
+    """Which file it is that holds the lock now.
+
+    Raises:
+        Timeout: somebody else has it.
+        OSError, NotImplementedError: the file system has none.
+    """
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        if not isinstance(lock, SoftFileLock):
+            raise
+    if isinstance(lock, SoftFileLock):  # filelock puts it in the place of one without flock: it would outlive a kill
+        lock.release()
+        raise NotImplementedError("no flock")
+    return Path(lock.lock_file).stat()
+
+
+def preprocessing_of(names: Iterable[str], surrogates: Iterable[nn.Module]) -> dict[str, str]:
+    """What each surrogate does to its pixels first, for `run.json`: its weights' fingerprint does not tell.
+
+    Args:
+        names: what the surrogates are called, in their order.
+        surrogates: one that says nothing has no entry.
+    """
+    told = ((name, preprocessing_text(surrogate)) for name, surrogate in zip(names, surrogates, strict=True))
+    return {f"{_PREPROCESSING}[{name}]": text for name, text in told if text is not None}
+
+
 def _as_stored(value: Any) -> Any:
     """As it comes back from a record."""
     return json.loads(json.dumps(value, default=str))
 
 
 def _other_start(before: Mapping[str, str], now: Mapping[str, str], changed: Collection[str]) -> list[str]:
-    """Arguments of the same value whose weights are others than those that a run started from, in words.
+    """Arguments of the same value whose weights, or preprocessing, are others than a run started from, in words.
 
     The checkpoint would bring back the old ones: an adapter would be saved as one of the new base, and a share of the
     new ones be mixed into what was trained from the old.
     """
-    return [
-        f"{name}: its weights are not those that the run started from (fingerprint {before[name]} there, {found} now)"
-        for name, found in now.items()
-        if name not in changed and before.get(name, found) != found
-    ]
+    different = []
+    for name, found in now.items():
+        if name not in changed and before.get(name, found) != found:
+            if name.startswith(_PREPROCESSING):
+                what, there = "it is not the one that the run started with", before[name]
+            else:
+                what, there = "its weights are not those that the run started from", f"fingerprint {before[name]}"
+            different.append(f"{name}: {what} ({there} there, {found} now)")
+    return different
 
 
 def _changes(stored: dict[str, Any], current: dict[str, Any]) -> list[tuple[str, str, Any, Any]]:

@@ -121,5 +121,6 @@ class Task(ABC):
         return {"model": describe_base(self.model)["fingerprint"]}
 
     def describe_frozen(self) -> dict[str, str]:
-        """Fingerprints of the weights that the run is trained against and that stay, likewise; none by default."""
+        """Fingerprints of the weights that the run is trained against and that stay, likewise, and what is done to
+        pixels before them; none by default."""
         return {}
