@@ -355,3 +355,8 @@ def test_the_table_is_written_whole(tmp_path):
     table_module.write_table(tmp_path, [made_up("reference", 0, 91, 84, 76)], [])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["table.jsonl", "table.md"]
     assert "undefended: clean 94.0" in (tmp_path / "table.md").read_text().lower()
+
+
+def test_its_folder_may_be_in_the_home(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert ablation.AblationArguments(output_dir="~/rows").output_dir == str(tmp_path / "rows")
