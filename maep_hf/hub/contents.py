@@ -11,7 +11,7 @@ from typing import Any
 
 from huggingface_hub import CommitOperationAdd, get_token
 
-from ..paths import without_paths
+from ..paths import text_without_paths, without_paths
 from ..records import as_jsonl
 from .folders import (
     ADAPTER,
@@ -45,7 +45,7 @@ def operations_of(
 ) -> list[CommitOperationAdd]:
     """The files of a push, whole and in their final form; the README is not among them.
 
-    Texts lose their absolute paths (configurations in the fields that hold paths alone), the code is that of this
+    Texts lose the paths of this machine (configurations in the fields that hold paths alone), the code is that of this
     package, `config.json` of a purifier names the pipeline, and `adapter_config.json` names the base on the Hub.
 
     Args:
@@ -111,7 +111,7 @@ def _clean_text(path: Path) -> bytes:
     if path.suffix == ".json":
         return _json(without_paths(read_json(path)))
     if path.suffix != ".jsonl":
-        return without_paths(decoded + "\n").removesuffix("\n").encode()  # never as a whole a path
+        return text_without_paths(decoded).encode()
     try:
         lines = [json.loads(line) for line in decoded.splitlines() if line.strip()]
     except json.JSONDecodeError as error:
@@ -120,7 +120,7 @@ def _clean_text(path: Path) -> bytes:
 
 
 def _without_path_fields(settings: Any) -> Any:
-    """A configuration whose fields that hold paths, such as `_name_or_path`, have no absolute ones."""
+    """A configuration whose fields that hold paths, such as `_name_or_path`, have none of this machine."""
     if isinstance(settings, list):
         return [_without_path_fields(entry) for entry in settings]
     if not isinstance(settings, dict):
