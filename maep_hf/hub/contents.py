@@ -11,13 +11,14 @@ from typing import Any
 
 from huggingface_hub import CommitOperationAdd, get_token
 
-from ..paths import text_without_paths, without_paths
+from ..paths import short_names, text_without_paths, without_paths
 from ..records import as_jsonl
 from .folders import (
     ADAPTER,
     ADAPTER_CONFIG,
     IMAGE_PROCESSOR,
     PAIRS,
+    PAIRS_RECORD,
     PROCESSORS,
     PURIFIER,
     Kind,
@@ -76,9 +77,7 @@ def operations_of(
             adapter |= {"base_model_name_or_path": base_model, "revision": None}
         contents[ADAPTER_CONFIG] = _json(adapter)
     if kind is PAIRS:
-        for name, content in contents.items():
-            if name.endswith(".parquet"):
-                contents[name] = _clean_parquet(content)
+        contents |= _clean_pairs(folder, {name: path for name, path in contents.items() if isinstance(path, Path)})
     for name, content in contents.items():
         if isinstance(content, bytes) and Path(name).suffix in _TEXT:
             check_for_leaks(name, content, folder, token)
@@ -131,25 +130,45 @@ def _without_path_fields(settings: Any) -> Any:
     }
 
 
-def _clean_parquet(path: Path) -> Path | bytes:
-    """Surrogates of stored pairs are as they were typed, perhaps with a path of this machine."""
-    import pyarrow as pa
+def _clean_pairs(folder: Path, files: Mapping[str, Path]) -> dict[str, Path | bytes]:
+    """Surrogates of stored pairs are as they were typed, perhaps with a path of this machine: in every file of them and
+    in their record one has the same name, and no two have."""
+    recorded = read_json(folder / PAIRS_RECORD).get("arguments", {}).get("pairs", {}).get("surrogates") or []
+    named = short_names(name for name in recorded if isinstance(name, str))  # as `without_paths` does in the record
+    taken = [kept for name, kept in named.items() if kept != name]
+    found = {name: _surrogates(path) for name, path in files.items()}
+    others = [each for names in found.values() for each in names if each not in named]
+    named |= short_names(others, taken)  # one that the record holds without its path is the same
+    return {
+        name: _renamed(files[name], named) if any(named[each] != each for each in names) else files[name]
+        for name, names in found.items()
+    }
+
+
+def _surrogates(path: Path) -> list[str]:
+    """Each one that a file of pairs names."""
     import pyarrow.parquet as pq
 
     file = pq.ParquetFile(path)
     if "surrogate" not in file.schema_arrow.names:
-        return path
+        return []
     names = file.read(columns=["surrogate"]).column("surrogate").unique().to_pylist()
-    if all(name is None or without_paths(name) == name for name in names):
-        return path
+    return [name for name in names if isinstance(name, str)]
+
+
+def _renamed(path: Path, names: Mapping[str, str]) -> bytes:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    file = pq.ParquetFile(path)
     stream = io.BytesIO()
     with pq.ParquetWriter(stream, file.schema_arrow) as writer:
         for group in range(file.num_row_groups):
             table = file.read_row_group(group)
             index = table.schema.get_field_index("surrogate")
-            cleaned = [without_paths(name) for name in table.column(index).to_pylist()]
+            renamed = [names.get(name, name) for name in table.column(index).to_pylist()]
             field = table.schema.field(index)
-            writer.write_table(table.set_column(index, field, pa.array(cleaned, field.type)))
+            writer.write_table(table.set_column(index, field, pa.array(renamed, field.type)))
     return stream.getvalue()
 
 
