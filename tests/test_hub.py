@@ -19,13 +19,14 @@ from maep_hf.adaptation import add_lora, default_lora_config, save_adapter
 from maep_hf.checkpoints import load_purifier
 from maep_hf.evaluation.fingerprint import fingerprint
 from maep_hf.hub import render_card, render_model_card, write_card
-from maep_hf.hub.contents import LeakError, check_for_leaks
+from maep_hf.hub.contents import LeakError, check_for_leaks, operations_of
+from maep_hf.hub.folders import kind_of
 from maep_hf.hub.names import dataset_id, hub_id
 from maep_hf.hub.recipe import Recipe
 from maep_hf.hub.records import merge_records, write_report
 from maep_hf.hub.results import records_of
 from maep_hf.hub.seal import edited, renewed, sealed, without_names
-from maep_hf.paths import without_paths
+from maep_hf.paths import text_without_paths, without_paths
 from maep_hf.randomised import RandomisedPurifier
 from maep_hf.records import as_jsonl, read_jsonl
 from maep_hf.rescaled import RescaledPurifier
@@ -636,6 +637,18 @@ def test_metadata_of_a_person_outlives_every_card(folder, of_these_weights, exis
         ("runs/pretrain", "runs/pretrain"),
         ({"surrogates[/home/me/x]": "1f", "start_share": 0.5}, {"surrogates[x]": "1f", "start_share": 0.5}),
         ({"[/a/b/x]": 1, "[/a/c/x]": 2, "[x] (2)": 3}, {"[x]": 1, "[x] (2)": 2, "[x] (2) (2)": 3}),
+        (["--output_dir=/Users/John Smith/r1", "-o/home/me/r2"], ["--output_dir=r1", "-or2"]),
+        ({"surrogates[/Users/John Smith/my net]": "1f"}, {"surrogates[my net]": "1f"}),
+        (["surrogates[python:nets:make:/home/a b/w.pth]"], ["surrogates[python:nets:make:w.pth]"]),
+        ("python:nets:make:C:\\Users\\John Smith\\w.pth", "python:nets:make:w.pth"),
+        (["python:nets:make:/home/o'brien/x", "dataset:/home/a b/x"], ["python:nets:make:x", "dataset:x"]),
+        (["../../alice/faces", "./../alice/sky", "runs/../../alice/sea"], ["faces", "sky", "sea"]),
+        (["~alice/x", "--config=~alice/x.yaml", "see ~alice/y, ../z"], ["x", "--config=x.yaml", "see y, z"]),
+        (["file:///home/John Smith/x/y", "at file://localhost/home/me/z"], ["y", "at z"]),
+        (["\\\\server\\a b\\x", "--dataset=\\\\server\\a b\\y", "on \\\\server\\a\\z"], ["x", "--dataset=y", "on z"]),
+        ('{"weights": "/Users/John Smith/x/y", "/": "../a b/z"}', '{"weights": "y", "/": "z"}'),
+        (["/a/net", "/b/net", "/a/net", "--base=/b/net"], ["net", "net (2)", "net", "--base=net"]),
+        (["/runs/8", "8", 8], ["8 (2)", "8", 8]),
         (8.5, 8.5),
     ],
 )
@@ -662,6 +675,23 @@ def test_no_text_with_a_token_leaves_this_machine(tmp_path):
         with pytest.raises(LeakError, match="notes.md in .* holds a Hub token"):
             check_for_leaks("notes.md", content, tmp_path, "secret")
     check_for_leaks("notes.md", b"hf_hub_download, key=secret", tmp_path)
+
+
+def test_what_is_no_path_of_a_machine_stays():
+    names = ["--endpoint=https://a.b/c/../d/~e", "timm:hf-hub:a/b", "host:443/a/b", "n/a", ".../x", "..", "/"]
+    names += ["~5/10", "eps [/255]", "PGD-20, Linf 8/255", r".*\.(q_proj|fc1)", "hf://datasets/a/b"]
+    assert [without_paths(name) for name in names] == without_paths(names) == names
+
+
+def test_texts_lose_paths_and_keep_their_links(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/Users/John Smith")
+    kept = "/* [all](../ablation/README.md#x), 8/255 and/or https://a.b/Users/John/c */\n"
+    assert text_without_paths(kept) == kept
+    assert text_without_paths("in /Users/John Smith/runs/x and `/mnt/a b/y`,../../me/z") == "in x and `y`,z"
+    (tmp_path / "results.jsonl").write_text("{}\n")
+    (tmp_path / "results.md").write_text(f"{kept}| ../../me/net |\n")
+    content = {each.path_in_repo: each.path_or_fileobj for each in operations_of(tmp_path, kind_of(tmp_path))}
+    assert content["results.md"].decode() == f"{kept}| net |\n"
 
 
 def test_hub_ids_and_local_names(tmp_path, monkeypatch):

@@ -29,6 +29,7 @@ from hub_helpers import (
 from huggingface_hub import ModelCard
 from local_hub import Blob, Commit, Refusal
 
+from maep_hf.hub.cards import render_card
 from maep_hf.hub.contents import LeakError, operations_of
 from maep_hf.hub.folders import ADAPTER, ADAPTER_CONFIG, PAIRS, PLAIN_CLASSIFIER
 from maep_hf.hub.seal import edited
@@ -732,6 +733,35 @@ def test_stored_pairs(client, hub, tmp_path):
     assert set(files) - {".gitattributes"} == {"README.md", "make_pairs.json", "data/train-00000-of-00001.parquet"}
     assert "4 pairs" in files["README.md"].decode()
     assert "attacked" in client(run_code, "someone/pairs", tmp_path, repo_type="dataset")
+
+
+def test_surrogates_of_one_name_stay_two(tmp_path):
+    import datasets
+    import pyarrow.parquet as pq
+
+    a, b, c = "/nets/a/best", "python:nets:make:/home/a b/best.pth", "/nets/b/best"
+
+    def pushed(recorded, *shards):
+        pairs = {
+            "arguments": {"pairs": {"surrogates": recorded, "seed": 0}, "attack": {"eps_min": 2.0, "eps_max": 12.0}}
+        }
+        (tmp_path / "make_pairs.json").write_text(json.dumps(pairs | {"result": {"pairs": 1, "attacks": {}}}))
+        for number, column in enumerate(shards):
+            path = tmp_path / f"data/train-{number:05d}-of-00003.parquet"
+            path.parent.mkdir(exist_ok=True)
+            datasets.Dataset.from_dict({"surrogate": column, "index": [0] * len(column)}).to_parquet(path)
+        content = {each.path_in_repo: each.path_or_fileobj for each in operations_of(tmp_path, PAIRS)}
+        record = json.loads(content.pop("make_pairs.json"))["arguments"]["pairs"]["surrogates"]
+        files = [io.BytesIO(each) if isinstance(each, bytes) else each for each in content.values()]
+        return record, [pq.read_table(each).column("surrogate").to_pylist() for each in files]
+
+    names, kept = [a, b, c], ["best", "python:nets:make:best.pth", "best (2)"]
+    assert pushed(names, [c, None, b]) == (kept, [[kept[2], None, kept[1]]])
+    assert pushed(names, [c, None, b], [b, a, c]) == (kept, [[kept[2], None, kept[1]], [kept[1], kept[0], kept[2]]])
+    assert f"surrogates {', '.join(kept)}, gray-box" in render_card(tmp_path).text
+    assert pushed(kept, kept, [None]) == (kept, [kept, [None]])  # what was downloaded from there stays as it is
+    assert pushed([a], ["best", a], [c]) == (["best"], [["best", "best"], ["best (2)"]])
+    assert pushed(["best"], [a], [c]) == (["best"], [["best"], ["best (2)"]])
 
 
 def test_sixty_megabytes_through_a_connection_that_is_cut(client, hub, tmp_path):

@@ -11,13 +11,14 @@ from typing import Any
 
 from huggingface_hub import CommitOperationAdd, get_token
 
-from ..paths import without_paths
+from ..paths import short_names, text_without_paths, without_paths
 from ..records import as_jsonl
 from .folders import (
     ADAPTER,
     ADAPTER_CONFIG,
     IMAGE_PROCESSOR,
     PAIRS,
+    PAIRS_RECORD,
     PROCESSORS,
     PURIFIER,
     Kind,
@@ -45,7 +46,7 @@ def operations_of(
 ) -> list[CommitOperationAdd]:
     """The files of a push, whole and in their final form; the README is not among them.
 
-    Texts lose their absolute paths (configurations in the fields that hold paths alone), the code is that of this
+    Texts lose the paths of this machine (configurations in the fields that hold paths alone), the code is that of this
     package, `config.json` of a purifier names the pipeline, and `adapter_config.json` names the base on the Hub.
 
     Args:
@@ -76,9 +77,7 @@ def operations_of(
             adapter |= {"base_model_name_or_path": base_model, "revision": None}
         contents[ADAPTER_CONFIG] = _json(adapter)
     if kind is PAIRS:
-        for name, content in contents.items():
-            if name.endswith(".parquet"):
-                contents[name] = _clean_parquet(content)
+        contents |= _clean_pairs(folder, {name: path for name, path in contents.items() if isinstance(path, Path)})
     for name, content in contents.items():
         if isinstance(content, bytes) and Path(name).suffix in _TEXT:
             check_for_leaks(name, content, folder, token)
@@ -111,7 +110,7 @@ def _clean_text(path: Path) -> bytes:
     if path.suffix == ".json":
         return _json(without_paths(read_json(path)))
     if path.suffix != ".jsonl":
-        return without_paths(decoded + "\n").removesuffix("\n").encode()  # never as a whole a path
+        return text_without_paths(decoded).encode()
     try:
         lines = [json.loads(line) for line in decoded.splitlines() if line.strip()]
     except json.JSONDecodeError as error:
@@ -120,7 +119,7 @@ def _clean_text(path: Path) -> bytes:
 
 
 def _without_path_fields(settings: Any) -> Any:
-    """A configuration whose fields that hold paths, such as `_name_or_path`, have no absolute ones."""
+    """A configuration whose fields that hold paths, such as `_name_or_path`, have none of this machine."""
     if isinstance(settings, list):
         return [_without_path_fields(entry) for entry in settings]
     if not isinstance(settings, dict):
@@ -131,25 +130,45 @@ def _without_path_fields(settings: Any) -> Any:
     }
 
 
-def _clean_parquet(path: Path) -> Path | bytes:
-    """Surrogates of stored pairs are as they were typed, perhaps with a path of this machine."""
-    import pyarrow as pa
+def _clean_pairs(folder: Path, files: Mapping[str, Path]) -> dict[str, Path | bytes]:
+    """Surrogates of stored pairs are as they were typed, perhaps with a path of this machine: in every file of them and
+    in their record one has the same name, and no two have."""
+    recorded = read_json(folder / PAIRS_RECORD).get("arguments", {}).get("pairs", {}).get("surrogates") or []
+    named = short_names(name for name in recorded if isinstance(name, str))  # as `without_paths` does in the record
+    taken = [kept for name, kept in named.items() if kept != name]
+    found = {name: _surrogates(path) for name, path in files.items()}
+    others = [each for names in found.values() for each in names if each not in named]
+    named |= short_names(others, taken)  # one that the record holds without its path is the same
+    return {
+        name: _renamed(files[name], named) if any(named[each] != each for each in names) else files[name]
+        for name, names in found.items()
+    }
+
+
+def _surrogates(path: Path) -> list[str]:
+    """Each one that a file of pairs names."""
     import pyarrow.parquet as pq
 
     file = pq.ParquetFile(path)
     if "surrogate" not in file.schema_arrow.names:
-        return path
+        return []
     names = file.read(columns=["surrogate"]).column("surrogate").unique().to_pylist()
-    if all(name is None or without_paths(name) == name for name in names):
-        return path
+    return [name for name in names if isinstance(name, str)]
+
+
+def _renamed(path: Path, names: Mapping[str, str]) -> bytes:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    file = pq.ParquetFile(path)
     stream = io.BytesIO()
     with pq.ParquetWriter(stream, file.schema_arrow) as writer:
         for group in range(file.num_row_groups):
             table = file.read_row_group(group)
             index = table.schema.get_field_index("surrogate")
-            cleaned = [without_paths(name) for name in table.column(index).to_pylist()]
+            renamed = [names.get(name, name) for name in table.column(index).to_pylist()]
             field = table.schema.field(index)
-            writer.write_table(table.set_column(index, field, pa.array(cleaned, field.type)))
+            writer.write_table(table.set_column(index, field, pa.array(renamed, field.type)))
     return stream.getvalue()
 
 
