@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
+import logging
 import os
 import platform
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
+from .locks import NoLocks, locked
 from .paths import without_paths
+
+logger = logging.getLogger(__name__)
 
 PACKAGES = ("maep-hf", "torch", "transformers", "accelerate", "datasets", "peft", "numpy", "pillow")
 
@@ -62,10 +64,18 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 def append_jsonl(path: Path, record: dict[str, Any]) -> None:
     """Add a record to a JSON-lines file, in place of one with the same `key`; readers see the old file or the new."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    name = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]
-    with FileLock(Path(tempfile.gettempdir()) / f"maep-{name}.lock"):  # two evaluations may write into one folder
+    with ExitStack() as stack:
+        try:  # two evaluations may write into one folder
+            stack.enter_context(locked(path.with_name(f".{path.name}.lock")))
+        except NoLocks as error:
+            _warn_of_no_lock(path, f"{type(error).__name__}: {error}")
         records = [known for known in read_jsonl(path) if known.get("key") != record.get("key")] + [record]
         _replace(path, as_jsonl(records), path.name + ".tmp")
+
+
+@cache
+def _warn_of_no_lock(path: Path, reason: str) -> None:
+    logger.warning("%s cannot be locked (%s): let no other evaluation write into its folder now", path, reason)
 
 
 def as_jsonl(records: Iterable[Mapping[str, Any]]) -> str:

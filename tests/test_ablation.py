@@ -209,7 +209,7 @@ def test_another_classifier_of_the_same_name_is_another_protocol(start):
 
 
 def test_a_row_in_other_hands_is_passed_over(start, capsys):
-    with ablation.locked(start.folder / "reference-seed0"):
+    with ablation.held(start.folder / "reference-seed0"):
         assert start(rows="reference") == []
     assert "another ablation is at it" in capsys.readouterr().out
 

@@ -1,5 +1,6 @@
 """`maep evaluate`, `maep report` and `maep attacks`: what is combined, what is written, what is refused."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -95,6 +96,48 @@ def test_two_evaluations_may_write_into_one_folder(tmp_path):
     for thread in threads:
         thread.join()
     assert len(read_jsonl(tmp_path / "results.jsonl")) == 60
+
+
+def test_so_may_two_processes_of_other_temporary_folders(tmp_path):
+    code = ("import sys; from pathlib import Path; from maep_hf.records import append_jsonl\n"
+            "for index in range(60): append_jsonl(Path(sys.argv[1]), {'key': sys.argv[2] + str(index)})")  # fmt: skip
+    processes = []
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        words = [sys.executable, "-c", code, str(tmp_path / "out/results.jsonl"), name]
+        processes.append(subprocess.Popen(words, env=os.environ | {"TMPDIR": str(tmp_path / name)}))
+    assert [process.wait() for process in processes] == [0, 0]
+    assert len(read_jsonl(tmp_path / "out/results.jsonl")) == 120
+    assert os.listdir(tmp_path / "out") == ["results.jsonl"] and not os.listdir(tmp_path / "a")  # no lock stays behind
+
+
+def test_so_may_another_user(tmp_path):
+    if os.getuid() != 0:
+        pytest.skip("only root becomes another user")
+    os.chmod(tmp_path, 0o777)
+    append_jsonl(tmp_path / "results.jsonl", {"key": "first"})
+    os.chmod(tmp_path / "results.jsonl", 0o644)
+    code = ("import os; from pathlib import Path; from maep_hf.records import append_jsonl\n"
+            "os.setuid(65534); append_jsonl(Path('results.jsonl'), {'key': 'second'})")  # fmt: skip
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
+    assert [record["key"] for record in read_jsonl(tmp_path / "results.jsonl")] == ["first", "second"]
+
+
+def test_a_disk_without_locks_or_a_full_one(tmp_path, monkeypatch, caplog):
+    def fails(*_):
+        raise OSError(error)
+
+    path, error = tmp_path / "results.jsonl", "no space left"
+    with monkeypatch.context() as patch, pytest.raises(OSError, match=error):
+        patch.setattr(records, "_replace", fails)
+        append_jsonl(path, {"key": 0})
+    assert not path.exists()  # nor an empty one, which would be an evaluation without records
+    error = "no locks available"
+    monkeypatch.setattr("fcntl.flock", fails)
+    append_jsonl(path, {"key": 1})
+    append_jsonl(path, {"key": 2})
+    assert read_jsonl(path) == [{"key": 1}, {"key": 2}]
+    assert caplog.text.count(f"{path} cannot be locked (OSError: {error})") == 1
 
 
 @pytest.fixture

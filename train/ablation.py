@@ -11,12 +11,11 @@ from its records alone by `--tabulate true`.
 from __future__ import annotations
 
 import gc
-import hashlib
 import json
 import logging
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from ablation_chart import write_chart
 from ablation_rows import SCRIPTS, Ablation, Recipe, Row, argument_types
 from ablation_table import write_table
 from accelerate.state import AcceleratorState, GradientState
-from filelock import FileLock, Timeout
+from filelock import Timeout
 from rich.console import Console
 
 from maep_hf.attacks import Attack, make_attack
@@ -36,6 +35,7 @@ from maep_hf.data import load_image_dataset
 from maep_hf.devices import pick_device
 from maep_hf.evaluation import EvaluationImages, benchmark, read_images
 from maep_hf.evaluation.fingerprint import Opaque, fingerprint
+from maep_hf.locks import locked
 from maep_hf.records import append_jsonl, describe_environment, read_jsonl
 from maep_hf.training import parse_arguments, run_script
 from maep_hf.training.arguments import ADDED_LATER, FREE_ARGUMENTS, KEPT_ARGUMENTS
@@ -135,7 +135,7 @@ class Judge:
         """Accuracy in percent of the purifier in `folder`: clean, under each attack, the worst, and undefended."""
         purifier = load_purifier(folder, device=self.device)
         found: dict[str, Any] = {"percent": {"attacks": {}}, "undefended": {"attacks": {}}, "keys": {}}
-        with locked(self.folder):  # or two ablations at once would both make the attacked images
+        with held(self.folder):  # or two ablations at once would both make the attacked images
             for attack_name, attack in self.attacks.items():
                 record = benchmark(
                     self.classifier, purifier, self.images, max_images=None, threat_model="gray-box", attack=attack,
@@ -153,12 +153,10 @@ class Judge:
         return found
 
 
-@contextmanager
-def locked(path: Path, timeout: float = -1) -> Iterator[None]:
-    """Nobody else on this machine holds `path` meanwhile; `Timeout` after `timeout` seconds, never for -1."""
-    name = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]
-    with FileLock(Path(tempfile.gettempdir()) / f"maep-{name}.lock", timeout=timeout):
-        yield
+def held(path: Path, timeout: float = -1) -> AbstractContextManager[None]:
+    """Nobody else trains or measures in `path` meanwhile; `Timeout` after `timeout` seconds, never for -1."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return locked(path.with_name(f".{path.name}.lock"), timeout)
 
 
 def plain(value: Any) -> Any:
@@ -241,7 +239,7 @@ def train_row(row: Row, recipes: list[Recipe], seed: int, out: Path, console: Co
     """Train a row's stages; a first stage of the same arguments is trained once for all rows that have it."""
     first, *rest = recipes
     folder, target = (stage_folders(row, recipes, seed, out)[index] for index in (0, -1))
-    with locked(folder) if rest else nullcontext():  # a row of one stage is trained in its own folder, held already
+    with held(folder) if rest else nullcontext():  # a row of one stage is trained in its own folder, held already
         console.print(f"{row.name}, seed {seed}: stage 1, {first.values['max_steps']} steps, {folder.name}")
         run_recipe(first, folder)
     for recipe in rest:
@@ -419,7 +417,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     for number, ((name, seed), (row, recipes)) in enumerate(plan.items(), 1):
         console.rule(f"{number} of {len(plan)}: {name}, seed {seed}")
         try:
-            with locked(out / f"{name}-seed{seed}", timeout=0):
+            with held(out / f"{name}-seed{seed}", timeout=0):
                 known = {record["key"]: record for record in read_jsonl(out / RECORDS)}.get(f"{name}-seed{seed}")
                 if known is not None and "evaluation" in known and same_protocol(known["evaluation"], evaluation):
                     console.print(f"{name}, seed {seed}: finished before")

@@ -9,17 +9,18 @@ import pickle
 import shutil
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, SoftFileLock, Timeout
+from filelock import Timeout
 from safetensors import SafetensorError
 from torch import nn
 
 from ..adaptation import ADAPTER_FOLDER
 from ..checkpoints import expanded
+from ..locks import NoLocks, locked
 from ..records import describe_environment, write_json
 from ..tensors import preprocessing_text
 from .arguments import ADDED_LATER, FREE_ARGUMENTS, KEPT_ARGUMENTS, SOURCE_ARGUMENTS
@@ -63,40 +64,27 @@ class RunFolder:
         except OSError as error:
             raise self._unwritable(error) from error
         try:
-            with self._locked():
+            with ExitStack() as stack:
+                self._lock(stack)
                 yield
         finally:
-            for path in made:
-                try:
+            with suppress(OSError):  # it holds a run now
+                for path in made:
                     path.rmdir()
-                except OSError:  # it holds a run now
-                    break
 
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
-        path, own = self.path / LOCK, None
-        lock = FileLock(path)
+    def _lock(self, stack: ExitStack) -> None:
         try:
-            own = _acquired(lock)
+            stack.enter_context(locked(self.path / LOCK, timeout=0))
         except Timeout as error:
             raise RunFolderError(
                 f"output_dir={str(self.path)!r}: a run is still going on in this folder; wait for it, stop it, or give "
                 "another folder"
             ) from error
-        except (OSError, NotImplementedError) as error:
+        except NoLocks as error:
             logger.warning(
                 "output_dir=%r: nothing keeps a second run out of this folder, for it takes no lock (%s): start none",
                 str(self.path), error,
             )  # fmt: skip
-        try:
-            yield
-        finally:
-            try:  # while it is held: who has opened this file then finds that it is gone, and looks again
-                if own is not None and os.path.samestat(own, path.stat()):  # and no later folder's of this name
-                    path.unlink()
-            except OSError:  # the folder is gone; or this is Windows, where the release removes it
-                pass
-            lock.release()
 
     def prepare(
         self,
@@ -426,24 +414,6 @@ class RunFolder:
 
     def _whole_checkpoints(self) -> list[Path]:
         return [path for path in numbered(self.checkpoints) if damage(path) is None]
-
-
-def _acquired(lock: FileLock) -> os.stat_result:
-    """Which file it is that holds the lock now.
-
-    Raises:
-        Timeout: somebody else has it.
-        OSError, NotImplementedError: the file system has none.
-    """
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        if not isinstance(lock, SoftFileLock):
-            raise
-    if isinstance(lock, SoftFileLock):  # filelock puts it in the place of one without flock: it would outlive a kill
-        lock.release()
-        raise NotImplementedError("no flock")
-    return Path(lock.lock_file).stat()
 
 
 def preprocessing_of(names: Iterable[str], surrogates: Iterable[nn.Module]) -> dict[str, str]:
