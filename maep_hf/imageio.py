@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import glob
+import io
 import os
 from collections import defaultdict
 from collections.abc import Sequence
@@ -162,11 +163,16 @@ def _write_whole(picture: Image.Image, path: Path, format: str, metadata: dict |
     if format == "TIFF" and picture.mode not in ("L", "RGB", "RGBA"):
         options["compression"] = None
     try:
-        picture.save(temporary, format=format, **options)
+        if format == "TIFF":  # libtiff does not say that a disk is full
+            buffer = io.BytesIO()
+            picture.save(buffer, format=format, **options)
+            temporary.write_bytes(buffer.getbuffer())
+        else:
+            picture.save(temporary, format=format, **options)
         os.replace(temporary, path)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        if getattr(error, "errno", None) is not None:  # the disk's or the folder's, and so every file's
-            raise
+        if (number := getattr(error, "errno", None)) is not None:  # the disk's or the folder's, and so every file's
+            raise OSError(number, error.strerror, str(path)) from error
         raise ImageWriteError(f"{path}: {format} does not take it ({_first_line(error)})") from error
     finally:
         temporary.unlink(missing_ok=True)

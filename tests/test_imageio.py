@@ -1,6 +1,8 @@
 """Image files: every mode comes in as [0, 1] RGB and goes back as it was."""
 
 import io
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -302,6 +304,19 @@ def test_full_disk_is_an_oserror_and_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         save_image(Image.new("RGB", (2, 2)), tmp_path / "new.png", "PNG")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("format", ["PNG", "TIFF", "JPEG", "WEBP"])
+def test_a_disk_that_is_full_is_no_fault_of_the_picture(tmp_path, format):
+    """A limit on the size of files stands for the disk, in a process of its own."""
+    code = ("import resource, signal, sys; from PIL import Image; from maep_hf.imageio import save_image\n"
+            "picture = Image.effect_noise((300, 300), 90)\n"
+            "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (999, 999))\n"
+            "try: save_image(picture, sys.argv[1], sys.argv[2])\n"
+            "except OSError as error: print(error)")  # fmt: skip
+    path = tmp_path / "new"
+    done = subprocess.run([sys.executable, "-c", code, path, format], capture_output=True, text=True, check=True)
+    assert "File too large" in done.stdout and str(path) in done.stdout and list(tmp_path.iterdir()) == []
 
 
 def test_a_name_may_be_as_long_as_the_file_system_takes(tmp_path):
