@@ -77,7 +77,7 @@ def operations_of(
             adapter |= {"base_model_name_or_path": base_model, "revision": None}
         contents[ADAPTER_CONFIG] = _json(adapter)
     if kind is PAIRS:
-        contents |= _clean_pairs(folder, {name: path for name, path in contents.items() if isinstance(path, Path)})
+        contents |= _clean_pairs(folder, {name: path for name, path in contents.items() if name.endswith(".parquet")})
     for name, content in contents.items():
         if isinstance(content, bytes) and Path(name).suffix in _TEXT:
             check_for_leaks(name, content, folder, token)
