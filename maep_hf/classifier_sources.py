@@ -16,6 +16,7 @@ from torch import nn
 from .checkpoints import CheckpointError, expanded, released_checkpoint
 from .data import names_that_differ, numbers_as_text
 from .folding import fold_batch_norm
+from .random_states import seeded
 
 if TYPE_CHECKING:
     from .classifier import PixelClassifier
@@ -85,8 +86,6 @@ def count_classes(classifier: PixelClassifier, height: int, width: int) -> int:
     What it says of its classes (`num_labels`) is stale where somebody replaced its head, or takes a part of its logits.
     All random states stay as they were.
     """
-    from .randomised import seeded  # which itself needs classifiers
-
     with seeded(0):
         return classifier(torch.zeros(1, 3, height, width)).shape[1]
 

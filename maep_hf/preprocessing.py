@@ -486,3 +486,9 @@ def _enlarge_before_crop(fields: dict[str, Any], name: str, crop_pct: float | No
             fields.setdefault("crop_size", (shortest, shortest))
         else:
             fields.update(shortest_edge=None, size=(shortest, shortest))
+
+
+def preprocessing_text(model: nn.Module) -> str | None:
+    """What a classifier does to its pixels first, which its weights do not tell; `None` where nothing says it."""
+    found = [module for module in model.modules() if isinstance(module, PixelPreprocessing)]
+    return "; ".join(f"{each.spec!r}{', always resized' if each.always_resize else ''}" for each in found) or None

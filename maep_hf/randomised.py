@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import inspect
-import random
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from .classifier import PixelClassifier, PurifiedClassifier, find_purify
 from .defences import _check_integer, call_purifier, check_purifier
+from .random_states import random_states_kept, seed_everything
 
 
 class RandomisedPurifier(nn.Module):
@@ -165,10 +163,10 @@ def is_randomised(module: Callable[..., Any], pixels: Tensor, passes: int = 3) -
         return True
     whole = isinstance(module, PurifiedClassifier | PixelClassifier)  # their method `purify` is only the first half
     run = module if whole else find_purify(module) or module
-    with _random_states_kept():
+    with random_states_kept():
         first = None
         for seed in range(passes):
-            _seed_everything(seed)
+            seed_everything(seed)
             output = _tensor(run(pixels))
             if first is None:
                 first = output
@@ -185,38 +183,3 @@ def _tensor(output: Any) -> Tensor:
     if not isinstance(output, Tensor):
         raise TypeError(f"`module` must return a tensor, or an object with `logits`, got {type(output).__name__}.")
     return output.detach().clone()
-
-
-def _seed_everything(seed: int) -> None:
-    # Not torch.manual_seed: that would also set what CUDA starts from once it is initialised.
-    torch.default_generator.manual_seed(seed)
-    if torch.cuda.is_initialized():
-        torch.cuda.manual_seed_all(seed)
-    if torch.backends.mps.is_available():
-        torch.mps.manual_seed(seed)
-    np.random.seed(seed % 2**32)  # all that it takes
-    random.seed(seed)
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Every random state (PyTorch on all devices, NumPy, Python) seeded inside, and as it was outside."""
-    with _random_states_kept():
-        _seed_everything(seed)
-        yield
-
-
-@contextmanager
-def _random_states_kept() -> Iterator[None]:
-    """Restore the global random states of PyTorch on every device in use, of NumPy and of Python."""
-    numpy_state, python_state = np.random.get_state(), random.getstate()
-    with ExitStack() as stack:
-        cuda = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-        stack.enter_context(torch.random.fork_rng(devices=list(cuda)))
-        if torch.backends.mps.is_available():
-            stack.enter_context(torch.random.fork_rng(devices=[torch.device("mps")], device_type="mps"))
-        try:
-            yield
-        finally:
-            np.random.set_state(numpy_state)
-            random.setstate(python_state)

@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import platform
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
-from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from .locks import NoLocks, locked
+from .locks import locked
 from .paths import without_paths
-
-logger = logging.getLogger(__name__)
 
 PACKAGES = ("maep-hf", "torch", "transformers", "accelerate", "datasets", "peft", "numpy", "pillow")
 
@@ -64,18 +59,10 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 def append_jsonl(path: Path, record: dict[str, Any]) -> None:
     """Add a record to a JSON-lines file, in place of one with the same `key`; readers see the old file or the new."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as stack:
-        try:  # two evaluations may write into one folder
-            stack.enter_context(locked(path.with_name(f".{path.name}.lock")))
-        except NoLocks as error:
-            _warn_of_no_lock(path, f"{type(error).__name__}: {error}")
+    unguarded, advice = f"{path} cannot be locked", "let no other evaluation write into its folder now"
+    with locked(path.with_name(f".{path.name}.lock"), unguarded, advice):  # two may write into one folder
         records = [known for known in read_jsonl(path) if known.get("key") != record.get("key")] + [record]
         _replace(path, as_jsonl(records), path.name + ".tmp")
-
-
-@cache
-def _warn_of_no_lock(path: Path, reason: str) -> None:
-    logger.warning("%s cannot be locked (%s): let no other evaluation write into its folder now", path, reason)
 
 
 def as_jsonl(records: Iterable[Mapping[str, Any]]) -> str:

@@ -1,4 +1,4 @@
-"""Tensors as bytes and what is done to pixels as text, by which records know weights, images and classifiers."""
+"""Tensors as bytes, for the hashes by which records know weights and images."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import hashlib
 
 import torch
 from torch import Tensor, nn
-
-from .preprocessing import PixelPreprocessing
 
 
 def tensor_bytes(tensor: Tensor) -> bytes:
@@ -23,9 +21,3 @@ def weights_fingerprint(model: nn.Module) -> str:
         digest.update(name.encode())
         digest.update(tensor_bytes(tensor))
     return digest.hexdigest()[:16]
-
-
-def preprocessing_text(model: nn.Module) -> str | None:
-    """What a classifier does to its pixels first, which its weights do not tell; `None` where nothing says it."""
-    found = [module for module in model.modules() if isinstance(module, PixelPreprocessing)]
-    return "; ".join(f"{each.spec!r}{', always resized' if each.always_resize else ''}" for each in found) or None

@@ -35,9 +35,8 @@ from maep_hf import MAEPConfig, MAEPImageProcessor, MAEPModel, PixelClassifier, 
 from maep_hf.adaptation import add_lora, default_lora_config
 from maep_hf.data import DataError, load_image_dataset
 from maep_hf.devices import available_cores, pick_precision
-from maep_hf.preprocessing import PreprocessingSpec
+from maep_hf.preprocessing import PreprocessingSpec, preprocessing_text
 from maep_hf.records import describe_environment
-from maep_hf.tensors import preprocessing_text
 from maep_hf.training import DataArguments, LoopArguments, NonFiniteLossError, RunFolderError, train
 from maep_hf.training import classification as classification_module
 from maep_hf.training import loop as loop_module

@@ -156,7 +156,8 @@ class Judge:
 def held(path: Path, timeout: float = -1) -> AbstractContextManager[None]:
     """Nobody else trains or measures in `path` meanwhile; `Timeout` after `timeout` seconds, never for -1."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    return locked(path.with_name(f".{path.name}.lock"), timeout)
+    unguarded, advice = f"{path} cannot be locked", "start no other ablation there now"
+    return locked(path.with_name(f".{path.name}.lock"), unguarded, advice, timeout)
 
 
 def plain(value: Any) -> Any:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..randomised import seeded
+from ..random_states import seeded
 
 
 @contextmanager

@@ -26,7 +26,8 @@ from tqdm.auto import tqdm
 from ..attacks import Attack, make_attack
 from ..classifier import LogitsError, PixelClassifier, PurifiedClassifier
 from ..data import expect_classes, load_image_dataset, names_that_differ, numbers_as_text, same_names_in_order
-from ..randomised import is_randomised, seeded
+from ..random_states import seeded
+from ..randomised import is_randomised
 from ..records import append_jsonl, describe_environment, read_jsonl
 from .attacked_store import AttackedStore
 from .checks import CheckResult, MaskingReport, attack_check, gradient_masking_checks, zero_check

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..attacks import make_attack
 from ..attacks.autoattack import square_starts
 from ..classifier import PurifiedClassifier
-from ..randomised import seeded
+from ..random_states import seeded
 from .threat_models import attacked_model
 
 SIGNIFICANCE = 0.01

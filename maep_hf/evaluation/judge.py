@@ -18,7 +18,7 @@ from torchmetrics.functional.image import structural_similarity_index_measure as
 
 from ..classifier import PurifiedClassifier
 from ..devices import synchronize
-from ..randomised import seeded
+from ..random_states import seeded
 from .statistics import psnr_of_each, share
 
 CHANGED = 0.5 / 255  # a pixel that differs by less is the same when stored as 8 bits

@@ -26,6 +26,7 @@ from .folders import (
     PLAIN_CLASSIFIER,
     PURIFIER,
     RESULTS,
+    TABLE,
     Kind,
     kind_of,
     read_json,
@@ -323,7 +324,7 @@ def _evaluation(folder: Path, repo_id: str, base_model: str | None, records: lis
         pretty_name=short(repo_id),
         license=LICENCE,
         tags=["maep", "adversarial-robustness", "evaluation"],
-        configs=[{"config_name": "default", "data_files": [{"split": "results", "path": "results.csv"}]}],
+        configs=[{"config_name": "default", "data_files": [{"split": "results", "path": TABLE}]}],
     )
     return {"card_data": card_data, "table": markdown_table(records).rstrip(), "count": len(records),
             "purifiers": purifiers, "missing": [name for name in ATTACKERS if name not in measured],

@@ -17,6 +17,7 @@ from ..evaluation.statistics import wilson_interval
 from ..evaluation.tables import csv_table, escape, markdown_table, percent
 from ..paths import short
 from ..records import read_jsonl
+from .folders import TABLE
 from .names import dataset_id
 from .recipe import Recipe
 from .seal import RECORD
@@ -29,7 +30,6 @@ ATTACKERS = {
     "black-box": "nothing: it only asks for outputs",
 }
 
-TABLE = "results.csv"
 _FIGURES = ("clean", "purified_clean", "attacked", "purified_attacked")
 _RANDOMISED = ("mask_ratio", "draws", "seed", "purify_kwargs")  # options that a `RandomisedPurifier` records
 

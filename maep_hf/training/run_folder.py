@@ -20,9 +20,9 @@ from torch import nn
 
 from ..adaptation import ADAPTER_FOLDER
 from ..checkpoints import expanded
-from ..locks import NoLocks, locked
+from ..locks import locked
+from ..preprocessing import preprocessing_text
 from ..records import describe_environment, write_json
-from ..tensors import preprocessing_text
 from .arguments import ADDED_LATER, FREE_ARGUMENTS, KEPT_ARGUMENTS, SOURCE_ARGUMENTS
 from .checkpoint_files import CHECKPOINT_PREFIX, damage, numbered, seal, step_of, sync_folder, unreadable
 
@@ -63,28 +63,21 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise self._unwritable(error) from error
+        given = f"output_dir={str(self.path)!r}"
+        unguarded = f"{given}: nothing keeps a second run out of this folder, for it takes no lock"
         try:
             with ExitStack() as stack:
-                self._lock(stack)
+                try:
+                    stack.enter_context(locked(self.path / LOCK, unguarded, "start none", timeout=0))
+                except Timeout as error:
+                    raise RunFolderError(
+                        f"{given}: a run is still going on in this folder; wait for it, stop it, or give another folder"
+                    ) from error
                 yield
         finally:
             with suppress(OSError):  # it holds a run now
                 for path in made:
                     path.rmdir()
-
-    def _lock(self, stack: ExitStack) -> None:
-        try:
-            stack.enter_context(locked(self.path / LOCK, timeout=0))
-        except Timeout as error:
-            raise RunFolderError(
-                f"output_dir={str(self.path)!r}: a run is still going on in this folder; wait for it, stop it, or give "
-                "another folder"
-            ) from error
-        except NoLocks as error:
-            logger.warning(
-                "output_dir=%r: nothing keeps a second run out of this folder, for it takes no lock (%s): start none",
-                str(self.path), error,
-            )  # fmt: skip
 
     def prepare(
         self,
